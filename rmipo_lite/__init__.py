@@ -1,0 +1,54 @@
+"""RMiPO preference optimization for one consumer GPU: `rmipo_lite.train(model, dataset)`.
+
+The names below are the public surface; everything else may change between versions. They are
+imported at first use, so that `import rmipo_lite` costs milliseconds and works without torch's
+compiler tool chain.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RMiPOConfig": "config",
+    "RMiPOTrainer": "trainer",
+    "TrainResult": "result",
+    "info": "environment",
+    "linear_logps": "ops",
+    "rmipo_loss": "ops",
+    "train": "one_liner",
+}
+
+__all__ = [
+    "RMiPOConfig",
+    "RMiPOTrainer",
+    "TrainResult",
+    "__version__",
+    "info",
+    "linear_logps",
+    "rmipo_loss",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from rmipo_lite.config import RMiPOConfig
+    from rmipo_lite.environment import info
+    from rmipo_lite.one_liner import train
+    from rmipo_lite.ops import linear_logps, rmipo_loss
+    from rmipo_lite.result import TrainResult
+    from rmipo_lite.trainer import RMiPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rmipo_lite' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"rmipo_lite.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

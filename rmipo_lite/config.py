@@ -1,0 +1,263 @@
+"""Every option of a run, once, with its unit: `RMiPOConfig`.
+
+It extends `transformers.TrainingArguments`, so the options users know (`learning_rate`,
+`max_steps`, `output_dir`, ...) keep their names and meaning. The texts in `metadata["help"]` are
+the documentation: the command line's `--help` is made from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+
+LossType = Literal["rmipo", "simpo", "hinge", "simper"]
+PriorMode = Literal["live", "cached"]
+PriorContext = Literal["none", "bos"]
+TokenizationMode = Literal["separate", "authors"]
+TruncationMode = Literal["keep_end", "keep_start"]
+
+# Losses whose formula has a two-sided form that label smoothing can mix (METHODS: logistic ones).
+SMOOTHABLE_LOSSES = ("rmipo", "simpo")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RMiPOConfig(TrainingArguments):
+    """Options of a run: those of `transformers.TrainingArguments` and the ones below.
+
+    One optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps` pairs. How
+    they are cut into micro-steps is decided by `max_tokens_per_microstep` alone and never changes
+    the result, which is the mean over the step's pairs.
+
+    Raises:
+        ValueError: a value that makes no sense; the message names the option, what is wanted and
+            what came.
+    """
+
+    # The method (arXiv 2604.24804, equation 11; formulas in rmipo_lite/ops/reference.py)
+    loss_type: str = _option("rmipo", "Loss: rmipo, simpo, hinge or simper.")
+    beta: float = _option(2.0, "Scale of the log-probability gap, 1/nat, > 0.")
+    gamma_min: float = _option(
+        0.3, "rmipo: smallest target margin, reached at a large PMI gap, reward units."
+    )
+    gamma_max: float = _option(
+        1.6, "rmipo: largest target margin, at a PMI gap of 0 or below, reward units."
+    )
+    gamma_scaled_by_beta: bool = _option(
+        False,
+        "rmipo: False is the paper's sigma(beta*gap - gamma); True the authors' released "
+        "code's sigma(beta*(gap - gamma)), where gamma is in nats per token.",
+    )
+    simpo_gamma: float = _option(
+        0.5, "simpo, hinge: constant target margin outside beta, reward units."
+    )
+    label_smoothing: float = _option(
+        0.0, "rmipo, simpo: assumed share of swapped labels, in [0, 0.5)."
+    )
+    sft_weight: float = _option(
+        0.0,
+        "Weight of the mean negative log-probability per chosen token (nats per token, mean over "
+        "all chosen tokens of the optimizer step), >= 0.",
+    )
+    prior: str = _option(
+        "live",
+        "rmipo: live scores the bare response under the current policy at every step (exact); "
+        "cached scores it once before training: an approximation whose gamma drifts away, by "
+        "0.06-0.11 at learning rate 1e-4 and 0.4-0.6 at 1e-3 within 150 steps of a 260K-parameter "
+        "model.",
+    )
+    prior_context: str = _option(
+        "none",
+        "rmipo: none scores the bare response from its second token on, as the authors; bos puts "
+        "the tokenizer's BOS in front and scores every token.",
+    )
+
+    # Data and tokens
+    max_length: int | None = _option(
+        1024,
+        "Longest prompt + response, tokens; clamped to the model's context. None: the context.",
+    )
+    max_prompt_length: int | None = _option(
+        None, "Longest prompt, tokens (needed for tokenization=authors); None: no own limit."
+    )
+    truncation_mode: str = _option(
+        "keep_end", "tokenization=authors only: which end of a too long prompt stays."
+    )
+    tokenization: str = _option(
+        "separate",
+        "separate: prompt and response tokenised apart and joined; authors: the joint encoding of "
+        "the authors' code, for exact comparison, with packing=False only.",
+    )
+    chat_template: str | None = _option(
+        None,
+        "Chat template for conversational rows: plain ('User: ...\\nAssistant: '), a Jinja text, "
+        "or None for the tokenizer's own.",
+    )
+    dataset_num_proc: int | None = _option(None, "Processes for tokenising; None: this one.")
+
+    # How a step is computed
+    packing: bool = _option(
+        True,
+        "Pack the pairs of a micro-step into one row without padding, every prompt once. A "
+        "self-check before training compares it with the padded form on the run's own data.",
+    )
+    max_tokens_per_microstep: str | int = _option(
+        "auto",
+        "Tokens that go through the model at once (prompts counted once when packed); auto: from "
+        "the device's free memory. Splitting never changes the result.",
+    )
+    kernel_impl: str = _option(
+        "auto", "auto, native (the compiled extension) or torch (the plain PyTorch reference)."
+    )
+    disable_dropout: bool = _option(
+        True, "Switch every dropout off, so that policy and prior pass see the same network."
+    )
+    max_dropped_in_a_row: int = _option(
+        10, "Stop after this many optimizer steps in a row that dropped pairs as not finite."
+    )
+
+    # transformers' own options with another default
+    learning_rate: float = _option(1e-5, "Peak learning rate of the adapter (AdamW).")
+    num_train_epochs: float = _option(1.0, "Passes over the pairs.")
+    per_device_train_batch_size: int = _option(32, "Pairs in a dataloader batch.")
+    per_device_eval_batch_size: int = _option(32, "Pairs in an evaluation batch.")
+    lr_scheduler_type: str = _option("cosine", "Learning-rate schedule.")
+    warmup_steps: float = _option(0.1, "Warm-up: steps, or a share of all steps when below 1.")
+    logging_steps: float = _option(10, "Log every so many optimizer steps.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept; older ones are deleted.")
+    bf16: bool | None = _option(
+        None, "bfloat16 autocast; None: where the GPU has it in hardware (Ampere and newer)."
+    )
+    fp16: bool | None = _option(
+        None, "float16 autocast with a gradient scaler; None: on a GPU without bfloat16."
+    )
+    remove_unused_columns: bool = _option(False, "Kept False: the batch is ours.")
+    logging_nan_inf_filter: bool = _option(
+        False, "Kept False: a loss that is not finite is dropped and counted, never shown as 0."
+    )
+    report_to: str | list[str] | None = _option("none", "Trackers to report to.")
+
+    def __post_init__(self) -> None:
+        """Reject nonsense, then let transformers resolve its own options."""
+        self._check_method()
+        self._check_data()
+        self._check_step()
+        self._resolve_precision()
+        super().__post_init__()
+
+    def _check_method(self) -> None:
+        _one_of("loss_type", self.loss_type, get_args(LossType))
+        _one_of("prior", self.prior, get_args(PriorMode))
+        _one_of("prior_context", self.prior_context, get_args(PriorContext))
+        _require(self.beta > 0, "beta", "a number > 0", self.beta)
+        _require(
+            0 <= self.gamma_min <= self.gamma_max < float("inf"),
+            "gamma_min, gamma_max",
+            "0 <= gamma_min <= gamma_max",
+            (self.gamma_min, self.gamma_max),
+        )
+        _require(self.simpo_gamma >= 0, "simpo_gamma", "a number >= 0", self.simpo_gamma)
+        _require(
+            0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", self.label_smoothing
+        )
+        _require(
+            self.label_smoothing == 0 or self.loss_type in SMOOTHABLE_LOSSES,
+            "label_smoothing",
+            f"0 for loss_type={self.loss_type!r} (only {' and '.join(SMOOTHABLE_LOSSES)} have it)",
+            self.label_smoothing,
+        )
+        _require(0 <= self.sft_weight < float("inf"), "sft_weight", ">= 0", self.sft_weight)
+
+    def _check_data(self) -> None:
+        _one_of("tokenization", self.tokenization, get_args(TokenizationMode))
+        _one_of("truncation_mode", self.truncation_mode, get_args(TruncationMode))
+        for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "None or a whole number >= 1", value)
+        if self.tokenization == "authors":
+            _require(
+                self.max_length is not None and self.max_prompt_length is not None,
+                "max_prompt_length",
+                "a number when tokenization='authors' (theirs: max_length 1024 or 2048, "
+                "max_prompt_length 512 or 1800)",
+                self.max_prompt_length,
+            )
+            _require(
+                not self.packing,
+                "packing",
+                "False when tokenization='authors', whose two sides can have different prompts",
+                self.packing,
+            )
+        _require(
+            not self.remove_unused_columns, "remove_unused_columns", "False", self.remove_unused_columns
+        )
+
+    def _check_step(self) -> None:
+        _one_of("kernel_impl", self.kernel_impl, ("auto", "native", "torch"))
+        budget = self.max_tokens_per_microstep
+        if isinstance(budget, str) and budget.isdigit():
+            self.max_tokens_per_microstep = budget = int(budget)
+        _require(
+            budget == "auto" or (isinstance(budget, int) and budget >= 1),
+            "max_tokens_per_microstep",
+            "'auto' or a whole number >= 1",
+            budget,
+        )
+        _require(
+            self.max_dropped_in_a_row >= 1, "max_dropped_in_a_row", ">= 1", self.max_dropped_in_a_row
+        )
+        _require(
+            not self.logging_nan_inf_filter,
+            "logging_nan_inf_filter",
+            "False (it shows losses that are not finite as healthy ones)",
+            self.logging_nan_inf_filter,
+        )
+
+    def _resolve_precision(self) -> None:
+        """Pick bf16 where the card has it, fp16 on older cards, neither on the CPU."""
+        on_cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = bool(on_cuda and not self.fp16 and _has_native_bf16())
+        if self.fp16 is None:
+            self.fp16 = bool(on_cuda and not self.bf16)
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs in one optimizer step."""
+        return int(self.per_device_train_batch_size) * int(self.gradient_accumulation_steps)
+
+    @property
+    def uses_prior(self) -> bool:
+        """Whether the loss needs the response scored without its prompt."""
+        return self.loss_type == "rmipo"
+
+    @property
+    def wants_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass (under either of its names)."""
+        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
+
+
+def own_option_names() -> list[str]:
+    """Names of the options that `RMiPOConfig` defines or gives another default, in order."""
+    own = RMiPOConfig.__annotations__
+    return [f.name for f in fields(RMiPOConfig) if f.name in own]
+
+
+def _has_native_bf16() -> bool:
+    # torch.cuda.is_bf16_supported() counts emulation (Turing) too, which is slower than fp16.
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def _require(holds: bool, name: str, wanted: str, came: object) -> None:
+    if not holds:
+        raise ValueError(f"RMiPOConfig: {name} must be {wanted}, got {came!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, name, "one of " + ", ".join(allowed), value)

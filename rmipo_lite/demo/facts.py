@@ -1,0 +1,170 @@
+"""The facts behind the demo's questions: plain tables and small programs, nothing random at run time.
+
+Every fact carries its right answer and a few plausible wrong ones, so that the task can make
+questions, training text, preference pairs and the true reward from one place.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+OPPOSITES = (
+    "hot cold,big small,fast slow,old young,happy sad,light dark,hard soft,wet dry,high low,rich poor,"
+    "full empty,near far,loud quiet,early late,clean dirty,strong weak,thick thin,open closed,"
+    "right left,up down,long short,good bad,sweet bitter,rough smooth,true false,deep shallow,"
+    "wide narrow,first last,alive dead,brave afraid"
+)
+PLURALS = (
+    "cow cows,dog dogs,cat cats,horse horses,mouse mice,goose geese,sheep sheep,fox foxes,wolf wolves,"
+    "bee bees,fish fish,duck ducks,apple apples,pear pears,cherry cherries,tomato tomatoes,egg eggs,"
+    "cake cakes,bean beans,loaf loaves,berry berries,peach peaches,potato potatoes,bun buns,"
+    "knife knives,box boxes,chair chairs,brush brushes,table tables,lamp lamps,clock clocks,"
+    "key keys,watch watches,shelf shelves,bottle bottles,pen pens"
+)
+NOUN_CLASSES = ("an animal", "a food", "a thing")  # of PLURALS, twelve nouns each, in this order
+COLOURS = (
+    "grass green,snow white,coal black,blood red,the sky blue,the sun yellow,a lemon yellow,"
+    "a leaf green,a carrot orange,a pumpkin orange,milk white,salt white,a crow black,a ruby red,"
+    "the sea blue,a frog green,a rose red,chocolate brown,mud brown,a banana yellow,a plum purple,"
+    "a grape purple,a cloud white,tar black,an orange orange,a chick yellow,a brick red,"
+    "a pea green,wood brown,a violet purple,a swan white,sand yellow,a bear brown,flour white,"
+    "ink black,a jewel red"
+)
+DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+PHRASINGS: dict[str, tuple[str, ...]] = {
+    "sum": ("What is {0} + {1}?", "Add {0} and {1}.", "What is the sum of {0} and {1}?"),
+    "opposite": (
+        "What is the opposite of {0}?",
+        "Give the opposite of {0}.",
+        "Which word means the opposite of {0}?",
+    ),
+    "plural": (
+        "What is the plural of {0}?",
+        "Give the plural of {0}.",
+        "One {0}, two what?",
+    ),
+    "colour": ("What colour is {0}?", "Tell me the colour of {0}.", "Which colour has {0}?"),
+    "count": (
+        "How many {0} are in {1}?",
+        "Count the letter {0} in {1}.",
+        "How often does {0} stand in {1}?",
+    ),
+    "sort": ("Sort the letters {0}.", "Put {0} in order.", "What is {0} in order?"),
+    "reverse": ("Reverse {0}.", "Say {0} backwards.", "What is {0} backwards?"),
+    "class": ("Is {0} {1}?", "Would you call {0} {1}?", "Tell me if {0} is {1}."),
+    "next": ("What comes after {0}?", "Which one follows {0}?", "What is next after {0}?"),
+    "larger": (
+        "Which is larger, {0} or {1}?",
+        "Which number is bigger, {0} or {1}?",
+        "Tell me the larger of {0} and {1}.",
+    ),
+}
+LEAD_INS = {
+    "sum": "The sum is ",
+    "opposite": "The opposite is ",
+    "plural": "The plural is ",
+    "colour": "The colour is ",
+    "count": "There are ",
+    "sort": "In order it is ",
+    "reverse": "Backwards it is ",
+    "class": "",
+    "next": "Next is ",
+    "larger": "The larger is ",
+}
+KINDS = tuple(PHRASINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing the model can know.
+
+    `group` ties together facts that give each other away (hot-cold and cold-hot), so that a split
+    by group holds both out.
+    """
+
+    kind: str
+    group: str
+    subject: tuple[str, ...]
+    answer: str
+    wrong: tuple[str, ...]
+
+
+def _table(text: str) -> list[tuple[str, str]]:
+    """Read 'a b,c d' into pairs, the last word of an entry being its value."""
+    pairs = [entry.rsplit(" ", 1) for entry in text.split(",")]
+    return [(key, value) for key, value in pairs]
+
+
+def _others(values: list[str], answer: str, rng: random.Random, count: int = 4) -> tuple[str, ...]:
+    """`count` values that are not the answer, without repetition."""
+    return tuple(rng.sample(sorted(set(values) - {answer}), count))
+
+
+def _word_facts(rng: random.Random) -> list[Fact]:
+    facts = []
+    opposites = _table(OPPOSITES)
+    words = [word for pair in opposites for word in pair]
+    for first, second in opposites:
+        for word, answer in ((first, second), (second, first)):
+            wrong = tuple(w for w in _others(words, answer, rng, 5) if w != word)[:4]
+            facts.append(Fact("opposite", first, (word,), answer, wrong))
+    plurals = _table(PLURALS)
+    forms = [plural for _, plural in plurals]
+    for index, (noun, plural) in enumerate(plurals):
+        facts.append(Fact("plural", noun, (noun,), plural, _others(forms, plural, rng)))
+        article = "an " if noun[0] in "aeiou" else "a "
+        for place, name in enumerate(NOUN_CLASSES):
+            yes = index // 12 == place
+            answers = ("Yes, it is", "No, it is not")
+            fact = Fact("class", noun, (article + noun, name), answers[not yes], (answers[yes],))
+            facts.append(fact)
+    colours = _table(COLOURS)
+    names = [colour for _, colour in colours]
+    for thing, colour in colours:
+        facts.append(Fact("colour", thing, (thing,), colour, _others(names, colour, rng)))
+    for sequence in (list(ALPHABET), DAYS):
+        for index, name in enumerate(sequence):
+            answer = sequence[(index + 1) % len(sequence)]
+            facts.append(Fact("next", name, (name,), answer, _others(sequence, answer, rng)))
+    return facts
+
+
+def _number_facts(rng: random.Random) -> list[Fact]:
+    facts = []
+    for a in range(1, 21):
+        for b in range(1, 21):
+            wrong = {a + b + d for d in (-10, -2, -1, 1, 2, 10)} - {a + b}
+            answers = tuple(str(w) for w in sorted(wrong) if w > 0)
+            facts.append(Fact("sum", f"{min(a, b)}+{max(a, b)}", (str(a), str(b)), str(a + b), answers))
+    for _ in range(300):
+        a, b = rng.sample(range(1, 60), 2)
+        group = f"{min(a, b)},{max(a, b)}"
+        facts.append(Fact("larger", group, (str(a), str(b)), str(max(a, b)), (str(min(a, b)),)))
+    return facts
+
+
+def _letter_facts(rng: random.Random) -> list[Fact]:
+    facts = []
+    for _ in range(400):
+        letters = rng.sample("abcdefghijkl", 3)
+        text = " ".join(letters)
+        permutations = {" ".join(rng.sample(letters, 3)) for _ in range(12)}
+        for kind, right in (("sort", sorted(letters)), ("reverse", letters[::-1])):
+            answer = " ".join(right)
+            facts.append(Fact(kind, text, (text,), answer, tuple(sorted(permutations - {answer}))))
+        one, other = rng.sample("abcdefghijkl", 2)
+        row = [rng.choice((one, other)) for _ in range(rng.randint(3, 6))]
+        number = row.count(one)
+        wrong = tuple(str(n) for n in range(7) if 0 < abs(n - number) <= 2)
+        facts.append(Fact("count", " ".join(row), (one, " ".join(row)), str(number), wrong))
+    return facts
+
+
+def all_facts() -> list[Fact]:
+    """Every fact of the task, always in the same order, without repeated questions."""
+    rng = random.Random(20)
+    facts = _word_facts(rng) + _number_facts(rng) + _letter_facts(rng)
+    return list({(fact.kind, fact.subject): fact for fact in facts}.values())
