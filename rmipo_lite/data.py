@@ -1,0 +1,217 @@
+"""Any preference dataset -> rows {prompt, chosen, rejected}, every row accounted for.
+
+Three shapes come in: plain text, message lists, and whole conversations with the prompt inside
+(message lists, or "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts). They leave as `Row`s in one
+of two forms: text, or messages. What is wrong with the dataset as a whole (columns, file, zero
+rows) raises ValueError with the way out; what is wrong with one row is counted in the
+`DataReport`, with its reason, and the rest goes on, since one bad line in fifty thousand should
+not end an evening's run. Rows are never repaired by guessing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rmipo_lite.data_report import DataReport
+from rmipo_lite.data_rows import Dropped, Refused, normalise
+from rmipo_lite.data_sources import Broken, read_records
+
+__all__ = ["DataReport", "Row", "load_rows", "split_holdout"]
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+COLUMNS = ("prompt", "chosen", "rejected")
+COLUMNS_READ = {*COLUMNS, "tools"}  # tools only to refuse them by name
+MIN_PAIRS_TO_HOLD_OUT = 8  # fewer pairs are too few to lose any
+# What other people call these columns; only for naming the rename in an error.
+ALIASES = {
+    "prompt": "question instruction input query user context problem source post ask human",
+    "chosen": "good preferred better winner win positive pos accepted accept best response_j "
+    "chosen_response response_chosen answer_chosen output_chosen correct",
+    "rejected": "bad dispreferred worse loser lose negative neg reject worst response_k "
+    "rejected_response response_rejected answer_rejected output_rejected incorrect wrong",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One preference pair after normalising: three texts, or three message lists."""
+
+    index: int  # 0-based position in the user's dataset
+    prompt: str | list[Message]
+    chosen: str | list[Message]  # a message list holds exactly one assistant message
+    rejected: str | list[Message]
+
+
+def load_rows(dataset: Any, *, split: str = "train") -> tuple[list[Row], DataReport]:
+    """Read any preference dataset.
+
+    Args:
+        dataset: hub name; path (.jsonl .json .csv .tsv .parquet, also .gz, or a folder);
+            `datasets.Dataset`, `DatasetDict`, `IterableDataset`; list of dicts; dict of lists;
+            pandas DataFrame; any finite iterable of dicts.
+        split: which split of a dataset that has several.
+
+    Returns:
+        The usable rows in order, and the report, for which kept + dropped + refused == total.
+
+    Raises:
+        ValueError: no rows, wrong columns, an unreadable file, or no usable row at all.
+        FileNotFoundError: a path that does not exist.
+    """
+    source, records = read_records(dataset, split)
+    if not records:
+        raise ValueError(f"dataset: {source} has no rows")
+    report = DataReport(source=source, total=len(records))
+    _check_columns(records, report)
+    rows: list[Row] = []
+    seen: set[tuple[str, str, str]] = set()
+    for index, record in enumerate(records):
+        try:
+            if isinstance(record, Broken):
+                raise Refused(record.reason, record.example)
+            row = Row(index, *normalise(record))
+        except Refused as problem:
+            report.refuse(index, problem.reason, problem.example)
+        except Dropped as problem:
+            report.drop(index, problem.reason)
+            report.identical_pairs += problem.identical
+        else:
+            rows.append(row)
+            _count_texts(row, seen, report)
+    report.kept = len(rows)
+    report.distinct_prompts = len({key[0] for key in seen})
+    report.check()
+    if not rows:
+        raise ValueError(nothing_left(report))
+    return rows, report
+
+
+def _count_texts(row: Row, seen: set[tuple[str, str, str]], report: DataReport) -> None:
+    """Duplicates, and text responses that repeat their prompt."""
+    key = (_key(row.prompt), _key(row.chosen), _key(row.rejected))
+    report.duplicate_rows += key in seen
+    seen.add(key)
+    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        report.responses_repeating_prompt += (
+            len(prompt) > 20 and chosen.startswith(prompt) and rejected.startswith(prompt)
+        )
+
+
+def _key(side: str | list[Message]) -> str:
+    return side if isinstance(side, str) else json.dumps(side)
+
+
+def nothing_left(report: DataReport) -> str:
+    """The message for a dataset without one usable row: the three most frequent reasons."""
+    reasons = {**report.refused, **report.dropped}
+    lines = [
+        f"  {tally.count} rows: {reason}" + (f" ({tally.example})" if tally.example else "")
+        for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].count)[:3]
+    ]
+    return (
+        f"dataset: no usable row among the {report.total} of {report.source}:\n"
+        + "\n".join(lines)
+        + "\nWanted rows with prompt, chosen and rejected: texts, or message lists "
+        '[{"role": "user", "content": "..."}].'
+    )
+
+
+def _check_columns(records: list[Any], report: DataReport) -> None:
+    """Refuse a dataset whose columns can't be right, naming the likely rename."""
+    columns: dict[str, None] = {}
+    for record in records:
+        if isinstance(record, Mapping):
+            columns.update(dict.fromkeys(str(name) for name in record))
+    if not columns:
+        return  # every row is faulty: the reasons are told by nothing_left
+    has_prompt_inside = {"chosen", "rejected"} <= columns.keys() and any(
+        _prompt_inside(record.get("chosen")) for record in records if isinstance(record, Mapping)
+    )
+    missing = [name for name in COLUMNS if name not in columns]
+    if has_prompt_inside and missing == ["prompt"]:
+        missing = []
+    report.ignored_columns = [name for name in columns if name not in COLUMNS_READ]
+    if missing:
+        raise ValueError(_wrong_columns(list(columns), missing))
+
+
+def _prompt_inside(chosen: Any) -> bool:
+    if isinstance(chosen, str):
+        return "\n\nHuman:" in chosen
+    return (
+        not isinstance(chosen, str | Mapping) and chosen is not None and hasattr(chosen, "__len__")
+    )
+
+
+def _wrong_columns(found: list[str], missing: list[str]) -> str:
+    free = [name for name in found if name not in COLUMNS]
+    renames: dict[str, str] = {}
+    for wanted in missing:
+        name = _nearest(wanted, [name for name in free if name not in renames])
+        if name is not None:
+            renames[name] = wanted
+    message = (
+        f"dataset: columns found {found}, wanted ['prompt', 'chosen', 'rejected'] "
+        "(prompt may be missing when chosen and rejected are whole conversations); "
+        f"missing {missing}."
+    )
+    if renames:
+        pairs = ", ".join(f'"{old}": "{new}"' for old, new in renames.items())
+        message += f" Nearest match: dataset.rename_columns({{{pairs}}})"
+    return message
+
+
+def _nearest(wanted: str, names: list[str]) -> str | None:
+    aliases = [wanted, *ALIASES[wanted].split()]
+    lowered = {name.lower().strip(): name for name in reversed(names)}
+    for alias in aliases:
+        if alias in lowered:
+            return lowered[alias]
+    for name in names:
+        if any(alias in name.lower() for alias in aliases if len(alias) > 4):
+            return name
+    close = difflib.get_close_matches(wanted, list(lowered), n=1, cutoff=0.6)
+    return lowered[close[0]] if close else None
+
+
+Pair = TypeVar("Pair")
+
+
+def split_holdout(
+    pairs: Sequence[Pair], share: float = 0.05, at_most: int = 200, seed: int = 0
+) -> tuple[list[Pair], list[Pair]]:
+    """(train, held out), no prompt in both; the same for the same input and seed.
+
+    Prompts are drawn at random and taken with all their pairs while they fit into
+    min(at_most, share * len(pairs)), rounded, at least one. Below eight pairs, or with one prompt
+    alone, nothing is held out. Takes `Row`s or `TokenizedPair`s; keeps their order.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share: wanted a number from 0 up to 1, got {share}")
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for position, pair in enumerate(pairs):
+        groups[_prompt_key(pair)].append(position)
+    if share == 0 or at_most == 0 or len(pairs) < MIN_PAIRS_TO_HOLD_OUT or len(groups) < 2:
+        return list(pairs), []
+    room = min(at_most, max(1, round(share * len(pairs))))
+    drawn = list(groups.values())
+    random.Random(seed).shuffle(drawn)
+    held: set[int] = set()
+    for positions in drawn:
+        if len(held) + len(positions) <= room:
+            held.update(positions)
+    train = [pair for position, pair in enumerate(pairs) if position not in held]
+    return train, [pair for position, pair in enumerate(pairs) if position in held]
+
+
+def _prompt_key(pair: Any) -> Any:
+    if isinstance(pair, Row):
+        return _key(pair.prompt)
+    return tuple(pair.prompt_ids)

@@ -1,0 +1,201 @@
+"""What became of every row of a dataset: the numbers shown before training starts.
+
+Every row ends in exactly one of three places: kept, dropped (a sound row that cannot teach
+anything: an empty answer, an identical pair) or refused (a faulty row: a number where text
+belongs). The three counts add up to the input, and every reason keeps the numbers of its first
+rows, so that a user can go and look. The report holds no texts but short examples.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+ROWS_KEPT_PER_REASON = 20  # row numbers stored for each reason; all rows are counted
+EXAMPLE_CHARS = 300  # longest example text stored with a reason
+LENGTH_BIAS_SHARE = 0.6  # above it the length of the chosen side is a warning
+REFUSED_SHARE = 0.5  # above it the refused rows stand first among the warnings
+PERCENTILES = (5, 50, 95)
+
+
+def printable(text: str, limit: int = EXAMPLE_CHARS) -> str:
+    """`text` made safe for a terminal: control characters become spaces, at most `limit` long."""
+    cut = text if len(text) <= limit else text[: limit - 4] + " ..."
+    return "".join(c if c.isprintable() else " " for c in cut)
+
+
+@dataclass
+class Tally:
+    """How often one reason occurred, the first rows it occurred in, and an example."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)  # 0-based, at most ROWS_KEPT_PER_REASON
+    example: str = ""
+
+    def add(self, row: int, example: str = "") -> None:
+        """Count one more row; keep its number while there is room."""
+        self.count += 1
+        if len(self.rows) < ROWS_KEPT_PER_REASON:
+            self.rows.append(row)
+        self.example = self.example or printable(example)
+
+
+@dataclass
+class DataReport:
+    """What became of every row, and how long the texts are. Lengths are in tokens."""
+
+    source: str = ""
+    total: int = 0  # rows that came in
+    kept: int = 0
+    dropped: dict[str, Tally] = field(default_factory=dict)  # sound, but nothing to learn from
+    refused: dict[str, Tally] = field(default_factory=dict)  # faulty
+    distinct_prompts: int = 0
+    identical_pairs: int = 0  # chosen == rejected, as text or after truncation
+    duplicate_rows: int = 0  # the same pair as an earlier row; kept
+    responses_repeating_prompt: int = 0  # both responses begin with the prompt's text; kept
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)  # before truncation
+    truncated_pairs: int = 0
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    chosen_longer_pairs: int = 0
+    special_token_rows: int = 0  # user text that holds the text of a control token
+    template_stripped: int = 0  # answers whose outer whitespace the chat template removed
+    template_rewritten: int = 0  # answers that the chat template changed otherwise
+    ignored_columns: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, row: int, reason: str, example: str = "") -> None:
+        """Count a row as dropped (the caller adjusts `kept`)."""
+        self.dropped.setdefault(reason, Tally()).add(row, example)
+
+    def refuse(self, row: int, reason: str, example: str = "") -> None:
+        """Count a row as refused (the caller adjusts `kept`)."""
+        self.refused.setdefault(reason, Tally()).add(row, example)
+
+    @property
+    def dropped_count(self) -> int:
+        """Number of dropped rows."""
+        return sum(tally.count for tally in self.dropped.values())
+
+    @property
+    def refused_count(self) -> int:
+        """Number of refused rows."""
+        return sum(tally.count for tally in self.refused.values())
+
+    @property
+    def share_truncated(self) -> float:
+        """Share of the kept pairs that lost a token to `max_length`."""
+        return self.truncated_pairs / self.kept if self.kept else 0.0
+
+    @property
+    def share_chosen_longer(self) -> float:
+        """Share of the kept pairs whose chosen response has more tokens."""
+        return self.chosen_longer_pairs / self.kept if self.kept else 0.0
+
+    def check(self) -> None:
+        """Raise AssertionError unless kept + dropped + refused equals the input."""
+        parts = (self.kept, self.dropped_count, self.refused_count)
+        assert sum(parts) == self.total, (
+            f"DataReport: kept {parts[0]} + dropped {parts[1]} + refused {parts[2]} "
+            f"is not the input of {self.total} rows"
+        )
+
+    def set_lengths(self, **columns: Sequence[int]) -> None:
+        """Store percentiles and maximum of token counts, one keyword for each text column."""
+        for name, values in columns.items():
+            ordered = sorted(values)
+            if ordered:
+                ranks = {f"p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in PERCENTILES}
+                self.lengths[name] = {**ranks, "max": ordered[-1]}
+
+    @property
+    def warnings(self) -> list[str]:
+        """Plain sentences on what a user should look at before training."""
+        lines: list[str] = []
+        if self.total and self.refused_count > REFUSED_SHARE * self.total:
+            lines.append(
+                f"MOST ROWS ARE REFUSED: {self.refused_count} of {self.total}. "
+                "Look at the reasons before trusting this run."
+            )
+        if self.share_chosen_longer > LENGTH_BIAS_SHARE:
+            lines.append(
+                f"the chosen response is longer in {self.share_chosen_longer:.0%} of the pairs: "
+                "training can learn to write long answers, or answers that never end"
+            )
+        if self.special_token_rows:
+            lines.append(
+                f"{self.special_token_rows} rows hold the text of a control token "
+                "(it becomes that token)"
+            )
+        if self.responses_repeating_prompt:
+            lines.append(
+                f"in {self.responses_repeating_prompt} rows both responses begin with the prompt"
+            )
+        if self.template_rewritten:
+            lines.append(f"the chat template rewrote {self.template_rewritten} answers")
+        return lines + self.notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able values, the shares and warnings included."""
+        return asdict(self) | {
+            "share_truncated": self.share_truncated,
+            "share_chosen_longer": self.share_chosen_longer,
+            "warnings": self.warnings,
+        }
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """(label, value) lines that the text and the HTML form share."""
+        facts = [("source", printable(self.source, 120))]
+        facts.append(
+            (
+                "rows",
+                f"{self.total} in = {self.kept} kept + {self.dropped_count} dropped "
+                f"+ {self.refused_count} refused",
+            )
+        )
+        for kind, tallies in (("dropped", self.dropped), ("refused", self.refused)):
+            for reason, tally in sorted(tallies.items(), key=lambda item: -item[1].count):
+                facts.append((kind, _tally_line(reason, tally)))
+        for name, ranks in self.lengths.items():
+            figures = "  ".join(f"{rank} {count:g}" for rank, count in ranks.items())
+            facts.append((f"{name} tokens", figures))
+        if self.lengths:
+            facts.append(("chosen longer", f"{self.share_chosen_longer:.0%} of the pairs"))
+            facts.append(
+                (
+                    "cut",
+                    f"{self.share_truncated:.1%} of the pairs ({self.truncated_prompts} prompts, "
+                    f"{self.truncated_responses} responses)",
+                )
+            )
+        counts = [
+            ("distinct prompts", self.distinct_prompts),
+            ("identical pairs", self.identical_pairs),
+            ("duplicate rows", self.duplicate_rows),
+            ("whitespace cut", self.template_stripped),
+        ]
+        facts += [(label, str(count)) for label, count in counts if count]
+        if self.ignored_columns:
+            facts.append(("not used", printable(", ".join(self.ignored_columns))))
+        return facts + [("WARNING", printable(line, 400)) for line in self.warnings]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:<17}{value}" for label, value in [("Data", ""), *self._facts()])
+
+    def _repr_html_(self) -> str:
+        """The same lines as a small table; every text escaped."""
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for label, value in self._facts()
+        )
+        return f"<table>{cells}</table>"
+
+
+def _tally_line(reason: str, tally: Tally) -> str:
+    shown = ", ".join(str(row) for row in tally.rows[:5])
+    more = ", ..." if tally.count > 5 else ""
+    example = f"; e.g. {tally.example}" if tally.example else ""
+    return f"{tally.count}: {reason} (rows {shown}{more}){example}"
