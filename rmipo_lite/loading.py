@@ -1,0 +1,204 @@
+"""From a name or folder to a model that can be trained: precision, 4-bit weights, LoRA.
+
+Weights load in the precision they are computed in, never silently in fp32; adapter weights are
+fp32. An adapter is attached once: a model that already carries one goes on with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import causal_lm
+
+Quantization = Literal["auto", "none", "4bit"]
+
+# Of the free memory, what weights may take before "auto" goes to 4 bits: the rest is for
+# activations, the adapter and its optimizer.
+_WEIGHTS_SHARE = 0.6
+
+# Where the model itself remembers its PeftModel, so that a second train() on the same object goes
+# on with that adapter. In __dict__: nn.Module would register it as a child of itself.
+_ADAPTED = "_rmipo_lite_adapted"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model name or folder (no remote code)."""
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(
+    name: str,
+    args: RMiPOConfig,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> nn.Module:
+    """Load a causal language model in the run's precision, or with quantised weights.
+
+    A folder that holds an adapter loads its base model too, and the adapter goes on training.
+
+    Raises:
+        OSError: nothing by that name or folder (from transformers, naming it).
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        base = load_model(base_name, args, quantization_config)
+        return PeftModel.from_pretrained(base, name, is_trainable=True)
+    kwargs: dict[str, Any] = {"dtype": weight_dtype(args)}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if torch.cuda.is_available() and not args.use_cpu:
+        # One card: "auto" would spread the layers over all of them, and the head with them.
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    protect_4bit_on_cpu(model)
+    return model
+
+
+def weight_dtype(args: RMiPOConfig) -> torch.dtype:
+    """The dtype weights load in: what the run computes in."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
+
+
+def quantization_for(
+    name: str, args: RMiPOConfig, quantization: Quantization | BitsAndBytesConfig
+) -> BitsAndBytesConfig | None:
+    """Resolve the `quantization` argument of `train()`.
+
+    "auto" takes 4-bit on CUDA when the weights would take more than 60 % of the free memory.
+
+    Raises:
+        ValueError: neither auto, none, 4bit nor a BitsAndBytesConfig.
+    """
+    if isinstance(quantization, BitsAndBytesConfig):
+        return quantization
+    if quantization not in ("auto", "none", "4bit"):
+        raise ValueError(
+            "quantization must be 'auto', 'none', '4bit' or a BitsAndBytesConfig, got "
+            f"{quantization!r}"
+        )
+    if quantization == "none" or (quantization == "auto" and not _too_large(name, args)):
+        return None
+    return nf4_config(args)
+
+
+def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in the run's precision."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=weight_dtype(args),
+    )
+
+
+def _too_large(name: str, args: RMiPOConfig) -> bool:
+    if not torch.cuda.is_available() or args.use_cpu:
+        return False
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    weight_bytes = sum(p.numel() for p in shell.parameters()) * weight_dtype(args).itemsize
+    free, _ = torch.cuda.mem_get_info()
+    return weight_bytes > _WEIGHTS_SHARE * free
+
+
+def protect_4bit_on_cpu(model: nn.Module) -> None:
+    """Keep 4-bit layers off bitsandbytes' packed CPU kernel.
+
+    One evaluation pass in eval mode repacks the weights for it, and later backward passes then give
+    silently wrong gradients: of 14 LoRA tensors 4 had one left (measured, bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def default_lora() -> LoraConfig:
+    """LoRA on every linear layer but the head: r=16, alpha=32, no dropout."""
+    return LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def attach_adapter(
+    model: nn.Module, peft_config: LoraConfig | Literal["auto", "new"] | None
+) -> nn.Module:
+    """Give the model its adapter, or leave it the one it has. Never nests.
+
+    Args:
+        model: a PreTrainedModel or a PeftModel.
+        peft_config: "auto" goes on with the adapter the model carries, else attaches
+            `default_lora()`; "new" removes what it carries and attaches a fresh default one; a
+            LoraConfig likewise, with that configuration; None attaches nothing (an adapter goes
+            on, a plain model is trained in full).
+
+    Raises:
+        ValueError: the model carries adapter layers that belong to no known PeftModel, or the
+            argument is none of the above.
+    """
+    if isinstance(peft_config, str) and peft_config not in ("auto", "new"):
+        raise ValueError(
+            f"peft_config must be 'auto', 'new', None or a peft config, got {peft_config!r}"
+        )
+    adapted = _adapted(model)
+    if adapted is not None and (peft_config is None or peft_config == "auto"):
+        _make_trainable(adapted)
+        return adapted
+    base = model if adapted is None else adapted.unload()
+    causal_lm(base).__dict__.pop(_ADAPTED, None)
+    if peft_config is None:
+        return base
+    config = default_lora() if isinstance(peft_config, str) else peft_config
+    # peft's prepare_model_for_kbit_training is left out on purpose: it turns embedding and head
+    # into fp32 copies, which takes more memory than 4-bit saves. get_peft_model freezes the rest.
+    adapted = get_peft_model(base, config)
+    causal_lm(adapted).__dict__[_ADAPTED] = adapted
+    return adapted
+
+
+def _adapted(model: nn.Module) -> PeftModel | None:
+    """The PeftModel that the model is or was wrapped in, if it still carries its layers."""
+    if isinstance(model, PeftModel):
+        return model
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return None
+    known = model.__dict__.get(_ADAPTED)
+    if known is None:
+        raise ValueError(
+            "model: carries adapter layers but isn't a PeftModel; pass the PeftModel that "
+            "get_peft_model returned, so that its adapter can go on training"
+        )
+    return known
+
+
+def _make_trainable(adapted: PeftModel) -> None:
+    """Adapters loaded for inference are frozen; training goes on with the active one."""
+    active = set(adapted.active_adapters)
+    for name, parameter in adapted.named_parameters():
+        parts = name.split(".")
+        if any(part.startswith("lora_") for part in parts) and active & set(parts):
+            parameter.requires_grad_(True)
+
+
+def run_name(model: str | nn.Module) -> str:
+    """A folder name for a run on this model: `rmipo-<model name>`."""
+    name = model if isinstance(model, str) else str(causal_lm(model).config.name_or_path)
+    last = Path(name.rstrip("/")).name or "model"
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".")
+    return f"rmipo-{safe[:80] or 'model'}"

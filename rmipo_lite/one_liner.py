@@ -1,0 +1,213 @@
+"""`train(model, dataset)`: a model, a file of pairs, and done.
+
+The order: load -> read and report the data -> attach the adapter -> evaluate -> train -> evaluate
+-> save -> `TrainResult`. Everything it decides it says in one line, and what it changes on the
+caller's model beside the adapter is put back.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rmipo_lite import loading
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data import DataReport, Row, load_rows, split_holdout
+from rmipo_lite.display import say, show_progress
+from rmipo_lite.interrupt import GracefulInterrupt
+from rmipo_lite.model import causal_lm
+from rmipo_lite.result import TrainResult
+from rmipo_lite.tokenization import TokenizedPair, prepare_tokenizer, tokenize_rows
+from rmipo_lite.trainer import RMiPOTrainer, tokenization_options
+
+HOLDOUT_SHARE = 0.05
+HOLDOUT_AT_MOST = 200  # pairs
+
+
+def train(
+    model: str | PreTrainedModel | PeftModel,
+    dataset: Any,
+    *,
+    eval_dataset: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output_dir: str | Path | None = None,
+    peft_config: LoraConfig | str | None = "auto",
+    quantization: loading.Quantization | BitsAndBytesConfig = "auto",
+    resume: bool | str | Path = False,
+    **config: Any,
+) -> TrainResult:
+    """Align a model with preference pairs.
+
+    Args:
+        model: a name, a folder, a PreTrainedModel or a PeftModel (its adapter goes on).
+        dataset: a hub name, a path (.jsonl, .json, .csv, .parquet, also .gz), a Dataset or
+            DatasetDict, a list of dicts, a dict of lists or a pandas DataFrame with prompt, chosen
+            and rejected; text, message lists, or message lists with the prompt inside.
+        eval_dataset: likewise; None holds out 5 % of the pairs, at most 200, sharing no prompt
+            with the others.
+        tokenizer: None loads the model's own.
+        output_dir: None makes a new folder `rmipo-<model name>`; another run's is never reused.
+        peft_config: "auto" (go on with the adapter the model has, else LoRA r=16 on every linear
+            layer but the head), "new" (a fresh one), a peft config, or None (train what the model
+            has: its adapter, or every weight).
+        quantization: "auto" (4-bit on CUDA when the weights would not fit otherwise), "none",
+            "4bit" (NF4, double quantisation) or a BitsAndBytesConfig; for a model given by name.
+        resume: True goes on from the newest valid checkpoint in `output_dir`; a path from that one.
+        **config: any option of `RMiPOConfig`, for example `learning_rate=2e-5`, `max_steps=300`.
+
+    Returns:
+        TrainResult: model, tokenizer, metrics before and after, history, data report; it plots,
+        generates, compares before and after, saves, merges.
+
+    Raises:
+        ValueError, TypeError: an option, a dataset or a model that can't be used; the message
+            names it, what is wanted and what came.
+        FileExistsError: `output_dir` holds another run and `resume` isn't set.
+    """
+    folder = _output_folder(model, output_dir, resume)
+    args = RMiPOConfig(output_dir=str(folder), **config)
+    rows, report = load_rows(dataset)
+    with _restored(model):
+        loaded, tokenizer = _load(model, tokenizer, args, quantization)
+        tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
+        train_pairs, eval_pairs = _pairs(rows, report, eval_dataset, tokenizer, args, loaded)
+        say(str(report))
+        interrupt = GracefulInterrupt()
+        trainer = RMiPOTrainer(
+            loaded,
+            args,
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[interrupt],
+        )
+        trainer.data_report = report
+        show_progress(trainer)
+        return _run(trainer, eval_pairs, report, interrupt, folder, resume, _is_chat(rows))
+
+
+def _run(
+    trainer: RMiPOTrainer,
+    eval_pairs: list[TokenizedPair],
+    report: DataReport,
+    interrupt: GracefulInterrupt,
+    folder: Path,
+    resume: bool | str | Path,
+    conversational: bool,
+) -> TrainResult:
+    before = trainer.evaluate() if eval_pairs else {}
+    checkpoint = str(resume) if isinstance(resume, (str, Path)) else resume
+    outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
+    after = trainer.evaluate() if eval_pairs else {}
+    result = TrainResult(
+        model=trainer.model,
+        tokenizer=trainer.processing_class,
+        args=trainer.args,
+        metrics={**outcome.metrics, **after},
+        metrics_before=before,
+        history=list(trainer.state.log_history),
+        data_report=report,
+        output_dir=folder,
+        stopped_at_step=interrupt.stopped_at_step,
+        conversational=conversational,
+    )
+    result.save(folder)
+    return result
+
+
+def _load(
+    model: str | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: RMiPOConfig,
+    quantization: loading.Quantization | BitsAndBytesConfig,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    if not isinstance(model, str):
+        base = causal_lm(model)
+        if quantization not in ("auto", "none"):
+            raise ValueError(
+                "quantization is for a model given by name or folder; this one is loaded"
+            )
+        return model, tokenizer or loading.load_tokenizer(base.config.name_or_path)
+    tokenizer = tokenizer or loading.load_tokenizer(model)
+    quantization_config = loading.quantization_for(model, args, quantization)
+    if quantization_config is not None and quantization == "auto":
+        say("The weights would not fit beside training: they load in 4-bit (NF4).")
+    return loading.load_model(model, args, quantization_config), tokenizer
+
+
+def _pairs(
+    rows: list[Row],
+    report: DataReport,
+    eval_dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RMiPOConfig,
+    model: nn.Module,
+) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    options = tokenization_options(args, model)
+    pairs = tokenize_rows(rows, tokenizer, options, report)
+    if eval_dataset is None:
+        return split_holdout(pairs, share=HOLDOUT_SHARE, at_most=HOLDOUT_AT_MOST, seed=args.seed)
+    eval_rows, eval_report = load_rows(eval_dataset)
+    eval_pairs = tokenize_rows(eval_rows, tokenizer, options, eval_report)
+    say(f"Evaluation set: {eval_report.kept} of {eval_report.total} pairs kept")
+    return pairs, eval_pairs
+
+
+def _is_chat(rows: list[Row]) -> bool:
+    return not isinstance(rows[0].prompt, str)
+
+
+def _output_folder(
+    model: str | nn.Module, output_dir: str | Path | None, resume: bool | str | Path
+) -> Path:
+    if output_dir is not None:
+        folder = Path(output_dir)
+        if resume is False and folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"output_dir: {folder} isn't empty, and another run is never written over; name "
+                "a new folder, or pass resume=True to go on with that run"
+            )
+        return folder
+    name = loading.run_name(model)
+    if resume:
+        return Path(name)
+    folder, count = Path(name), 1
+    while folder.exists():
+        count += 1
+        folder = Path(f"{name}-{count}")
+    return folder
+
+
+@contextmanager
+def _restored(model: str | nn.Module) -> Iterator[None]:
+    """Put back what a run changes beside the adapter: mode, dropout, use_cache, random state."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    saved: list[tuple[Any, str, Any]] = []
+    if not isinstance(model, str):
+        config = causal_lm(model).config
+        saved.append((config, "use_cache", getattr(config, "use_cache", None)))
+        for module in model.modules():
+            saved.append((module, "training", module.training))
+            for name in ("p", "attention_dropout", "attn_dropout", "dropout"):
+                if isinstance(module.__dict__.get(name), float):
+                    saved.append((module, name, getattr(module, name)))
+    try:
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        gc.collect()

@@ -1,0 +1,191 @@
+"""One optimizer step's forward and backward passes over a list of pairs.
+
+A step's pairs are cut into micro-steps by a token budget, and every micro-step is weighted by its
+share of the pairs: the gradient is that of the mean over the step's pairs whatever the cut. A step
+that isn't finite is thrown away as a whole and its pairs are run one by one to find the culprit:
+masking it would not do, since 0 * NaN is NaN in the adapter's gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rmipo_lite import batch, loss
+from rmipo_lite.attention import packed_attention
+from rmipo_lite.batch import ModelInput
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.metrics import PairValues
+from rmipo_lite.model import device_of, read_head, scored_hidden
+from rmipo_lite.tokenization import TokenizedPair
+
+Backward = Callable[[Tensor], None]
+PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class StepOutcome:
+    """What one optimizer step did."""
+
+    loss: Tensor  # () mean over the pairs that counted, detached, sft term included
+    values: list[PairValues] = field(default_factory=list)
+    num_tokens: int = 0  # tokens read by the policy and the prior pass
+    num_pairs: int = 0
+    dropped: list[TokenizedPair] = field(default_factory=list)  # not finite, found one by one
+
+
+@dataclass
+class PairStep:
+    """Runs pairs through model, head and loss.
+
+    `max_tokens` is the micro-step's budget; `packing` chooses the packed or the padded form.
+    """
+
+    model: nn.Module
+    args: RMiPOConfig
+    max_tokens: int
+    packing: bool
+    prior_bos_id: int | None = None  # the token before a bare response, prior_context="bos"
+    pad_id: int = 0
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    prior_cache: loss.CachedPriors | None = None  # prior="cached": used by training steps only
+
+    def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        """Accumulate the gradient of the mean loss over the pairs that are finite.
+
+        Where none is, every gradient is left as None, which makes the optimizer's step do nothing.
+        """
+        outcome = self._accumulate(pairs, backward)
+        if self._is_finite(outcome):
+            return outcome
+        good, dropped = [], []
+        for pair in pairs:
+            self._clear_gradients()
+            finite = self._is_finite(self._accumulate([pair], backward))
+            (good if finite else dropped).append(pair)
+        self._clear_gradients()
+        if dropped and good:
+            outcome = self._accumulate(good, backward)
+        if not dropped or not good or not self._is_finite(outcome):
+            # Finite one by one and not together, or nothing left: the step as a whole is dropped.
+            self._void_gradients()
+            nothing = torch.zeros((), device=device_of(self.model))
+            return StepOutcome(loss=nothing, dropped=list(pairs))
+        outcome.dropped = dropped
+        return outcome
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[TokenizedPair]) -> Iterator[PairValues]:
+        """Per-pair values without a gradient, a micro-step at a time."""
+        for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
+            with self._attention():
+                yield self._forward(part, self._live_prior)[0]
+
+    @torch.no_grad()
+    def prior_means(self, pairs: Sequence[TokenizedPair]) -> loss.CachedPriors:
+        """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
+        cache: loss.CachedPriors = {}
+        for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
+            with self._attention():
+                token_logps, cu_seqlens = self._live_prior(part)
+            borders = cu_seqlens.tolist()
+            sums = token_logps.double().cumsum(0)
+            totals = [0.0, *sums.tolist()]
+            means = [
+                (totals[end] - totals[start]) / (end - start) if end > start else math.nan
+                for start, end in zip(borders, borders[1:], strict=False)
+            ]
+            for i, pair in enumerate(part):
+                cache[pair.row] = (means[2 * i], means[2 * i + 1])
+        return cache
+
+    def _accumulate(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
+        outcome = StepOutcome(
+            loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
+        )
+        for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
+            # The backward pass inside the block: checkpointing runs the forward pass again.
+            with self._attention():
+                values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)
+                micro_loss = pair_losses.sum() / len(pairs)
+                if self.args.sft_weight:
+                    micro_loss = micro_loss + self.args.sft_weight * chosen_nll / num_chosen
+                backward(micro_loss)
+            outcome.loss += micro_loss.detach().to(outcome.loss.dtype)
+            outcome.values.append(values)
+            outcome.num_tokens += num_tokens
+        return outcome
+
+    def _forward(
+        self, pairs: Sequence[TokenizedPair], prior_of: PriorOf
+    ) -> tuple[PairValues, Tensor, Tensor, int]:
+        """(values, loss per pair (P,), summed chosen nll (), tokens read)."""
+        policy = batch.policy_input(pairs, self.packing, self.pad_id)
+        policy = policy.to(device_of(self.model))
+        token_logps = self._score(policy)
+        prior = None
+        num_tokens = policy.num_tokens
+        if self.args.uses_prior:
+            prior = prior_of(pairs)
+            num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
+        out = loss.losses(token_logps, policy.cu_seqlens, prior, self.args)
+        nll = loss.chosen_token_nll(token_logps, policy.cu_seqlens)
+        return PairValues.of(out, policy.cu_seqlens), out.loss, nll, num_tokens
+
+    def _prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        """The prior of a training step: from the cache where there is one."""
+        if self.prior_cache is None:
+            return self._live_prior(pairs)
+        rows = [pair.row for pair in pairs]
+        return loss.cached_prior(rows, self.prior_cache, device_of(self.model))
+
+    @torch.no_grad()
+    def _live_prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        inputs = batch.prior_input(pairs, self.packing, self.prior_bos_id, self.pad_id)
+        inputs = inputs.to(device_of(self.model))
+        if not len(inputs.target_ids):  # only responses of one token: nothing to score
+            return torch.zeros(0, device=inputs.target_ids.device), inputs.cu_seqlens
+        return self._score(inputs), inputs.cu_seqlens
+
+    def _score(self, inputs: ModelInput) -> Tensor:  # (N,)
+        with self.autocast():
+            hidden = scored_hidden(self.model, inputs)
+        head = read_head(self.model)
+        return head.token_logps(hidden, inputs.target_ids, self.args.kernel_impl)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return packed_attention(self.model) if self.packing else nullcontext()
+
+    def _is_finite(self, outcome: StepOutcome) -> bool:
+        """Whether loss and gradient norm are; one wait for the device in the whole step."""
+        checks = [torch.isfinite(outcome.loss)]
+        # With fp16's loss scaling an infinite gradient is the scaler's to see and skip.
+        if not self.args.fp16:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if grads:
+                norm = nn.utils.get_total_norm(grads)
+                checks.append(torch.isfinite(norm))
+        return bool(torch.stack(checks).all())
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _void_gradients(self) -> None:
+        """Leave gradients that make the optimizer's step change nothing.
+
+        None does: the optimizer passes such a parameter over. fp16's scaler wants a gradient to look
+        at, and skips the step when it is infinite.
+        """
+        if not self.args.fp16:
+            self._clear_gradients()
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, torch.inf)
