@@ -1,0 +1,20 @@
+"""The operators: `linear_logps` (the head) and `rmipo_loss` / `pair_loss` (the loss).
+
+`reference` defines what is correct, `native` finds, builds and loads the C++/CUDA kernels, `head`
+and `loss` hold the public functions with their gradients.
+"""
+
+from rmipo_lite.ops.head import linear_logps
+from rmipo_lite.ops.loss import LossOutput, PairLossOutput, pair_loss, rmipo_loss
+from rmipo_lite.ops.native import BackendStatus, device_flag, status
+
+__all__ = [
+    "BackendStatus",
+    "LossOutput",
+    "PairLossOutput",
+    "device_flag",
+    "linear_logps",
+    "pair_loss",
+    "rmipo_loss",
+    "status",
+]

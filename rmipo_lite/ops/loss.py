@@ -1,0 +1,329 @@
+"""The pair loss as an operator: token log-probs in, per-pair loss and its parts out.
+
+    logps    = mean of a sequence's token log-probs                    nats per token
+    pmi      = logps - prior_logps                                     detached
+    pmi_gap  = pmi[chosen] - pmi[rejected]                             0 where a side has no prior
+    gamma    = gamma_min + (gamma_max - gamma_min) * exp(-max(0, pmi_gap))
+    D        = logps[chosen] - logps[rejected]
+    rmipo    = -logsigmoid(beta * D - gamma)          -logsigmoid(beta * (D - gamma)) when scaled
+    simpo    = -logsigmoid(beta * D - simpo_gamma)
+    hinge    = relu(1 - (beta * D - simpo_gamma))
+    simper   = -exp(logps[chosen]) + exp(logps[rejected])
+
+The derivative with respect to the two means falls out of the forward pass, so the backward pass
+only spreads it over the tokens. Means, PMI and gamma carry no gradient: gamma is a target that the
+method sets, and a gradient through it would let the policy lower its own margin.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmipo_lite.ops import native, reference
+from rmipo_lite.ops.checks import refuse_second_derivative, require
+from rmipo_lite.ops.reference import LOSSES, SMOOTHED, PairOptions, PairParts
+
+Impl = Literal["auto", "native", "torch"]
+LossType = Literal["rmipo", "simpo", "hinge", "simper"]
+
+
+class LossOutput(NamedTuple):
+    """What `rmipo_loss` returns; only `loss` carries a gradient."""
+
+    loss: Tensor  # (P,)
+    gamma: Tensor  # (P,) reward units; nats per token with gamma_scaled_by_beta
+    pmi_gap: Tensor  # (P,) nats per token
+
+
+class PairLossOutput(NamedTuple):
+    """What `pair_loss` returns; only `loss` carries a gradient, to `token_logps`."""
+
+    loss: Tensor  # (P,)
+    gamma: Tensor  # (P,) the margin used: adaptive, `simpo_gamma`, or 0 for simper
+    pmi_gap: Tensor  # (P,) nats per token; 0 where undefined or without a prior
+    logps: Tensor  # (2P,) nats per token, C1 R1 C2 R2 ...
+    prior_logps: Tensor | None  # (2P,) NaN where a prior scores no token; None without a prior
+
+
+def pair_loss(
+    token_logps: Tensor,  # (N,) fp32 | fp64, nats
+    cu_seqlens: Tensor,  # (2P + 1,) int32, sequences C1 R1 C2 R2 ...
+    prior_token_logps: Tensor | None = None,  # (M,) same dtype, nats
+    prior_cu_seqlens: Tensor | None = None,  # (2P + 1,) int32
+    *,
+    loss_type: LossType = "rmipo",
+    beta: float = 2.0,
+    gamma_min: float = 0.3,
+    gamma_max: float = 1.6,
+    gamma_scaled_by_beta: bool = False,
+    label_smoothing: float = 0.0,
+    simpo_gamma: float = 0.5,
+    impl: Impl = "auto",
+) -> PairLossOutput:
+    """Loss of every pair of packed sequences (arXiv 2604.24804; formulas at the top of this file).
+
+    A response whose prior scores no token has no PMI: its pair takes `pmi_gap` 0, hence
+    `gamma_max`. NaN in, NaN out. The authors' `gamma_beta_ratio` g is `simpo_gamma = beta * g`.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, borders that don't tile the tokens, a pair with a
+            side of no tokens, an unknown loss, an option out of its range, label smoothing with a
+            loss that has none. On CUDA borders aren't read back: a bad one gives NaN and sets the
+            device flag (`rmipo_lite.ops.native.device_flag`).
+        TypeError: a tensor of the wrong dtype.
+    """
+    if loss_type not in LOSSES:
+        raise ValueError(
+            f"pair_loss: loss_type must be one of {', '.join(LOSSES)}, got {loss_type!r}"
+        )
+    options = PairOptions(
+        loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
+    )
+    _check_options(options)
+    _check_sequences("", token_logps, cu_seqlens)
+    if (prior_token_logps is None) != (prior_cu_seqlens is None):
+        raise ValueError("pair_loss: prior_token_logps and prior_cu_seqlens go together, got one")
+    if prior_token_logps is not None and prior_cu_seqlens is not None:
+        _check_sequences("prior_", prior_token_logps, prior_cu_seqlens)
+        _check_prior(token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
+    elif loss_type == "rmipo":
+        raise ValueError("pair_loss: loss_type rmipo needs prior_token_logps, got None")
+    native.check_impl("pair_loss", impl)
+    parts = PairParts(
+        *_pair_loss(
+            token_logps,
+            cu_seqlens,
+            None if prior_token_logps is None else prior_token_logps.detach(),
+            prior_cu_seqlens,
+            *options,
+            impl,
+        )
+    )
+    prior_logps = None if prior_token_logps is None else parts.prior_logps
+    return PairLossOutput(parts.loss, parts.gamma, parts.pmi_gap, parts.logps, prior_logps)
+
+
+def rmipo_loss(
+    chosen_logps: Tensor,  # (P,) nats per token
+    rejected_logps: Tensor,  # (P,)
+    chosen_prior_logps: Tensor,  # (P,)
+    rejected_prior_logps: Tensor,  # (P,)
+    *,
+    beta: float = 2.0,
+    gamma_min: float = 0.3,
+    gamma_max: float = 1.6,
+    gamma_scaled_by_beta: bool = False,
+    label_smoothing: float = 0.0,
+    impl: Impl = "auto",
+) -> LossOutput:
+    """RMiPO loss of P pairs from their mean log-probs (arXiv 2604.24804, equation 11).
+
+    Same as, without label smoothing,
+    `-logsigmoid(beta * (chosen_logps - rejected_logps) - gamma)` with
+    `gamma = gamma_min + (gamma_max - gamma_min) * exp(-max(0, pmi_gap))`, detached, and
+    `pmi_gap = (chosen_logps - chosen_prior_logps) - (rejected_logps - rejected_prior_logps)`.
+    `gamma_scaled_by_beta=True` is the authors' released code: beta multiplies gamma too.
+    Results are float32 (float64 if an input is).
+
+    Raises:
+        ValueError: shapes that aren't (P,), different devices, an option out of its range.
+        TypeError: an input that is not floating point.
+    """
+    named = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "chosen_prior_logps": chosen_prior_logps,
+        "rejected_prior_logps": rejected_prior_logps,
+    }
+    pairs = chosen_logps.shape[0] if chosen_logps.dim() == 1 else None
+    dtype = torch.float32
+    for name, value in named.items():
+        if not value.is_floating_point():
+            raise TypeError(f"rmipo_loss: {name} must be floating point, got {value.dtype}")
+        if pairs is None or value.shape != (pairs,):
+            want = "(num_pairs,)" if pairs is None else f"(num_pairs,) = ({pairs},)"
+            raise ValueError(f"rmipo_loss: {name} must have shape {want}, got {tuple(value.shape)}")
+        require(
+            "rmipo_loss",
+            name,
+            "be on the device of chosen_logps",
+            chosen_logps.device,
+            value.device,
+        )
+        dtype = torch.promote_types(dtype, value.dtype)
+    # A mean is the mean of one token: the fused operator serves here too.
+    borders = torch.arange(2 * len(chosen_logps) + 1, dtype=torch.int32, device=chosen_logps.device)
+    out = pair_loss(
+        torch.stack([chosen_logps.to(dtype), rejected_logps.to(dtype)], dim=1).flatten(),
+        borders,
+        torch.stack(
+            [chosen_prior_logps.to(dtype), rejected_prior_logps.to(dtype)], dim=1
+        ).flatten(),
+        borders,
+        beta=beta,
+        gamma_min=gamma_min,
+        gamma_max=gamma_max,
+        gamma_scaled_by_beta=gamma_scaled_by_beta,
+        label_smoothing=label_smoothing,
+        impl=impl,
+    )
+    return LossOutput(out.loss, out.gamma, out.pmi_gap)
+
+
+def _check_options(options: PairOptions) -> None:
+    def refuse(name: str, want: str) -> None:
+        raise ValueError(f"pair_loss: {name} must be {want}, got {getattr(options, name)}")
+
+    if not (math.isfinite(options.beta) and options.beta >= 0):
+        refuse("beta", "finite and at least 0")
+    if not (math.isfinite(options.gamma_min) and math.isfinite(options.gamma_max)):
+        refuse("gamma_min" if not math.isfinite(options.gamma_min) else "gamma_max", "finite")
+    if options.gamma_min > options.gamma_max:
+        refuse("gamma_min", f"at most gamma_max = {options.gamma_max}")
+    if not math.isfinite(options.simpo_gamma):
+        refuse("simpo_gamma", "finite")
+    if not 0 <= options.label_smoothing <= 1:
+        refuse("label_smoothing", "between 0 and 1")
+    if options.label_smoothing and options.loss_type not in SMOOTHED:
+        refuse("label_smoothing", f"0 with loss_type {options.loss_type}, which has none")
+
+
+def _check_sequences(prefix: str, token_logps: Tensor, cu_seqlens: Tensor) -> None:
+    name, borders = f"{prefix}token_logps", f"{prefix}cu_seqlens"
+    if token_logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"pair_loss: {name} must be float32 or float64, got {token_logps.dtype}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"pair_loss: {borders} must be int32, got {cu_seqlens.dtype}")
+    if token_logps.dim() != 1:
+        raise ValueError(
+            f"pair_loss: {name} must have shape (num_tokens,), got {tuple(token_logps.shape)}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(
+            f"pair_loss: {borders} must have shape (2 * num_pairs + 1,), got {tuple(cu_seqlens.shape)}"
+        )
+    require(
+        "pair_loss", borders, f"be on the device of {name}", token_logps.device, cu_seqlens.device
+    )
+
+
+def _check_prior(
+    token_logps: Tensor, cu_seqlens: Tensor, prior_token_logps: Tensor, prior_cu_seqlens: Tensor
+) -> None:
+    require(
+        "pair_loss", "prior_token_logps", "have the dtype of token_logps",
+        token_logps.dtype, prior_token_logps.dtype, TypeError,
+    )  # fmt: skip
+    require(
+        "pair_loss", "prior_token_logps", "be on the device of token_logps",
+        token_logps.device, prior_token_logps.device,
+    )  # fmt: skip
+    require(
+        "pair_loss", "prior_cu_seqlens", "have the shape of cu_seqlens",
+        tuple(cu_seqlens.shape), tuple(prior_cu_seqlens.shape),
+    )  # fmt: skip
+
+
+def _check_borders(name: str, cu_seqlens: Tensor, num_tokens: int, *, may_be_empty: bool) -> None:
+    """Refuse borders that don't tile the tokens. Reads the values, so only for CPU tensors."""
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != num_tokens:
+        raise ValueError(
+            f"pair_loss: {name} must run from 0 to the number of tokens {num_tokens}, "
+            f"got {borders[0]} to {borders[-1]}"
+        )
+    for s, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        if end < start:
+            raise ValueError(f"pair_loss: {name} must not descend, got {start} then {end} at {s}")
+        if end == start and not may_be_empty:
+            side = "rejected" if s % 2 else "chosen"
+            raise ValueError(
+                f"pair_loss: every sequence must have a token, but the {side} response of pair "
+                f"{s // 2} has none"
+            )
+
+
+@torch.library.custom_op("rmipo_lite::pair_loss", mutates_args=())
+def _pair_loss(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    prior_token_logps: Tensor | None,
+    prior_cu_seqlens: Tensor | None,
+    loss_type: str,
+    beta: float,
+    gamma_min: float,
+    gamma_max: float,
+    gamma_scaled_by_beta: bool,
+    label_smoothing: float,
+    simpo_gamma: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = PairOptions(
+        loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
+    )
+    if token_logps.device.type == "cpu":
+        _check_borders("cu_seqlens", cu_seqlens, token_logps.shape[0], may_be_empty=False)
+        if prior_cu_seqlens is not None and prior_token_logps is not None:
+            count = prior_token_logps.shape[0]
+            _check_borders("prior_cu_seqlens", prior_cu_seqlens, count, may_be_empty=True)
+    sequences = (token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
+    if native.use_native(impl, token_logps.device):
+        return tuple(native.pair_losses(*sequences, options))
+    return tuple(reference.pair_losses(*sequences, options))
+
+
+@_pair_loss.register_fake
+def _(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    prior_token_logps: Tensor | None,
+    prior_cu_seqlens: Tensor | None,
+    loss_type: str,
+    beta: float,
+    gamma_min: float,
+    gamma_max: float,
+    gamma_scaled_by_beta: bool,
+    label_smoothing: float,
+    simpo_gamma: float,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    sequences = cu_seqlens.shape[0] - 1
+    per_pair = [token_logps.new_empty(sequences // 2) for _ in range(3)]
+    per_sequence = [token_logps.new_empty(sequences) for _ in range(3)]
+    return (*per_pair, *per_sequence)
+
+
+@torch.library.custom_op("rmipo_lite::pair_loss_backward", mutates_args=())
+def _pair_loss_backward(
+    grad_loss: Tensor, mean_grads: Tensor, cu_seqlens: Tensor, num_tokens: int
+) -> Tensor:
+    """grad_token = grad_loss[pair] * d loss / d mean[sequence] / tokens in the sequence."""
+    index = reference.sequence_of_token(cu_seqlens, num_tokens)
+    # double: one division and one rounding, as in the forward pass
+    scale = grad_loss.double().repeat_interleave(2) * mean_grads.double() / cu_seqlens.diff()
+    return scale[index].to(mean_grads.dtype)
+
+
+@_pair_loss_backward.register_fake
+def _(grad_loss: Tensor, mean_grads: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    return mean_grads.new_empty(num_tokens)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[5], inputs[1])
+    ctx.num_tokens = inputs[0].shape[0]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    refuse_second_derivative("pair_loss")
+    mean_grads, cu_seqlens = ctx.saved_tensors
+    grad = _pair_loss_backward(grad_loss, mean_grads, cu_seqlens, ctx.num_tokens)
+    return (grad, *[None] * 11)
+
+
+_pair_loss.register_autograd(_backward, setup_context=_setup_context)

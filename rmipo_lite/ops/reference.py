@@ -1,0 +1,203 @@
+"""The operators in plain PyTorch: the definition of correct, and the path where nothing is built.
+
+Two pieces. `row_logps` is the work on a chunk of logits: log-probability of each row's target and,
+on demand, its derivative with respect to the matrix product that gave the logits. `pair_losses` is
+the loss of a batch of pairs. Both follow the same rules as the C++ and CUDA kernels in `csrc/`,
+which are tested against this file in float64.
+
+Losses are functions f(chosen mean, rejected mean, one detached number per pair), listed in
+`LOSSES` with their derivatives; the next loss is one more function there and one more case in
+`csrc/pair_math.h`. They are computed in float64 whatever comes in: P numbers cost nothing, and
+float32 would add its rounding to a margin that lies in 0.3 to 1.6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # target id of a row that is not scored: log-probability 0, gradient 0
+
+
+class PairOptions(NamedTuple):
+    """The constants of a pair loss; formulas in `rmipo_lite.ops.loss`."""
+
+    loss_type: str
+    beta: float
+    gamma_min: float
+    gamma_max: float
+    gamma_scaled_by_beta: bool
+    label_smoothing: float
+    simpo_gamma: float
+
+
+class PairParts(NamedTuple):
+    """Everything a pair loss computes; logps are ordered chosen, rejected, chosen, ..."""
+
+    loss: Tensor  # (P,)
+    gamma: Tensor  # (P,)
+    pmi_gap: Tensor  # (P,) nats per token
+    logps: Tensor  # (2P,) nats per token
+    prior_logps: Tensor  # (2P,) nats per token, NaN where the prior scores no token
+    mean_grads: Tensor  # (2P,) d loss[s // 2] / d logps[s]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, else float32: what logits, sums and results are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_logps(
+    logits: Tensor,  # (C, V), the bare product hidden @ weight.T
+    target_ids: Tensor,  # (C,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    row_scale: Tensor | None,  # (C,) what each row's derivative is multiplied by; None: 1
+    *,
+    with_grads: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probability of each row's target, its derivative, and whether a target was no token.
+
+    Same as `log_softmax(softcap * tanh((logits + bias) * scale / softcap), -1)[target]`, with 0
+    where the target is -100 (the row isn't read) and NaN where it is outside 0 .. V-1.
+
+    Returns:
+        logps (C,), d logps / d logits (C, V) or None, and invalid () bool.
+    """
+    vocab_size = logits.shape[1]
+    x = logits.to(accumulate_dtype(logits.dtype))
+    if bias is not None:
+        x = x + bias.to(x.dtype)
+    x = x * logit_scale
+    slope: Tensor | float = logit_scale
+    if logit_softcap is not None:
+        tanh = torch.tanh(x / logit_softcap)
+        x = logit_softcap * tanh
+        slope = logit_scale * (1 - tanh * tanh)
+    log_probs = torch.log_softmax(x, dim=-1)
+    ignored = target_ids == IGNORED
+    invalid = ((target_ids < 0) | (target_ids >= vocab_size)) & ~ignored
+    safe_ids = target_ids.clamp(0, vocab_size - 1)[:, None]
+    logps = log_probs.gather(1, safe_ids)[:, 0]
+    logps = logps.masked_fill(invalid, math.nan).masked_fill(ignored, 0.0)
+    if not with_grads:
+        return logps, None, invalid.any()
+    grads = -log_probs.exp()
+    grads.scatter_add_(1, safe_ids, torch.ones_like(grads[:, :1]))
+    grads = grads * slope
+    if row_scale is not None:
+        grads = grads * row_scale[:, None].to(grads.dtype)
+    grads = grads.masked_fill(invalid[:, None], math.nan).masked_fill(ignored[:, None], 0.0)
+    return logps, grads, invalid.any()
+
+
+# --- losses: (chosen mean, rejected mean, per-pair number) -> loss and its two derivatives ---
+
+LossAndGrads = tuple[Tensor, Tensor, Tensor]
+
+
+def _logistic(z: Tensor, beta: float, label_smoothing: float) -> LossAndGrads:
+    """-(1-e) logsigmoid(z) - e logsigmoid(-z), with d z / d chosen = beta = -d z / d rejected."""
+    loss = (1 - label_smoothing) * F.softplus(-z, threshold=40.0)
+    slope = -(1 - label_smoothing) * torch.sigmoid(-z)
+    if label_smoothing:  # not added where it is off: 0 * inf would be NaN
+        loss = loss + label_smoothing * F.softplus(z, threshold=40.0)
+        slope = slope + label_smoothing * torch.sigmoid(z)
+    return loss, beta * slope, -beta * slope
+
+
+def _rmipo(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
+    if options.gamma_scaled_by_beta:
+        z = options.beta * (chosen - rejected - gamma)
+    else:
+        z = options.beta * (chosen - rejected) - gamma
+    return _logistic(z, options.beta, options.label_smoothing)
+
+
+def _simpo(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
+    z = options.beta * (chosen - rejected) - gamma
+    return _logistic(z, options.beta, options.label_smoothing)
+
+
+def _hinge(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
+    short = 1 - (options.beta * (chosen - rejected) - gamma)
+    slope = -options.beta * (short > 0).to(short.dtype)
+    slope = torch.where(short.isnan(), short, slope)
+    return F.relu(short), slope, -slope
+
+
+def _simper(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
+    inverse_perplexity = chosen.exp(), rejected.exp()
+    loss = inverse_perplexity[1] - inverse_perplexity[0]
+    return loss, -inverse_perplexity[0], inverse_perplexity[1]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, PairOptions], LossAndGrads]] = {
+    "rmipo": _rmipo,
+    "simpo": _simpo,
+    "hinge": _hinge,
+    "simper": _simper,
+}
+SMOOTHED = ("rmipo", "simpo")  # the losses that label smoothing is defined for
+
+
+def adaptive_gamma(pmi_gap: Tensor, gamma_min: float, gamma_max: float) -> Tensor:
+    """gamma_min + (gamma_max - gamma_min) * exp(-max(0, pmi_gap)), in [gamma_min, gamma_max].
+
+    The clamp stands before exp, so no gap overflows; NaN stays NaN, so that it is seen.
+    """
+    gamma = gamma_min + (gamma_max - gamma_min) * torch.exp(-pmi_gap.clamp(min=0.0))
+    return gamma.clamp(gamma_min, gamma_max)
+
+
+def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Index of the sequence each packed token belongs to, (N,) int64; safe for any borders."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    last = max(cu_seqlens.shape[0] - 2, 0)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True).clamp(max=last)
+
+
+def sequence_means(token_logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over every sequence in float64 (S,), NaN where it has no token, and its length (S,)."""
+    lengths = cu_seqlens.diff().to(torch.int64)
+    sums = torch.zeros(lengths.shape[0], dtype=torch.float64, device=token_logps.device)
+    index = sequence_of_token(cu_seqlens, token_logps.shape[0])
+    sums.index_add_(0, index, token_logps.double())
+    return torch.where(lengths > 0, sums / lengths, math.nan), lengths
+
+
+def pair_losses(
+    token_logps: Tensor,  # (N,) nats
+    cu_seqlens: Tensor,  # (2P + 1,) int32
+    prior_token_logps: Tensor | None,  # (M,) nats
+    prior_cu_seqlens: Tensor | None,  # (2P + 1,) int32
+    options: PairOptions,
+) -> PairParts:
+    """Loss of every pair with its parts, in token_logps' dtype; see `rmipo_lite.ops.pair_loss`."""
+    dtype = token_logps.dtype
+    means, _ = sequence_means(token_logps, cu_seqlens)
+    pairs = means.shape[0] // 2
+    chosen, rejected = means[0::2], means[1::2]
+    pmi_gap = means.new_zeros(pairs)
+    prior = means.new_full((means.shape[0],), math.nan)
+    if prior_token_logps is not None and prior_cu_seqlens is not None:
+        prior, lengths = sequence_means(prior_token_logps, prior_cu_seqlens)
+        pmi = means - prior
+        # A side without a prior has no PMI: the pair counts as gap 0, hence gamma_max.
+        defined = (lengths[0::2] > 0) & (lengths[1::2] > 0)
+        pmi_gap = torch.where(defined, pmi[0::2] - pmi[1::2], 0.0)
+    if options.loss_type == "rmipo":
+        gamma = adaptive_gamma(pmi_gap, options.gamma_min, options.gamma_max)
+    else:
+        constant = 0.0 if options.loss_type == "simper" else options.simpo_gamma
+        gamma = means.new_full((pairs,), constant)
+    loss, grad_chosen, grad_rejected = LOSSES[options.loss_type](chosen, rejected, gamma, options)
+    mean_grads = torch.stack([grad_chosen, grad_rejected], dim=1).flatten()
+    parts = (loss, gamma, pmi_gap, means, prior, mean_grads)
+    return PairParts(*(part.to(dtype) for part in parts))
