@@ -75,8 +75,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 def test_safe_checkpointing_doesnt_change_training(tmp_path: Path) -> None:
-    ours, stock = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", kind=Trainer)
+    ours = make_trainer(tmp_path / "a")
     ours.train()
+    stock = make_trainer(tmp_path / "b", kind=Trainer)
     stock.train()
     assert same_weights(adapter_weights(ours), adapter_weights(stock))
 
@@ -264,9 +265,12 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
     trainer.train()
     trainer.state.global_step = 3
     calls = {"left": 0}
+    path_open = Path.open
 
     def failing(real: Any) -> Any:
         def write(*args: Any, **kwargs: Any) -> Any:
+            if real is path_open and args[1] == "rb":
+                return real(*args, **kwargs)
             if calls["left"] == 0:
                 raise OSError(28, "No space left on device")
             calls["left"] -= 1
@@ -339,13 +343,16 @@ def test_rotation_keeps_the_newest_and_leaves_other_runs_alone(run_copy: Path) -
 
 def test_best_model_survives_rotation_and_is_loaded(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path, save_total_limit=1, eval_strategy="steps", eval_steps=2, learning_rate=0.5,
+        tmp_path, save_total_limit=1, eval_strategy="steps", eval_steps=2,
         load_best_model_at_end=True, metric_for_best_model="loss",
+        greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     verify_checkpoint(best)
-    assert best.name != "checkpoint-12"  # this learning rate gets worse
+    # the "best" loss is the largest here, which the first evaluation has
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-12"]
+    assert best.name == "checkpoint-2"
     saved = tiny_peft(seed=5)
     load_adapter_weights(saved, best)
     expected = {n: p.detach() for n, p in saved.named_parameters() if "lora_" in n}

@@ -1,0 +1,172 @@
+"""Answers of a model to a list of prompts, and the comparison of two lists of answers.
+
+Batched generation needs left padding and a pad token. Both are arranged for the call alone: ids
+are padded here, by hand, and a missing pad token is stood in for by the end token, so the user's
+tokenizer keeps its settings and the vocabulary its size.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmipo_lite.display import printable
+
+Prompt = str | list[dict[str, str]]
+BATCH = 16  # prompts generated together
+COLUMN = 46  # characters of one column in the text table
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, conversational: bool) -> list[int]:
+    """Token ids a model would see before its answer.
+
+    Messages, and strings when `conversational` and the tokenizer has a chat template, are rendered
+    by the template with the generation prompt; other strings are taken as they are.
+    """
+    if isinstance(prompt, str):
+        if not (conversational and tokenizer.chat_template):
+            ids: list[int] = tokenizer(prompt)["input_ids"]
+            # a tokenizer that ends every text would have the model answer after an end token
+            if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+                ids = ids[:-1]
+            return ids
+        prompt = [{"role": "user", "content": prompt}]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "prompts: a message list needs a tokenizer with a chat template, and this one has "
+            "none; pass the prompt as plain text"
+        )
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@contextmanager
+def _ready_to_generate(model: Any) -> Iterator[None]:
+    """Evaluation mode with the key-value cache on; everything as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    use_cache = model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    for module in checkpointed:  # a checkpointed block has no cache to write to
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+        model.config.use_cache = use_cache
+        for module, mode in modes:
+            module.training = mode
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    conversational: bool = False,
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> list[str]:
+    """One answer for each prompt, without the prompt and without special tokens.
+
+    Greedy unless `do_sample=True` is among the options, which are those of `model.generate`.
+    Raises TypeError for a single string in place of a list.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of prompts, got one string; write [prompt]")
+    ids = [prompt_ids(tokenizer, p, conversational=conversational) for p in prompts]
+    empty = [i for i, row in enumerate(ids) if not row]
+    if empty:
+        raise ValueError(f"prompts: prompt {empty[0]} has no token; an empty text has no answer")
+    config = copy.deepcopy(model.generation_config)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    config.update(pad_token_id=pad, max_new_tokens=max_new_tokens, max_length=None)
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    config.update(do_sample=options.pop("do_sample", False))
+    if not config.do_sample:  # a model's own sampling settings only draw warnings when greedy
+        config.update(temperature=None, top_p=None, top_k=None)
+    answers: list[str] = []
+    device = next(model.parameters()).device
+    with _ready_to_generate(model), torch.no_grad():
+        for start in range(0, len(ids), BATCH):
+            batch = ids[start : start + BATCH]
+            width = max(map(len, batch))
+            rows = [[pad] * (width - len(row)) + row for row in batch]
+            mask = [[0] * (width - len(row)) + [1] * len(row) for row in batch]
+            out = model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+                **options,
+            )
+            answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return answers
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text for people."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers before and after training: prints side by side, and as a table in a notebook."""
+
+    prompts: list[Prompt]
+    before: list[str]
+    after: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[tuple[Prompt, str, str]]:
+        return iter(zip(self.prompts, self.before, self.after, strict=True))
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for prompt, before, after in self:
+            lines += textwrap.wrap("> " + printable(prompt_text(prompt)), 2 * COLUMN + 3)
+            left = ["before", *_wrapped(before)]
+            right = ["after", *_wrapped(after)]
+            height = max(len(left), len(right))
+            left += [""] * (height - len(left))
+            right += [""] * (height - len(right))
+            lines += [f"{a:<{COLUMN}} | {b}".rstrip() for a, b in zip(left, right, strict=True)]
+            lines.append("")
+        return "\n".join(lines).rstrip()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        def cell(text: str, tag: str = "td") -> str:
+            style = "text-align:left;vertical-align:top;white-space:pre-wrap"
+            return f'<{tag} style="{style}">{html.escape(printable(text))}</{tag}>'
+
+        head = "".join(cell(name, "th") for name in ("prompt", "before", "after"))
+        rows = "".join(
+            f"<tr>{cell(prompt_text(p))}{cell(before)}{cell(after)}</tr>"
+            for p, before, after in self
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _wrapped(text: str) -> list[str]:
+    lines = [
+        part
+        for line in printable(text).splitlines()
+        for part in textwrap.wrap(line, COLUMN) or [""]
+    ]
+    return lines or ["(empty)"]

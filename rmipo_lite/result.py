@@ -1,0 +1,217 @@
+"""`TrainResult`: what a run returns. It plots, generates, compares, saves, merges and reports.
+
+It holds the trained model itself, not a copy: before/after comparisons switch the adapter off and
+on, so they cost no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from rmipo_lite import plots, report
+from rmipo_lite.checkpoint import write_training_config
+from rmipo_lite.display import printable, say
+from rmipo_lite.generation import Comparison, Prompt, generate_answers
+from rmipo_lite.model_card import metric_rows, model_card
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from rmipo_lite.config import RMiPOConfig
+    from rmipo_lite.data import DataReport
+
+__all__ = ["Comparison", "TrainResult"]
+
+
+@dataclass(repr=False)
+class TrainResult:
+    """The outcome of a run.
+
+    Attributes:
+        model: the trained model with its adapter.
+        tokenizer: the tokenizer as it was used.
+        args: the options of the run.
+        metrics: numbers at the end, `eval_` for the held-out pairs.
+        metrics_before: the held-out numbers before the first step.
+        history: the log, one dict for each log line (`trainer.state.log_history`).
+        data_report: what became of every row of the dataset.
+        output_dir: the folder of the run.
+        stopped_at_step: the step a Ctrl-C stopped the run at, None when it ran to its end.
+        conversational: whether prompts are rendered by the chat template.
+    """
+
+    model: Any
+    tokenizer: Any
+    args: RMiPOConfig
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    history: list[dict[str, float]]
+    data_report: DataReport
+    output_dir: Path
+    stopped_at_step: int | None = None
+    conversational: bool = False
+    _samples: Comparison | None = field(default=None, init=False)
+
+    # ---- text -----------------------------------------------------------------------------
+
+    @property
+    def base_model_name(self) -> str:
+        """Name or folder of the base model; empty for one made in memory."""
+        config = getattr(self.model, "config", None)
+        return str(getattr(config, "_name_or_path", "") or "")
+
+    @property
+    def headline(self) -> str:
+        """The run in one line: steps, then accuracy and margin before -> after."""
+        step = int(max((entry.get("step", 0) for entry in self.history), default=0))
+        parts = [
+            f"{step} steps" if self.stopped_at_step is None else f"stopped at step {step}, saved"
+        ]
+        for name, label in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
+            after = self.metrics.get(f"eval_{name}")
+            if after is None:
+                continue
+            before = self.metrics_before.get(f"eval_{name}")
+            arrow = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
+            parts.append(f"held-out {label} {arrow}")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        name = self.base_model_name or type(self.model).__name__
+        return printable(f"TrainResult({name}: {self.headline}; {self.output_dir})")
+
+    def _repr_html_(self) -> str:
+        rows = metric_rows(self)
+        body = report.table(("metric", "before", "after"), rows) if rows else ""
+        data = html.escape(printable(str(self.data_report)))
+        samples = "" if self._samples is None else self._samples._repr_html_()
+        return (
+            f"<p><b>{html.escape(repr(self))}</b></p>{body}"
+            f'<div style="background:#fff;max-width:62rem">{plots.svg(self.history)}</div>{samples}'
+            f"<details><summary>Data</summary><pre>{data}</pre></details>"
+        )
+
+    def plot(self) -> Figure:
+        """Loss, accuracy, margin, gamma, PMI gap and lengths over the steps, in one figure."""
+        return plots.figure(self.history)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The history as a DataFrame, one row for each log line."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+    # ---- answers --------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> list[str]:
+        """Answers of the trained model.
+
+        Args:
+            prompts: texts or message lists. After a conversational run a text is one user turn.
+            max_new_tokens: longest answer, tokens.
+            **options: those of `model.generate`; greedy unless `do_sample=True`.
+        """
+        return generate_answers(
+            self.model,
+            self.tokenizer,
+            prompts,
+            conversational=self.conversational,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[Any]:
+        """The model without its adapter, inside the `with` block."""
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(
+                "model: before/after needs an adapter to switch off, and this model has none "
+                f"({type(self.model).__name__} was trained in full)"
+            )
+        with self.model.disable_adapter():
+            yield self.model
+
+    def compare(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> Comparison:
+        """Answers before and after training, side by side; printed or shown as a table."""
+        with self.adapter_off():
+            before = self.generate(prompts, max_new_tokens, **options)
+        after = self.generate(prompts, max_new_tokens, **options)
+        self._samples = Comparison(list(prompts), before, after)
+        return self._samples
+
+    # ---- files ----------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Save adapter (safetensors), tokenizer with its template, options and a model card."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(target, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
+        write_training_config(self.args, target)
+        (target / "README.md").write_text(model_card(self), encoding="utf-8")
+        return target
+
+    def merge(self, folder: str | Path | None = None) -> Any:
+        """The base model with the adapter's weights added in; saved too when a folder is given.
+
+        The base model's own weights change: the model of this result carries no adapter
+        afterwards, and `compare` is no longer possible. A 4-bit model is rounded again by the
+        merge, so the merged one differs slightly.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(f"model: nothing to merge, {type(self.model).__name__} has no adapter")
+        merged = self.model.merge_and_unload(safe_merge=True)
+        self.model = merged
+        if folder is not None:
+            merged.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        return merged
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload what `save` writes to a hub repository, made private unless told; its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
+        return str(url)
+
+    def report(
+        self,
+        path: str | Path | None = None,
+        *,
+        prompts: Sequence[Prompt] = (),
+        extra_sections: Sequence[tuple[str, str]] = (),
+    ) -> Path:
+        """Write one self-contained HTML file about the run; returns its path.
+
+        Args:
+            path: the file; None writes `run.html` into `output_dir`.
+            prompts: compared before and after for the page; without any, the samples of the last
+                `compare` are shown.
+            extra_sections: (title, HTML) pairs; the HTML is taken as it is.
+        """
+        samples = self.compare(prompts) if prompts else self._samples
+        page = report.report_html(self, samples, extra_sections)
+        target = report.write_report(self.output_dir / "run.html" if path is None else path, page)
+        say(f"Report: {target}")
+        return target
