@@ -74,14 +74,21 @@ class TextEncoder:
         return self._special_text is not None and self._special_text.search(text) is not None
 
     def end_of_turn(self, after: str) -> str:
-        """What of the template's text after an answer is scored: up to EOS or the first control
-        token; empty if it holds neither.
+        """What of the template's text after an answer is scored; empty if it has no control token.
+
+        That is the text up to the first control token, and those that follow it directly up to
+        EOS (Cohere ends the response and then the turn).
         """
-        eos = self.tokenizer.eos_token
-        if eos and eos in after:
-            return after[: after.index(eos) + len(eos)]
-        match = self._special_text.search(after) if self._special_text else None
-        return after[: match.end()] if match else ""
+        if self._special_text is None:
+            return ""
+        match = self._special_text.search(after)
+        end = 0
+        while match is not None:
+            end = match.end()
+            if match.group() == self.tokenizer.eos_token:
+                break
+            match = self._special_text.match(after, end)
+        return after[:end]
 
     def _find_anchor(self) -> None:
         """The first anchor with which prompt and response decode to their joined text."""

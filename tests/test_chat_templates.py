@@ -1,0 +1,172 @@
+"""Chat templates: the prefix rule, what templates insert, strip, refuse, and how long they take."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from rmipo_lite import chat_templates
+from rmipo_lite.data import load_rows
+from rmipo_lite.data_report import DataReport
+from rmipo_lite.tokenization import (
+    TokenizationOptions,
+    TokenizedPair,
+    prepare_tokenizer,
+    tokenize_rows,
+)
+
+# A model of each thing templates do, in the byte-level tokenizer's own control tokens.
+HEAD = "{% for m in messages %}{% if m['role'] == 'assistant' %}A:"
+TAIL = (
+    "{% else %}{{ m['role'] }}:{{ m['content'] }};{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+SIMPLE = HEAD + "{{ m['content'] }}</s>\n" + TAIL
+STRIPS = HEAD + "{{ m['content'] | trim }}</s>" + TAIL
+THINKS = (
+    HEAD + "{% if '</think>' in m['content'] %}{{ m['content'] }}{% else %}"
+    "<think>\n\n</think>\n\n{{ m['content'] }}{% endif %}</s>\n" + TAIL
+)
+NO_PREFIX = HEAD.replace("A:", "B:") + "{{ m['content'] }}</s>" + TAIL
+NO_END = HEAD + "{{ m['content'] }};" + TAIL
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+SILENT = HEAD + "</s>" + TAIL
+HANGS = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}" + SIMPLE
+
+
+@pytest.fixture(scope="module")
+def tokenizer(references: Path) -> Any:
+    return AutoTokenizer.from_pretrained(references / "tokenizer")
+
+
+def chat(chosen: str = "yes", rejected: str = "no", system: str = "") -> dict[str, Any]:
+    head = [{"role": "system", "content": system}] if system else []
+    return {
+        "prompt": [*head, {"role": "user", "content": "Hi"}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def run(
+    records: list[dict[str, Any]], tokenizer: Any, template: str | None
+) -> tuple[list[TokenizedPair], DataReport]:
+    rows, report = load_rows(records)
+    pairs = tokenize_rows(rows, tokenizer, TokenizationOptions(chat_template=template), report)
+    report.check()
+    return pairs, report
+
+
+def decoded(pair: TokenizedPair, tokenizer: Any) -> tuple[str, str, str]:
+    texts = (tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+    return tuple(texts)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (SIMPLE, "user:Hi;A:"),
+        (THINKS, "user:Hi;A:<think>\n\n</think>\n\n"),  # inserted text belongs to the prompt
+        (NO_END, "user:Hi;A:"),  # EOS is added once
+        ("plain", "User: Hi\nAssistant: "),
+    ],
+)
+def test_the_answer_alone_is_scored(tokenizer: Any, template: str, prompt: str) -> None:
+    pairs, report = run([chat(), chat("1", " two")], tokenizer, template)
+    assert decoded(pairs[0], tokenizer) == (prompt, "yes</s>", "no</s>")
+    assert decoded(pairs[1], tokenizer) == (prompt, "1</s>", " two</s>")
+    assert report.template_stripped == 0
+
+
+def test_answers_with_their_own_thinking_replace_the_inserted_one(tokenizer: Any) -> None:
+    pairs, report = run([chat(), chat("<think>hm</think>yes", "no")], tokenizer, THINKS)
+    assert decoded(pairs[1], tokenizer) == (
+        "user:Hi;A:",
+        "<think>hm</think>yes</s>",
+        "<think>\n\n</think>\n\nno</s>",
+    )
+    assert report.template_rewritten == 1
+
+
+def test_stripped_whitespace_is_counted_and_can_make_a_pair_identical(tokenizer: Any) -> None:
+    pairs, report = run([chat(), chat(" yes", "no"), chat("yes", " yes")], tokenizer, STRIPS)
+    assert len(pairs) == 2
+    assert report.template_stripped == 1
+    assert report.dropped["chosen and rejected are identical after the chat template"].rows == [2]
+    assert report.identical_pairs == 1
+
+
+def test_template_that_rewrites_the_prompt_is_refused_with_both_texts(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="writes the prompt differently") as caught:
+        run([chat()], tokenizer, NO_PREFIX)
+    assert "'user:Hi;A:' against 'user:Hi;B:yes</s>'" in str(caught.value)
+
+
+def test_template_that_raises_names_row_and_roles(tokenizer: Any) -> None:
+    pairs, report = run([chat(), chat(system="S"), chat()], tokenizer, REFUSES + SIMPLE)
+    assert [pair.row for pair in pairs] == [0, 2]
+    tally = report.refused["the chat template refuses the conversation"]
+    assert tally.rows == [1]
+    assert "system, user" in tally.example
+    assert "no system" in tally.example
+
+
+def test_template_that_drops_the_answer_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="does not write the answer"):
+        run([chat()], tokenizer, SILENT)
+
+
+def test_hostile_template_ends_in_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_templates, "RENDER_SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="took more than"):
+        run([chat()], tokenizer, HANGS)
+    assert time.monotonic() - start < 20
+
+
+def test_no_template_names_the_way_out(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match='chat_template="plain"'):
+        run([chat()], tokenizer, None)
+
+
+def test_text_that_is_no_template_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="got 'chatml'"):
+        prepare_tokenizer(tokenizer, "chatml")
+
+
+def test_text_rows_stay_text_under_a_template(tokenizer: Any) -> None:
+    record = {"prompt": "Hi", "chosen": " a", "rejected": " b"}
+    (pair,), _ = run([record], tokenizer, "plain")
+    assert decoded(pair, tokenizer) == ("Hi", " a</s>", " b</s>")
+
+
+def test_plain_is_saved_with_the_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
+    prepared = prepare_tokenizer(tokenizer, "plain")
+    assert tokenizer.chat_template is None  # the user's object is left alone
+    prepared.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
+    text = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "System: Be short.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant: "
+
+
+def test_end_of_turn_keeps_adjacent_control_tokens_and_cuts_the_rest(tokenizer: Any) -> None:
+    ended = HEAD + "{{ m['content'] }}<pad></s>\n<pad>" + TAIL
+    (pair,), _ = run([chat()], tokenizer, ended)
+    assert decoded(pair, tokenizer)[1] == "yes<pad></s>"
+
+
+def test_chatml_of_a_real_tokenizer(shared: Path) -> None:
+    qwen = AutoTokenizer.from_pretrained(shared / "tokenizers/qwen2")
+    (pair,), _ = run([chat()], qwen, None)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert decoded(pair, qwen) == (prompt, "yes<|im_end|>", "no<|im_end|>")
