@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from rmipo_lite.batch import Segment, SegmentPlan
+from rmipo_lite.batch import SegmentPlan
 
 ATTENTION_NAME = "rmipo_packed"
 
@@ -61,12 +61,22 @@ def segment_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"attention {ATTENTION_NAME!r} does not support {name!r}")
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    # Split, not slices: the gradient of a split is one concatenation, that of a slice a row of
+    # zeros as long as the whole batch.
+    lengths = [segment.end - segment.start for segment in segment_plan.segments]
+    queries = query.split(lengths, dim=2)
+    keys = repeat_kv(key, groups).split(lengths, dim=2)
+    values = repeat_kv(value, groups).split(lengths, dim=2)
+    at = {segment.start: index for index, segment in enumerate(segment_plan.segments)}
     pieces = []
     for index, segment in enumerate(segment_plan.segments):
         mask = _mask(segment_plan, index, sliding_window, query.device)
-        q = query[:, :, segment.start : segment.end]
-        k, v = _with_prefix(key, segment), _with_prefix(value, segment)
+        q, k, v = queries[index], keys[index], values[index]
+        if segment.prefix_len:
+            # A prefix is the beginning of the segment that starts where it does.
+            first = at[segment.prefix_start]
+            k = torch.cat([keys[first][:, :, : segment.prefix_len], k], dim=2)
+            v = torch.cat([values[first][:, :, : segment.prefix_len], v], dim=2)
         if softcap is not None:
             pieces.append(_softcapped(q, k, v, mask, scaling, softcap, dropout))
         else:
@@ -77,14 +87,6 @@ def segment_attention(
                 )
             )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _with_prefix(states: Tensor, segment: Segment) -> Tensor:
-    own = states[:, :, segment.start : segment.end]
-    if not segment.prefix_len:
-        return own
-    prefix = states[:, :, segment.prefix_start : segment.prefix_end]
-    return torch.cat([prefix, own], dim=2)
 
 
 def _mask(

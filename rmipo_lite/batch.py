@@ -23,7 +23,10 @@ from rmipo_lite.tokenization import TokenizedPair
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of row positions that attends to itself causally and to all of an earlier prefix."""
+    """A run of row positions that attends to itself causally and to all of an earlier prefix.
+
+    The prefix is empty or the beginning of an earlier segment.
+    """
 
     start: int
     end: int

@@ -141,6 +141,9 @@ class RMiPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _option(
         False, "Kept False: a loss that is not finite is dropped and counted, never shown as 0."
     )
+    dataloader_pin_memory: bool = _option(
+        False, "Nothing to pin: rows are built per micro-step, after the dataloader."
+    )
     report_to: str | list[str] | None = _option("none", "Trackers to report to.")
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ fp32. An adapter is attached once: a model that already carries one goes on with
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +168,12 @@ def attach_adapter(
     config = default_lora() if isinstance(peft_config, str) else peft_config
     # peft's prepare_model_for_kbit_training is left out on purpose: it turns embedding and head
     # into fp32 copies, which takes more memory than 4-bit saves. get_peft_model freezes the rest.
-    adapted = get_peft_model(base, config)
+    with warnings.catch_warnings():
+        # peft asks for transformers' former name of activation checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        # and says which way round gpt2 keeps its weights, which it then sees to itself
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        adapted = get_peft_model(base, config)
     causal_lm(adapted).__dict__[_ADAPTED] = adapted
     return adapted
 

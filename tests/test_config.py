@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rmipo_lite.config import RMiPOConfig, own_option_names
+
+
+def test_defaults_of_the_design(tmp_path: Path) -> None:
+    args = RMiPOConfig(str(tmp_path))
+    assert (args.loss_type, args.beta, args.gamma_min, args.gamma_max) == ("rmipo", 2.0, 0.3, 1.6)
+    assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (1e-5, 1.0, 0.1)
+    assert args.lr_scheduler_type == "cosine"
+    assert args.pairs_per_step == 32
+    assert args.max_length == 1024
+    assert not args.gamma_scaled_by_beta
+    assert args.disable_dropout
+    assert not args.logging_nan_inf_filter
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0}, "beta must be a number > 0, got 0"),
+        ({"loss_type": "dpo"}, "loss_type must be one of rmipo, simpo, hinge, simper, got 'dpo'"),
+        ({"gamma_min": 2}, "gamma_min, gamma_max must be 0 <= gamma_min <= gamma_max, got (2, 1.6)"),
+        ({"gamma_max": float("nan")}, "gamma_min, gamma_max must be"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), got 0.5"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing must be 0 for loss_type='hinge'"),
+        ({"sft_weight": -1}, "sft_weight must be >= 0, got -1"),
+        ({"prior": "frozen"}, "prior must be one of live, cached, got 'frozen'"),
+        ({"prior_context": "eos"}, "prior_context must be one of none, bos"),
+        ({"max_length": 0}, "max_length must be None or a whole number >= 1, got 0"),
+        ({"max_tokens_per_microstep": "many"}, "max_tokens_per_microstep must be 'auto' or"),
+        ({"tokenization": "authors", "max_prompt_length": 64}, "packing must be False"),
+        ({"tokenization": "authors", "packing": False}, "max_prompt_length must be a number"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"kernel_impl": "cuda"}, "kernel_impl must be one of auto, native, torch"),
+    ],
+)
+def test_nonsense_is_refused_by_name(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RMiPOConfig(str(tmp_path), **options)
+
+
+def test_a_number_as_text_is_a_number(tmp_path: Path) -> None:
+    """The command line and YAML hand numbers over as text."""
+    assert RMiPOConfig(str(tmp_path), max_tokens_per_microstep="512").max_tokens_per_microstep == 512
+
+
+def test_every_own_option_is_explained() -> None:
+    fields = RMiPOConfig.__dataclass_fields__
+    for name in own_option_names():
+        assert fields[name].metadata["help"], name

@@ -1,0 +1,83 @@
+"""A reader can redo these by hand; the golden data stands in test_golden.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmipo_lite import loss
+from rmipo_lite.config import RMiPOConfig
+
+
+def _out(chosen, rejected, prior_chosen, prior_rejected, tmp_path: Path, **options):
+    token_logps = torch.tensor([*chosen, *rejected])
+    prior = torch.tensor([*prior_chosen, *prior_rejected])
+    borders = torch.tensor([0, len(chosen), len(chosen) + len(rejected)], dtype=torch.int32)
+    prior_borders = torch.tensor([0, len(prior_chosen), len(prior)], dtype=torch.int32)
+    args = RMiPOConfig(str(tmp_path), **options)
+    return loss.losses(token_logps, borders, (prior, prior_borders), args)
+
+
+def test_equal_sides(tmp_path: Path) -> None:
+    """D = 0, gap = 0: gamma 1.6, z = 2 * 0 - 1.6, loss = log(1 + e^1.6) = 1.7839."""
+    out = _out([-1.0, -3.0], [-2.0], [-4.0], [-4.0], tmp_path)
+    assert out.logps.tolist() == [-2.0, -2.0]
+    assert out.gamma.item() == pytest.approx(1.6)
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(1.6)), abs=1e-6)
+
+
+def test_a_gap_of_log_two_halves_the_range(tmp_path: Path) -> None:
+    """pmi_w = -1 + 2, pmi_l = -1 + 2 - ln 2: exp(-ln 2) = 1/2, gamma = 0.3 + 1.3 / 2 = 0.95."""
+    out = _out([-1.0], [-1.0], [-2.0], [-2.0 + math.log(2)], tmp_path)
+    assert out.pmi_gap.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert out.gamma.item() == pytest.approx(0.95, abs=1e-6)
+
+
+@pytest.mark.parametrize(("prior_chosen", "gamma"), [(-60.0, 0.3), (60.0, 1.6)])
+def test_far_gaps_reach_the_ends(prior_chosen: float, gamma: float, tmp_path: Path) -> None:
+    out = _out([-1.0], [-1.0], [prior_chosen], [-1.0], tmp_path)
+    assert out.gamma.item() == pytest.approx(gamma, abs=1e-6)
+
+
+def test_gamma_inside_beta_is_twice_as_far_at_beta_two(tmp_path: Path) -> None:
+    outside = _out([-1.0], [-1.0], [-1.0], [-1.0], tmp_path)
+    inside = _out([-1.0], [-1.0], [-1.0], [-1.0], tmp_path, gamma_scaled_by_beta=True)
+    assert outside.loss.item() == pytest.approx(math.log1p(math.exp(1.6)), abs=1e-6)
+    assert inside.loss.item() == pytest.approx(math.log1p(math.exp(3.2)), abs=1e-6)
+
+
+def test_equal_ends_make_rmipo_simpo(tmp_path: Path) -> None:
+    sides = ([-1.0, -2.0], [-3.0], [-2.0], [-1.5])
+    constant = _out(*sides, tmp_path, gamma_min=0.5, gamma_max=0.5)
+    simpo = _out(*sides, tmp_path, loss_type="simpo", simpo_gamma=0.5)
+    assert constant.loss.item() == pytest.approx(simpo.loss.item(), abs=1e-7)
+
+
+def test_undefined_prior_takes_gamma_max(tmp_path: Path) -> None:
+    out = _out([-1.0], [-5.0, -5.0], [], [-9.0], tmp_path)
+    assert out.pmi_gap.item() == 0
+    assert out.gamma.item() == pytest.approx(1.6)
+    assert torch.isfinite(out.loss).all()
+
+
+def test_cached_prior_equals_the_live_one(tmp_path: Path) -> None:
+    """Means -4 and -3, once as tokens and once from the cache; an undefined side stays so."""
+    args = RMiPOConfig(str(tmp_path))
+    token_logps = torch.tensor([-1.0, -2.0, -1.0, -2.0])
+    borders = torch.arange(5, dtype=torch.int32)
+    live = (torch.tensor([-3.5, -4.5, -3.0, -2.0]), torch.tensor([0, 2, 3, 4, 4], dtype=torch.int32))
+    cache = {7: (-4.0, -3.0), 9: (-2.0, math.nan)}
+    cached = loss.cached_prior([7, 9], cache, torch.device("cpu"))
+    a = loss.losses(token_logps, borders, live, args)
+    b = loss.losses(token_logps, borders, cached, args)
+    assert torch.equal(a.loss, b.loss)
+    assert torch.equal(a.gamma, b.gamma)
+
+
+def test_chosen_token_nll_counts_chosen_tokens_only() -> None:
+    token_logps = torch.tensor([-1.0, -2.0, -10.0, -4.0, -20.0])
+    borders = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
+    assert loss.chosen_token_nll(token_logps, borders).item() == 7.0

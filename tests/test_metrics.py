@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmipo_lite import metrics
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.metrics import PairValues
+
+
+def _values(chosen: list[float], rejected: list[float], gamma: list[float]) -> PairValues:
+    n = len(chosen)
+    return PairValues(
+        loss=torch.ones(n),
+        chosen_logps=torch.tensor(chosen),
+        rejected_logps=torch.tensor(rejected),
+        gamma=torch.tensor(gamma),
+        pmi_gap=torch.zeros(n),
+        chosen_pmi=torch.tensor([float("nan")] + [2.0] * (n - 1)),
+        rejected_pmi=torch.ones(n),
+        chosen_length=torch.full((n,), 4.0),
+        rejected_length=torch.full((n,), 2.0),
+    )
+
+
+def test_means_over_pairs_whatever_the_parts(tmp_path: Path) -> None:
+    """Three pairs in parts of 1 + 2 and of 3: a mean of means would weigh the first pair double."""
+    args = RMiPOConfig(str(tmp_path))
+    whole = _values([-1.0, -2.0, -3.0], [-2.0, -1.0, -6.0], [1.6, 0.3, 0.5])
+    parts = [
+        PairValues(**{k: getattr(whole, k)[a:b] for k in PairValues.__dataclass_fields__})
+        for a, b in ((0, 1), (1, 3))
+    ]
+    assert metrics.reduce(parts, args) == metrics.reduce([whole], args)
+    reduced = metrics.reduce(parts, args)
+    assert reduced["rewards/accuracies"] == pytest.approx(2 / 3)
+    assert reduced["rewards/chosen"] == pytest.approx(-4.0)
+    assert reduced["rewards/margins"] == pytest.approx(2.0)
+    assert reduced["rmipo/gamma"] == pytest.approx(0.8)
+    assert reduced["rmipo/gamma_at_max"] == pytest.approx(1 / 3)
+    assert reduced["rmipo/pmi_undefined"] == pytest.approx(1 / 3)
+    assert reduced["rmipo/pmi_chosen"] == pytest.approx(2.0)
+    assert reduced["lengths/chosen"] == 4.0
+
+
+@pytest.mark.parametrize(("loss_type", "scale"), [("simpo", 2.0), ("hinge", 1.0), ("simper", 1.0)])
+def test_rewards_scale_with_the_loss(loss_type: str, scale: float, tmp_path: Path) -> None:
+    args = RMiPOConfig(str(tmp_path), loss_type=loss_type)
+    reduced = metrics.reduce([_values([-1.0, -3.0], [-2.0, -2.0], [0.5, 0.5])], args)
+    assert reduced["rewards/chosen"] == pytest.approx(-2.0 * scale)
+    assert not any(name.startswith("rmipo/") for name in reduced)
+
+
+def test_no_pairs_no_numbers(tmp_path: Path) -> None:
+    assert metrics.reduce([], RMiPOConfig(str(tmp_path))) == {}
