@@ -174,7 +174,8 @@ class _Framer:
         pairs = list(zip(answers, contents, strict=True))
         return Rendered(
             prompt_text + before,
-            *answers,
+            answers[0],
+            answers[1],
             after=frame.after,
             stripped=sum(a != c and a.strip() == c.strip() for a, c in pairs),
             rewritten=sum(a.strip() != c.strip() for a, c in pairs),

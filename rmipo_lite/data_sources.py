@@ -201,7 +201,7 @@ def _read_parquet(file: IO[bytes]) -> list[Any]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(io.BytesIO(_read_whole(file))).to_pylist()
+        return list(pyarrow.parquet.read_table(io.BytesIO(_read_whole(file))).to_pylist())
     except pyarrow.ArrowException as error:
         raise ValueError(f"dataset: not a readable parquet file ({str(error)[:300]})") from error
 

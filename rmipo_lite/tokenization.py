@@ -385,6 +385,7 @@ def _authors_texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
         return row.prompt, row.chosen, row.rejected
     texts = []
     for messages in (row.prompt, row.chosen, row.rejected):
+        assert not isinstance(messages, str)
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template raises what it likes
