@@ -1,4 +1,4 @@
-"""The facts behind the demo's questions: plain tables and small programs, nothing random at run time.
+"""The facts behind the demo's questions: small tables and programs, the same in every process.
 
 Every fact carries its right answer and a few plausible wrong ones, so that the task can make
 questions, training text, preference pairs and the true reward from one place.
@@ -6,20 +6,21 @@ questions, training text, preference pairs and the true reward from one place.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
 OPPOSITES = (
-    "hot cold,big small,fast slow,old young,happy sad,light dark,hard soft,wet dry,high low,rich poor,"
-    "full empty,near far,loud quiet,early late,clean dirty,strong weak,thick thin,open closed,"
-    "right left,up down,long short,good bad,sweet bitter,rough smooth,true false,deep shallow,"
+    "hot cold,big small,fast slow,old young,happy sad,light dark,hard soft,wet dry,high low,"
+    "rich poor,full empty,near far,loud quiet,early late,clean dirty,strong weak,thick thin,"
+    "open closed,right left,up down,long short,good bad,sweet bitter,rough smooth,true false,deep shallow,"
     "wide narrow,first last,alive dead,brave afraid"
 )
 PLURALS = (
-    "cow cows,dog dogs,cat cats,horse horses,mouse mice,goose geese,sheep sheep,fox foxes,wolf wolves,"
-    "bee bees,fish fish,duck ducks,apple apples,pear pears,cherry cherries,tomato tomatoes,egg eggs,"
-    "cake cakes,bean beans,loaf loaves,berry berries,peach peaches,potato potatoes,bun buns,"
-    "knife knives,box boxes,chair chairs,brush brushes,table tables,lamp lamps,clock clocks,"
+    "cow cows,dog dogs,cat cats,horse horses,mouse mice,goose geese,sheep sheep,fox foxes,"
+    "wolf wolves,bee bees,fish fish,duck ducks,apple apples,pear pears,cherry cherries,"
+    "tomato tomatoes,egg eggs,cake cakes,bean beans,loaf loaves,berry berries,peach peaches,"
+    "potato potatoes,bun buns,knife knives,box boxes,chair chairs,brush brushes,table tables,lamp lamps,clock clocks,"
     "key keys,watch watches,shelf shelves,bottle bottles,pen pens"
 )
 NOUN_CLASSES = ("an animal", "a food", "a thing")  # of PLURALS, twelve nouns each, in this order
@@ -31,7 +32,7 @@ COLOURS = (
     "a pea green,wood brown,a violet purple,a swan white,sand yellow,a bear brown,flour white,"
     "ink black,a jewel red"
 )
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
@@ -132,33 +133,32 @@ def _word_facts(rng: random.Random) -> list[Fact]:
     return facts
 
 
-def _number_facts(rng: random.Random) -> list[Fact]:
+def _number_facts() -> list[Fact]:
     facts = []
-    for a in range(1, 21):
-        for b in range(1, 21):
-            wrong = {a + b + d for d in (-10, -2, -1, 1, 2, 10)} - {a + b}
-            answers = tuple(str(w) for w in sorted(wrong) if w > 0)
-            facts.append(Fact("sum", f"{min(a, b)}+{max(a, b)}", (str(a), str(b)), str(a + b), answers))
-    for _ in range(300):
-        a, b = rng.sample(range(1, 60), 2)
-        group = f"{min(a, b)},{max(a, b)}"
-        facts.append(Fact("larger", group, (str(a), str(b)), str(max(a, b)), (str(min(a, b)),)))
+    for a in range(1, 10):
+        for b in range(1, 10):
+            group, subject = f"{min(a, b)},{max(a, b)}", (str(a), str(b))
+            near = sorted({a + b + d for d in (-2, -1, 1, 2)} - {0, 1})
+            wrong = tuple(str(number) for number in near)
+            facts.append(Fact("sum", group, subject, str(a + b), wrong))
+            if a != b:
+                facts.append(Fact("larger", group, subject, str(max(a, b)), (str(min(a, b)),)))
     return facts
 
 
 def _letter_facts(rng: random.Random) -> list[Fact]:
     facts = []
-    for _ in range(400):
-        letters = rng.sample("abcdefghijkl", 3)
+    for letters in itertools.permutations("abcdef", 3):
         text = " ".join(letters)
-        permutations = {" ".join(rng.sample(letters, 3)) for _ in range(12)}
-        for kind, right in (("sort", sorted(letters)), ("reverse", letters[::-1])):
+        permutations = {" ".join(order) for order in itertools.permutations(letters)}
+        for kind, right in (("sort", sorted(letters)), ("reverse", list(reversed(letters)))):
             answer = " ".join(right)
             facts.append(Fact(kind, text, (text,), answer, tuple(sorted(permutations - {answer}))))
-        one, other = rng.sample("abcdefghijkl", 2)
-        row = [rng.choice((one, other)) for _ in range(rng.randint(3, 6))]
+    for _ in range(200):
+        one, other = rng.sample("abcdef", 2)
+        row = [rng.choice((one, other)) for _ in range(rng.randint(3, 5))]
         number = row.count(one)
-        wrong = tuple(str(n) for n in range(7) if 0 < abs(n - number) <= 2)
+        wrong = tuple(str(n) for n in range(6) if 0 < abs(n - number) <= 2)
         facts.append(Fact("count", " ".join(row), (one, " ".join(row)), str(number), wrong))
     return facts
 
@@ -166,5 +166,5 @@ def _letter_facts(rng: random.Random) -> list[Fact]:
 def all_facts() -> list[Fact]:
     """Every fact of the task, always in the same order, without repeated questions."""
     rng = random.Random(20)
-    facts = _word_facts(rng) + _number_facts(rng) + _letter_facts(rng)
+    facts = _word_facts(rng) + _number_facts() + _letter_facts(rng)
     return list({(fact.kind, fact.subject): fact for fact in facts}.values())

@@ -23,7 +23,7 @@ FILLERS = (
 )
 PAIR_KINDS = ("right/wrong", "specific/generic", "terse/wordy")
 # Shares of the kinds of answer in the supervised text: what the model does before the preferences.
-ANSWER_SHARES = {"right": 0.32, "wrong": 0.28, "generic": 0.22, "wordy": 0.18}
+ANSWER_SHARES = {"right": 0.36, "wrong": 0.20, "generic": 0.26, "wordy": 0.18}
 
 REWARD_RIGHT = 1.0
 REWARD_GENERIC = 0.0
@@ -149,6 +149,11 @@ def sft_answer(fact: Fact, rng: random.Random) -> str:
     return wordy_answer(fact, rng)
 
 
+def clean_answer(fact: Fact, rng: random.Random) -> str:
+    """A right answer, terse or wordy, as the text has it from which the model learns its facts."""
+    return right_answer(fact) if rng.random() < 0.7 else wordy_answer(fact, rng)
+
+
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     """`count` pairs: half right against wrong, the rest specific/generic and terse/wordy evenly.
 
@@ -157,9 +162,9 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
     kept = _split_facts()[0]
     by_kind = {kind: [fact for fact in kept if fact.kind == kind] for kind in KINDS}
-    pairs = []
-    for index in range(count):
-        fact = rng.choice(by_kind[KINDS[index % len(KINDS)]])
+    pairs: dict[tuple[str, str], Pair] = {}  # by question and rejected answer: no pair twice
+    while len(pairs) < count:
+        fact = rng.choice(by_kind[KINDS[len(pairs) % len(KINDS)]])
         question = _ask(fact, rng.randrange(3))
         kind = rng.choices(PAIR_KINDS, (0.5, 0.25, 0.25))[0]
         rejected = {
@@ -167,5 +172,5 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
             "specific/generic": rng.choice(GENERIC),
             "terse/wordy": wordy_answer(fact, rng),
         }[kind]
-        pairs.append(Pair(question, right_answer(fact), rejected, kind))
-    return pairs
+        pairs[question.text, rejected] = Pair(question, right_answer(fact), rejected, kind)
+    return list(pairs.values())
