@@ -212,7 +212,7 @@ def _rows(
         logits, target_ids[rows], bias, logit_scale, logit_softcap, scale, with_grads=with_grads
     )
     if logits.device.type != "cpu":
-        native.device_flag(logits.device).logical_or_(invalid)
+        native.device_flag(logits.device).bitwise_or_(invalid)
     return logps, None if exact_grads is None else exact_grads.to(head.grads.dtype)
 
 

@@ -1,42 +1,264 @@
-"""temporary"""
+"""Finding, building and loading the C++ and CUDA kernels, and calling them.
+
+A device type's library is looked for in this order: prebuilt beside the package (setup.py), in the
+cache, and else it is compiled into the cache (seconds on the CPU). Whatever is in the way, the
+PyTorch reference does the work and one line says what is missing: `status` has it.
+
+The cache is `$RMIPO_LITE_CACHE`, else `~/.cache/rmipo_lite`, keyed by sources, torch, CUDA and
+architecture. A build happens in a private folder and is renamed into place with its hash beside
+it, under a file lock that the system drops when its holder dies; a half-written or foreign file is
+therefore never loaded, and no lock outlives a killed build.
+"""
 
 from __future__ import annotations
-from typing import NamedTuple
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
 import torch
+from torch import Tensor
+
+from rmipo_lite.ops import build
+from rmipo_lite.ops.reference import PairOptions, PairParts
+
+_LOCK_LIMIT_S = 300.0  # longer than any build; then the reference does the work
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LOSS_TYPES = ("rmipo", "simpo", "hinge", "simper")  # order of LossType in csrc/pair_math.h
 
 
 class BackendStatus(NamedTuple):
+    """Whether a device type's kernels are in use, where from, and if not, why."""
+
     available: bool
-    kind: str | None
+    kind: Literal["prebuilt", "cached", "built"] | None
     path: str | None
-    reason: str
+    reason: str | None  # one line that names what is missing; None where available
 
 
-def status(device_type: str) -> BackendStatus:
-    return BackendStatus(False, None, None, "not built yet")
+# The kernels' schemas, once for both libraries, which only implement them. `flag` is set to 1
+# where an id or a border lies outside its range.
+_schemas = torch.library.Library("rmipo_lite", "FRAGMENT")
+_schemas.define(
+    "row_logps(Tensor(a!) logits, Tensor target_ids, Tensor? bias, float logit_scale, "
+    "float logit_softcap, Tensor? row_scale, Tensor(b!) logps, Tensor(c!)? grads, "
+    "Tensor(d!) flag) -> ()"
+)
+_schemas.define(
+    "pair_losses(Tensor token_logps, Tensor cu_seqlens, Tensor? prior_token_logps, "
+    "Tensor? prior_cu_seqlens, int loss_type, float beta, float gamma_min, float gamma_max, "
+    "bool gamma_scaled_by_beta, float label_smoothing, float simpo_gamma, Tensor(a!) loss, "
+    "Tensor(b!) gamma, Tensor(c!) pmi_gap, Tensor(d!) logps, Tensor(e!) prior_logps, "
+    "Tensor(f!) mean_grads, Tensor(g!) flag) -> ()"
+)
+
+_lock = threading.Lock()
+_statuses: dict[str, BackendStatus] = {}
+_flags: dict[torch.device, Tensor] = {}
+_warned: set[str] = set()
+_process = os.getpid()
 
 
-_flags: dict[torch.device, torch.Tensor] = {}
+def device_flag(device: torch.device) -> Tensor:
+    """(1,) int32 on `device`: 1 once a kernel met a target or a border outside its range.
 
-
-def device_flag(device: torch.device) -> torch.Tensor:
+    CPU tensors are checked beforehand and raise instead. On CUDA nothing waits for the device, so
+    the trainer reads this once per optimizer step, together with the loss, and zeroes it.
+    """
     if device not in _flags:
-        _flags[device] = torch.zeros((), dtype=torch.bool, device=device)
+        _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device]
 
 
 def check_impl(op: str, impl: str) -> None:
+    """Refuse a word that names no implementation.
+
+    Raises:
+        ValueError: not auto, native or torch.
+    """
     if impl not in ("auto", "native", "torch"):
         raise ValueError(f"{op}: impl must be auto, native or torch, got {impl!r}")
 
 
 def use_native(impl: str, device: torch.device) -> bool:
-    return False
+    """Whether the kernels do the work; warns once where auto has to do without them.
+
+    Raises:
+        RuntimeError: impl is native and there are none.
+    """
+    global _process
+    if os.getpid() != _process:  # a forked child: the parent's thread pool isn't there any more
+        _process = os.getpid()
+        torch.set_num_threads(1)
+    if impl == "torch":
+        return False
+    found = status(device.type)
+    if not found.available:
+        if impl == "native":
+            raise RuntimeError(f"the native extension for {device.type} is missing: {found.reason}")
+        if device.type not in _warned:
+            _warned.add(device.type)
+            warnings.warn(
+                f"rmipo_lite: plain PyTorch does the work on {device.type}, since the native "
+                f"extension is missing: {found.reason}",
+                stacklevel=3,
+            )
+    return found.available
 
 
-def row_logps(*a):
-    raise NotImplementedError
+def status(device_type: str) -> BackendStatus:
+    """Load a device type's kernels, building them if need be, and say how that went."""
+    with _lock:
+        if device_type not in _statuses:
+            _statuses[device_type] = _load(device_type)
+        return _statuses[device_type]
 
 
-def pair_losses(*a):
-    raise NotImplementedError
+def cache_dir() -> Path:
+    """Where libraries compiled at first use are kept."""
+    return Path(os.environ.get("RMIPO_LITE_CACHE") or Path.home() / ".cache" / "rmipo_lite")
+
+
+def _load(device_type: str) -> BackendStatus:
+    try:
+        if device_type not in ("cpu", "cuda"):
+            raise build.BuildError(f"there are no kernels for {device_type}")
+        if sys.platform != "linux":
+            raise build.BuildError(f"it is built for Linux only, not {sys.platform}")
+        if device_type == "cuda" and not torch.cuda.is_available():
+            raise build.BuildError("torch sees no CUDA device")
+        prebuilt = _PACKAGE / build.library_name(device_type)
+        if _matches(prebuilt, build.source_hash()) and _opens(prebuilt):
+            return BackendStatus(True, "prebuilt", str(prebuilt), None)
+        return _load_cached(device_type)
+    except (build.BuildError, OSError, RuntimeError) as error:
+        text = str(error).splitlines()
+        return BackendStatus(False, None, None, text[0] if text else type(error).__name__)
+
+
+def _load_cached(device_type: str) -> BackendStatus:
+    architectures: tuple[str, ...] = ()
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        architectures = (f"{major}{minor}",)
+    parts = (build.source_hash(), torch.__version__, str(torch.version.cuda), platform.machine())
+    key = hashlib.sha256("|".join((device_type, *parts, *architectures)).encode()).hexdigest()[:24]
+    cache = cache_dir()
+    target = cache / key / build.library_name(device_type)
+    if _matches(target) and _opens(target):
+        return BackendStatus(True, "cached", str(target), None)
+    cache.mkdir(parents=True, exist_ok=True)
+    with _file_lock(cache / f"{key}.lock"):
+        if _matches(target) and _opens(target):  # another process built it meanwhile
+            return BackendStatus(True, "cached", str(target), None)
+        sys.stderr.write(f"rmipo_lite: compiling the {device_type} kernels, once\n")
+        sys.stderr.flush()
+        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
+            built = build.build(device_type, Path(folder), architectures)
+            target.parent.mkdir(exist_ok=True)
+            record = built.with_suffix(".sha256")
+            record.write_text(file_hash(built))
+            os.replace(built, target)
+            os.replace(record, target.with_suffix(".sha256"))
+    torch.ops.load_library(str(target))
+    return BackendStatus(True, "built", str(target), None)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _matches(library: Path, sources: str | None = None) -> bool:
+    """Whether a library is whole, by the hash beside it, and of these sources where given."""
+    try:
+        want = library.with_suffix(".sha256").read_text().split()
+        return want[:1] == [file_hash(library)] and (sources is None or want[1:] == [sources])
+    except OSError:
+        return False
+
+
+def _opens(library: Path) -> bool:
+    """Load a library; False where it was made for another system or another torch."""
+    try:
+        torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, which the system releases when the process dies."""
+    deadline = time.monotonic() + _LOCK_LIMIT_S
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise build.BuildError(
+                        f"another process has held {path} for {_LOCK_LIMIT_S:.0f} s"
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def row_logps(
+    logits: Tensor,  # (C, V) fp32 | fp64, overwritten
+    target_ids: Tensor,  # (C,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    row_scale: Tensor | None,  # (C,)
+    grads: Tensor | None,  # (C, V) out; on the CPU the logits themselves
+) -> Tensor:
+    """Kernel form of `reference.row_logps`; fills `grads` where given."""
+    logps = logits.new_empty(logits.shape[0])
+    torch.ops.rmipo_lite.row_logps(
+        logits,
+        target_ids.contiguous(),
+        None if bias is None else bias.to(logits.dtype).contiguous(),
+        logit_scale,
+        logit_softcap or 0.0,
+        None if row_scale is None else row_scale.to(logits.dtype).contiguous(),
+        logps,
+        grads,
+        device_flag(logits.device),
+    )
+    return logps
+
+
+def pair_losses(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    prior_token_logps: Tensor | None,
+    prior_cu_seqlens: Tensor | None,
+    options: PairOptions,
+) -> PairParts:
+    """Kernel form of `reference.pair_losses`."""
+    sequences = cu_seqlens.shape[0] - 1
+    sizes = [sequences // 2] * 3 + [sequences] * 3
+    parts = PairParts(*(token_logps.new_empty(size) for size in sizes))
+    torch.ops.rmipo_lite.pair_losses(
+        token_logps.contiguous(),
+        cu_seqlens.contiguous(),
+        None if prior_token_logps is None else prior_token_logps.contiguous(),
+        None if prior_cu_seqlens is None else prior_cu_seqlens.contiguous(),
+        _LOSS_TYPES.index(options.loss_type),
+        *options[1:],
+        *parts,
+        device_flag(token_logps.device),
+    )
+    return parts
