@@ -13,17 +13,15 @@ without tokens and keys. One process on one device: anything else is refused.
 from __future__ import annotations
 
 import contextlib
-import json
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from rmipo_lite.adapter_files import load_adapter_weights, save_weights, write_training_config
 from rmipo_lite.checkpoint_files import (
     CheckpointError,
     newest_valid_checkpoint,
@@ -33,7 +31,6 @@ from rmipo_lite.checkpoint_files import (
     verify_checkpoint,
 )
 from rmipo_lite.display import say
-from rmipo_lite.redaction import redact
 from rmipo_lite.state_io import load_state, random_state, save_state, set_random_state
 
 __all__ = [
@@ -45,39 +42,7 @@ __all__ = [
     "write_training_config",
 ]
 
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "training_config.json"
 STATE_FILE = "trainer_state.json"
-
-
-def write_training_config(args: Any, folder: Path) -> None:
-    """Write the run's options to `folder/training_config.json`, secrets redacted."""
-    content = redact(args.to_dict())
-    text = json.dumps(content, indent=2, sort_keys=True, default=str)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Load `adapter_model.safetensors` into the active adapter, strictly.
-
-    peft ignores keys that are missing or unknown; here they are an error that names them, since an
-    adapter that loads and does nothing looks like training that had no effect.
-    """
-    path = folder / ADAPTER_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder.name}/{ADAPTER_FILE} is missing")
-    weights = load_file(path)
-    adapter = model.active_adapters[0]
-    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    wrong = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    if missing or unknown or wrong:
-        raise CheckpointError(
-            f"{folder.name}/{ADAPTER_FILE} belongs to another adapter: {len(missing)} weights "
-            f"missing, {len(unknown)} unknown, {len(wrong)} of another shape; the first is "
-            f"{[*missing, *unknown, *sorted(wrong)][0]}. Use the LoRA settings it was saved with"
-        )
-    set_peft_model_state_dict(model, weights, adapter_name=adapter)
 
 
 class SafeCheckpointing:
@@ -236,6 +201,17 @@ class SafeCheckpointing:
         keep = {target} if best is None else {target, Path(best)}
         rotate(run_dir, run_id=self._run_id, limit=self.args.save_total_limit, keep=keep)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Finish without the stock clean-up, which deletes the newest checkpoint for the best.
+
+        With `save_total_limit=1` that would throw away what an interrupted run resumes from.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+
     def _note_best_checkpoint(self, run_dir: Path, target: Path) -> None:
         if not self.state.best_global_step:
             return
@@ -263,16 +239,7 @@ class SafeCheckpointing:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, PeftModel):
-            # "auto" would ask the hub at every save whether the vocabulary was resized
-            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        elif isinstance(model, PreTrainedModel):
-            model.save_pretrained(folder, state_dict=state_dict)
-        else:
-            raise TypeError(
-                "a checkpoint needs a PeftModel or a PreTrainedModel, "
-                f"got {type(model).__name__}: only those know how to save themselves"
-            )
+        save_weights(model, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         write_training_config(self.args, folder)
@@ -293,7 +260,7 @@ class SafeCheckpointing:
         if str(self.args.hub_strategy) in ("HubStrategy.END", "end"):
             return
         from huggingface_hub import HfApi
-        from transformers.trainer_utils import PushInProgress
+        from transformers.utils import PushInProgress
 
         job = HfApi(token=self.args.hub_token).upload_folder(
             repo_id=self.hub_model_id,

@@ -56,6 +56,7 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
         help="train a model on preference pairs",
         description="Train MODEL (a hub name or folder) on DATASET (a .jsonl, .json, .csv or "
         ".parquet file, also .gz, or a hub name) with columns prompt, chosen, rejected.",
+        usage="rmipo-lite train MODEL DATASET [--config FILE] [options]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

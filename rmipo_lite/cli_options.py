@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-HANDLED_APART = ("output_dir",)  # fields of the config that `train` takes itself
+# fields of the config that `train` takes itself, or that share a name with an option of ours
+HANDLED_APART = ("output_dir", "debug")
 
 
 class UsageError(Exception):
@@ -88,10 +89,11 @@ def _default_text(option: Field[Any]) -> str:
 
 def add_config_options(parser: argparse.ArgumentParser, *, show_all: bool) -> None:
     """Add an option for every field: ours shown first, transformers' hidden unless `show_all`."""
-    from rmipo_lite.config import own_option_names
+    from rmipo_lite.config import RMiPOConfig
 
     known = config_fields()
-    own = [name for name in own_option_names() if name in known]
+    # the order of the source: the method first, then data, then transformers' with our defaults
+    own = [name for name in RMiPOConfig.__annotations__ if name in known]
     ours = parser.add_argument_group("options of the run")
     theirs = parser.add_argument_group("options of transformers.TrainingArguments")
     for name in [*own, *(n for n in known if n not in own)]:
@@ -157,7 +159,8 @@ def read_values(options: dict[str, Any]) -> dict[str, Any]:
     known = config_fields()
     values = {}
     for name, value in options.items():
-        if name in known and isinstance(value, str):
+        # a text that is the default stays one: report_to "none" is not None
+        if name in known and isinstance(value, str) and value != known[name][0].default:
             try:
                 value = convert(value, known[name][1])
             except ValueError as error:

@@ -12,6 +12,8 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from rmipo_lite import __version__
+
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors",
     "ninja", "pybind11",
@@ -103,7 +105,7 @@ def info() -> Environment:
     """
     import torch
 
-    versions = {"rmipo_lite": _version("rmipo-lite"), "python": sys.version.split()[0]}
+    versions = {"rmipo_lite": __version__, "python": sys.version.split()[0]}
     versions |= {name: _version(name) for name in PACKAGES}
     return Environment(
         versions=versions,

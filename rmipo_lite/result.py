@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from rmipo_lite import plots, report
-from rmipo_lite.checkpoint import write_training_config
+from rmipo_lite.adapter_files import save_weights, write_training_config
 from rmipo_lite.display import printable, say
 from rmipo_lite.generation import Comparison, Prompt, generate_answers
 from rmipo_lite.model_card import metric_rows, model_card
@@ -157,10 +157,7 @@ class TrainResult:
         """Save adapter (safetensors), tokenizer with its template, options and a model card."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(target, save_embedding_layers=False)
-        else:
-            self.model.save_pretrained(target)
+        save_weights(self.model, target)
         self.tokenizer.save_pretrained(target)
         write_training_config(self.args, target)
         (target / "README.md").write_text(model_card(self), encoding="utf-8")

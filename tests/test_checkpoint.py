@@ -269,7 +269,8 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
 
     def failing(real: Any) -> Any:
         def write(*args: Any, **kwargs: Any) -> Any:
-            if real is path_open and args[1] == "rb":
+            mode = args[1] if real is path_open and len(args) > 1 else kwargs.get("mode", "r")
+            if real is path_open and not {"w", "+"} & set(mode):
                 return real(*args, **kwargs)
             if calls["left"] == 0:
                 raise OSError(28, "No space left on device")

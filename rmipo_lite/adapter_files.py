@@ -1,0 +1,63 @@
+"""Weights of a run on disk: saved as safetensors, loaded strictly, the options beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from rmipo_lite.checkpoint_files import CheckpointError
+from rmipo_lite.redaction import redact
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "training_config.json"
+
+
+def save_weights(model: Any, folder: Path, state_dict: Any = None) -> None:
+    """Save the adapter of a PeftModel, or all weights of a PreTrainedModel, as safetensors.
+
+    Raises TypeError for any other module, which doesn't know how to save itself.
+    """
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub at every save whether the vocabulary was resized
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    elif isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict=state_dict)
+    else:
+        raise TypeError(
+            f"model: wanted a PeftModel or a PreTrainedModel, got {type(model).__name__}"
+        )
+
+
+def write_training_config(args: Any, folder: Path) -> None:
+    """Write the run's options to `folder/training_config.json`, secrets redacted."""
+    content = redact(args.to_dict())
+    text = json.dumps(content, indent=2, sort_keys=True, default=str)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Load `adapter_model.safetensors` into the active adapter, strictly.
+
+    peft ignores keys that are missing or unknown; here they are an error that names them, since an
+    adapter that loads and does nothing looks like training that had no effect.
+    """
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder.name}/{ADAPTER_FILE} is missing")
+    weights = load_file(path)
+    adapter = model.active_adapters[0]
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    wrong = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            f"{folder.name}/{ADAPTER_FILE} belongs to another adapter: {len(missing)} weights "
+            f"missing, {len(unknown)} unknown, {len(wrong)} of another shape; the first is "
+            f"{[*missing, *unknown, *sorted(wrong)][0]}. Use the LoRA settings it was saved with"
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=adapter)

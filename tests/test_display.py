@@ -1,0 +1,116 @@
+"""Messages and progress: safe text, plain lines without a terminal, a bar in one, never a raise."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from rmipo_lite.display import duration, in_terminal, printable, say
+from rmipo_lite.progress import ProgressDisplay, attach_progress, metric_line
+from tests.trainer_parts import make_trainer
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_control_characters_and_direction_marks_are_shown_not_sent() -> None:
+    assert printable("a\x1b[2Jb\tc\nd\u202ee") == "a\\x1b[2Jb\tc\nd\\x202ee"
+
+
+@pytest.mark.parametrize("stream", [None, "closed", "ascii", "broken"])
+def test_say_never_raises(monkeypatch: pytest.MonkeyPatch, stream: str | None) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    closed = io.StringIO()
+    closed.close()
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    streams = {"closed": closed, "ascii": ascii_only, "broken": Broken(), None: None}
+    monkeypatch.setattr(sys, "stdout", streams[stream])
+    say("γ = 1.6")
+    assert in_terminal() is False
+    if stream == "ascii":
+        assert ascii_only.buffer.getvalue() == b"? = 1.6\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (61, "1 min 01 s"), (7600, "2 h 06 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_metric_line_takes_what_is_there_in_a_fixed_order() -> None:
+    logs = {"rewards/margins": 0.5, "loss": 1.25, "epoch": 1.0, "rmipo/gamma": 1.1}
+    assert metric_line(logs) == "loss 1.2500  margin +0.500  gamma 1.10"
+
+
+def _train(tmp_path: Path, **display: Any) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3, save_strategy="no", eval_strategy="steps",
+                           eval_steps=2)  # fmt: skip
+    attach_progress(trainer, ProgressDisplay(**display))
+    names = {type(c).__name__ for c in trainer.callback_handler.callbacks}
+    assert not names & {"PrinterCallback", "ProgressCallback"}
+    trainer.train()
+
+
+def test_a_pipe_gets_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _train(tmp_path, seconds=0.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 1/3  ")
+    assert "left" in lines[0]
+    assert any(line.startswith("step 2: held out  loss 4.") for line in lines)
+    assert lines[-1].startswith("3 steps in ")
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+def test_few_lines_when_steps_are_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _train(tmp_path, seconds=60.0)
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the evaluation and the end
+
+
+@pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
+def test_a_terminal_gets_a_bar_unless_it_is_dumb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: str
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", term)
+    _train(tmp_path, seconds=0.0)
+    assert ("\x1b[" in screen.getvalue()) == (term != "dumb")
+    assert "3/3" in screen.getvalue()
+
+
+def test_the_bar_is_closed_when_training_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fail(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("planted")
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    trainer = make_trainer(tmp_path, save_strategy="no", callbacks=[Fail()])
+    display = attach_progress(trainer, ProgressDisplay(live=True))
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.train()
+    assert display._progress is None
+
+
+def test_markup_in_a_log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    display = ProgressDisplay(live=True)
+    display.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1), None)  # type: ignore[arg-type]
+    display._tell("[red]row[/red]")
+    display.close()
+    assert "[red]row[/red]" in screen.getvalue()
