@@ -23,13 +23,15 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, int6
                   torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
                   op, ": ", name, " must be on the device of the first argument");
-  STD_TORCH_CHECK(n <= 1 || t.stride(0) == 1, op, ": ", name,
-                  " must be contiguous, got stride ", n <= 1 ? 1 : t.stride(0));
+  STD_TORCH_CHECK(n <= 1 || t.stride(0) == 1, op, ": ", name, " must be contiguous, got stride ",
+                  n <= 1 ? 1 : t.stride(0));
 }
 
 // A matrix of the given shape whose rows are dense; the row stride is free.
 inline void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows,
-                         int64_t columns) {
+                         int64_t columns, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
+                  op, ": ", name, " must be on the device of the first argument");
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, op, ": ", name,
                   " must have shape (", rows, ", ", columns, "), got ", t.dim(),
                   " dimensions with ", t.numel(), " elements");
@@ -38,11 +40,6 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t, int6
   STD_TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, op, ": ", name,
                   " must have rows that don't overlap, got row stride ",
                   rows <= 1 ? columns : t.stride(0), " for ", columns, " columns");
-}
-
-template <typename T>
-T* mutable_or_null(const std::optional<Tensor>& t) {
-  return t.has_value() ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
 }
 
 template <typename T>

@@ -1,4 +1,5 @@
-// The pair loss on the CPU: means, PMI, gamma, loss and its derivatives in one pass over the tokens.
+// The pair loss on the CPU: means, PMI, gamma, loss and its derivatives in one pass over the
+// tokens.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -49,9 +50,9 @@ void pair_losses(Tensor token_logps, Tensor cu_seqlens, std::optional<Tensor> pr
                  double gamma_min, double gamma_max, bool gamma_scaled_by_beta,
                  double label_smoothing, double simpo_gamma, Tensor loss, Tensor gamma, Tensor gap,
                  Tensor logps, Tensor prior_logps, Tensor mean_grads, Tensor flag) {
-  const rmipo::PairTensors tensors{token_logps, cu_seqlens,  prior_token_logps, prior_cu_seqlens,
-                                   loss,        gamma,       gap,               logps,
-                                   prior_logps, mean_grads,  flag};
+  const rmipo::PairTensors tensors{
+      token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens, loss, gamma,
+      gap,         logps,      prior_logps,       mean_grads,       flag};
   tensors.check();
   const rmipo::PairOptions options{static_cast<rmipo::LossType>(loss_type),
                                    beta,

@@ -8,15 +8,16 @@
 #include <torch/csrc/stable/ops.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
-#include <cstring>
 #include <limits>
 
 #include "../checks.h"
 #include "../row_math.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define RMIPO_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define RMIPO_CLONES \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
 #define RMIPO_CLONES
 #endif
@@ -185,7 +186,7 @@ void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, dou
   STD_TORCH_CHECK(logits.dim() == 2, kOp, ": logits must have shape (rows, vocab_size), got ",
                   logits.dim(), " dimensions");
   const int64_t n = logits.size(0), vocab_size = logits.size(1);
-  rmipo::check_matrix(kOp, "logits", logits, n, vocab_size);
+  rmipo::check_matrix(kOp, "logits", logits, n, vocab_size, logits);
   rmipo::check_vector(kOp, "target_ids", target_ids, n, rmipo::ScalarType::Long, logits);
   rmipo::check_vector(kOp, "logps", logps, n, dtype, logits);
   rmipo::check_vector(kOp, "flag", flag, 1, rmipo::ScalarType::Int, logits);

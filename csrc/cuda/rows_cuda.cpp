@@ -1,0 +1,76 @@
+// row_logps for CUDA tensors: checks, device, stream.
+#include <torch/csrc/stable/library.h>
+
+#include "../checks.h"
+#include "stream.h"
+
+namespace {
+
+using rmipo::GradType;
+using rmipo::ScalarType;
+using rmipo::Tensor;
+
+constexpr const char* kOp = "row_logps";
+
+GradType grad_type(const std::optional<Tensor>& grads, ScalarType logits) {
+  if (!grads) return GradType::kNone;
+  const ScalarType dtype = grads->scalar_type();
+  if (dtype == logits) return GradType::kSame;
+  STD_TORCH_CHECK(
+      logits == ScalarType::Float && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
+      kOp, ": grads must have the logits' dtype, bfloat16 or float16, got ",
+      torch::headeronly::toString(dtype));
+  return dtype == ScalarType::Half ? GradType::kHalf : GradType::kBFloat16;
+}
+
+template <typename A>
+void rows(const Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>& bias,
+          double logit_scale, double logit_softcap, const std::optional<Tensor>& row_scale,
+          const Tensor& logps, const std::optional<Tensor>& grads, const Tensor& flag) {
+  const rmipo::RowArguments<A> arguments{
+      static_cast<const A*>(logits.const_data_ptr()),
+      logits.size(0),
+      logits.size(1),
+      logits.stride(0),
+      static_cast<const int64_t*>(target_ids.const_data_ptr()),
+      rmipo::const_or_null<A>(bias),
+      {static_cast<A>(logit_scale), static_cast<A>(logit_softcap)},
+      rmipo::const_or_null<A>(row_scale),
+      static_cast<A*>(logps.mutable_data_ptr()),
+      grads ? grads->mutable_data_ptr() : nullptr,
+      grads ? grads->stride(0) : 0,
+      grad_type(grads, logits.scalar_type()),
+      static_cast<int32_t*>(flag.mutable_data_ptr())};
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  rmipo::check_launch(kOp, rmipo::launch_rows(arguments, rmipo::current_stream(logits)));
+}
+
+void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, double logit_scale,
+               double logit_softcap, std::optional<Tensor> row_scale, Tensor logps,
+               std::optional<Tensor> grads, Tensor flag) {
+  const auto dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, kOp,
+                  ": logits must be float32 or float64, got ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(logits.dim() == 2, kOp, ": logits must have shape (rows, vocab_size), got ",
+                  logits.dim(), " dimensions");
+  const int64_t n = logits.size(0), vocab_size = logits.size(1);
+  rmipo::check_grid(kOp, "logits", n);
+  rmipo::check_matrix(kOp, "logits", logits, n, vocab_size, logits);
+  rmipo::check_vector(kOp, "target_ids", target_ids, n, ScalarType::Long, logits);
+  rmipo::check_vector(kOp, "logps", logps, n, dtype, logits);
+  rmipo::check_vector(kOp, "flag", flag, 1, ScalarType::Int, logits);
+  if (bias) rmipo::check_vector(kOp, "bias", *bias, vocab_size, dtype, logits);
+  if (row_scale) rmipo::check_vector(kOp, "row_scale", *row_scale, n, dtype, logits);
+  if (grads) rmipo::check_matrix(kOp, "grads", *grads, n, vocab_size, logits);
+  if (dtype == ScalarType::Float) {
+    rows<float>(logits, target_ids, bias, logit_scale, logit_softcap, row_scale, logps, grads,
+                flag);
+  } else {
+    rows<double>(logits, target_ids, bias, logit_scale, logit_softcap, row_scale, logps, grads,
+                 flag);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rmipo_lite, CUDA, m) { m.impl("row_logps", TORCH_BOX(&row_logps)); }
