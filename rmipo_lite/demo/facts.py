@@ -13,15 +13,15 @@ from dataclasses import dataclass
 OPPOSITES = (
     "hot cold,big small,fast slow,old young,happy sad,light dark,hard soft,wet dry,high low,"
     "rich poor,full empty,near far,loud quiet,early late,clean dirty,strong weak,thick thin,"
-    "open closed,right left,up down,long short,good bad,sweet bitter,rough smooth,true false,deep shallow,"
-    "wide narrow,first last,alive dead,brave afraid"
+    "open closed,right left,up down,long short,good bad,sweet bitter,rough smooth,true false,"
+    "deep shallow,wide narrow,first last,alive dead,brave afraid"
 )
 PLURALS = (
     "cow cows,dog dogs,cat cats,horse horses,mouse mice,goose geese,sheep sheep,fox foxes,"
     "wolf wolves,bee bees,fish fish,duck ducks,apple apples,pear pears,cherry cherries,"
     "tomato tomatoes,egg eggs,cake cakes,bean beans,loaf loaves,berry berries,peach peaches,"
-    "potato potatoes,bun buns,knife knives,box boxes,chair chairs,brush brushes,table tables,lamp lamps,clock clocks,"
-    "key keys,watch watches,shelf shelves,bottle bottles,pen pens"
+    "potato potatoes,bun buns,knife knives,box boxes,chair chairs,brush brushes,table tables,"
+    "lamp lamps,clock clocks,key keys,watch watches,shelf shelves,bottle bottles,pen pens"
 )
 NOUN_CLASSES = ("an animal", "a food", "a thing")  # of PLURALS, twelve nouns each, in this order
 COLOURS = (
