@@ -112,7 +112,12 @@ def cuda_home() -> Path:
 def _run(command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S, check=False
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_COMPILE_LIMIT_S,
+            check=False,
         )
     except FileNotFoundError as error:
         raise BuildError(f"the compiler {command[0]!r} was not found") from error
@@ -141,7 +146,13 @@ def build(
     from torch.utils.cpp_extension import include_paths, library_paths
 
     sources, cxx = source_dir(), compiler()
-    common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={_TARGET}"]
+    common = [
+        "-std=c++20",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION={_TARGET}",
+    ]
     common += [flag for path in include_paths() for flag in ("-isystem", path)]
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
     commands, objects = [], []

@@ -33,7 +33,9 @@ def test_golden_grid(impl: str, loss_type: str) -> None:
     smoothed = loss_type in ("rmipo", "simpo")
     groups: dict[tuple[float, float], list[dict]] = {}
     for row in FINITE:
-        groups.setdefault((row["beta"], row["label_smoothing"] if smoothed else 0.0), []).append(row)
+        groups.setdefault((row["beta"], row["label_smoothing"] if smoothed else 0.0), []).append(
+            row
+        )
     for (beta, smoothing), rows in groups.items():
         logps = column("", rows, "logp_w", "logp_l").requires_grad_()
         prior = column("", rows, "prior_w", "prior_l")
@@ -67,7 +69,9 @@ def test_golden_logits_to_loss(impl: str) -> None:
 
     logits, logps, cu_seqlens = tokens("policy")
     _, prior, prior_cu_seqlens = tokens("prior")
-    out = pair_loss(logps, cu_seqlens, prior, prior_cu_seqlens, gamma_scaled_by_beta=True, impl=impl)
+    out = pair_loss(
+        logps, cu_seqlens, prior, prior_cu_seqlens, gamma_scaled_by_beta=True, impl=impl
+    )
     torch.testing.assert_close(out.loss.detach(), data["f64.losses"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.gamma, data["f64.gamma"], rtol=1e-12, atol=1e-12)
     out.loss.mean().backward()
@@ -162,7 +166,10 @@ def test_no_pairs() -> None:
         ({"cu_seqlens": borders(0, 3)}, "the chosen response of pair 0 has none"),
         ({"cu_seqlens": borders(4, -1)}, "cu_seqlens must not descend, got 4 then 3"),
         ({"cu_seqlens": borders(3)}, r"cu_seqlens must have shape \(2 \* num_pairs \+ 1,\)"),
-        ({"prior_token_logps": None, "prior_cu_seqlens": None}, "needs prior_token_logps, got None"),
+        (
+            {"prior_token_logps": None, "prior_cu_seqlens": None},
+            "needs prior_token_logps, got None",
+        ),
         ({"prior_token_logps": None}, "go together"),
         ({"token_logps": torch.zeros(3, 1)}, r"token_logps must have shape \(num_tokens,\)"),
     ],
@@ -177,7 +184,9 @@ def test_refusals(change: dict, message: str) -> None:
 
 
 def test_wrong_dtypes_are_refused() -> None:
-    with pytest.raises(TypeError, match="token_logps must be float32 or float64, got torch.bfloat16"):
+    with pytest.raises(
+        TypeError, match="token_logps must be float32 or float64, got torch.bfloat16"
+    ):
         pair_loss(torch.zeros(2).bfloat16(), borders(1, 1), loss_type="simpo")
     with pytest.raises(TypeError, match="cu_seqlens must be int32, got torch.int64"):
         pair_loss(torch.zeros(2), borders(1, 1).long(), loss_type="simpo")
