@@ -29,18 +29,21 @@ class Environment:
         devices: one line for each device.
         precision: what a run computes in by default, and why.
         backends: device type ("cpu", "cuda") -> what runs there and why.
+        cache: folder of the kernels compiled at first use.
     """
 
     versions: dict[str, str]
     devices: list[str]
     precision: str
     backends: dict[str, str]
+    cache: str
 
     def __str__(self) -> str:
         lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
         lines += [f"{'device':<14}{device}" for device in self.devices]
         lines.append(f"{'precision':<14}{self.precision}")
         lines += [f"{'ops on ' + kind:<14}{text}" for kind, text in self.backends.items()]
+        lines.append(f"{'kernel cache':<14}{self.cache}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -105,6 +108,8 @@ def info() -> Environment:
     """
     import torch
 
+    from rmipo_lite.ops import native
+
     versions = {"rmipo_lite": __version__, "python": sys.version.split()[0]}
     versions |= {name: _version(name) for name in PACKAGES}
     return Environment(
@@ -115,4 +120,5 @@ def info() -> Environment:
             kind: _backend(kind)
             for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
         },
+        cache=str(native.cache_dir()),
     )

@@ -176,5 +176,6 @@ def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None
     assert lines["torch"][0].isdigit()
     found = info()
     assert found.backends["cpu"]
+    assert Path(found.cache).is_absolute()
     assert found.precision.split()[0] in ("fp32", "bf16", "fp16")
     assert str(found) == repr(found)

@@ -75,7 +75,7 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_few_lines_when_steps_are_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _train(tmp_path, seconds=60.0)
-    assert len(capsys.readouterr().out.splitlines()) == 2  # the evaluation and the end
+    assert len(capsys.readouterr().out.splitlines()) == 3  # two evaluations and the end
 
 
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
