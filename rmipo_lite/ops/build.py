@@ -166,8 +166,9 @@ def build(
         libraries.append("-ltorch_cuda")
         for path in sorted((sources / "cuda").glob("*_kernel.cu")):
             objects.append(folder / f"{path.stem}.o")
-            commands.append([nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-                             *_gencode(architectures), "-c", str(path), "-o", str(objects[-1])])  # fmt: skip
+            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            flags += _gencode(architectures)
+            commands.append([nvcc, *flags, "-c", str(path), "-o", str(objects[-1])])
     for path in sorted((sources / device_type).glob("*.cpp")):
         objects.append(folder / f"{path.stem}.o")
         commands.append([*cxx, *common, "-fopenmp-simd", "-c", str(path), "-o", str(objects[-1])])

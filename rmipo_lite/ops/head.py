@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
-from rmipo_lite.ops.checks import refuse_second_derivative, require
+from rmipo_lite.ops.checks import refuse_second_derivative
+from rmipo_lite.ops.head_checks import check_head, check_ids
 from rmipo_lite.ops.loss import Impl
-from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
+from rmipo_lite.ops.reference import accumulate_dtype
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A chunk is as many rows as make about this many logits, within the range where a product still
 # runs at full speed and the buffer stays small (128 MiB in float32).
 _CHUNK_LOGITS = 2**25
@@ -62,7 +62,7 @@ def linear_logps(
         TypeError: wrong dtype.
         RuntimeError: `impl="native"` and the extension isn't available; a second derivative.
     """
-    _check(hidden, weight, target_ids, bias, logit_softcap, logit_scale)
+    check_head(hidden, weight, target_ids, bias, logit_softcap, logit_scale)
     native.check_impl("linear_logps", impl)
     mode = _VALUE
     if torch.is_grad_enabled():
@@ -74,62 +74,6 @@ def linear_logps(
         hidden, weight, target_ids, bias, logit_softcap, float(logit_scale), mode, impl
     )
     return logps
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
-) -> None:
-    op = "linear_logps"
-    if hidden.dtype not in _DTYPES:
-        raise TypeError(
-            f"{op}: hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}"
-        )
-    require(op, "weight", "have the dtype of hidden", hidden.dtype, weight.dtype, TypeError)
-    require(op, "target_ids", "have dtype", torch.int64, target_ids.dtype, TypeError)
-    if hidden.dim() != 2:
-        raise ValueError(
-            f"{op}: hidden must have shape (num_tokens, hidden_size), got {tuple(hidden.shape)}"
-        )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: weight must have shape (vocab_size, hidden_size) = (V, {hidden.shape[1]}) "
-            f"with V at least 1, got {tuple(weight.shape)}"
-        )
-    if tuple(target_ids.shape) != (hidden.shape[0],):
-        raise ValueError(
-            f"{op}: target_ids must have shape (num_tokens,) = ({hidden.shape[0]},), "
-            f"got {tuple(target_ids.shape)}"
-        )
-    require(op, "weight", "be on the device of hidden", hidden.device, weight.device)
-    require(op, "target_ids", "be on the device of hidden", hidden.device, target_ids.device)
-    if bias is not None:
-        require(op, "bias", "have the dtype of hidden", hidden.dtype, bias.dtype, TypeError)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"{op}: bias must have shape (vocab_size,) = ({weight.shape[0]},), "
-                f"got {tuple(bias.shape)}"
-            )
-        require(op, "bias", "be on the device of hidden", hidden.device, bias.device)
-    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
-        raise ValueError(f"{op}: logit_softcap must be positive or None, got {logit_softcap}")
-    if not abs(logit_scale) < float("inf"):
-        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
-
-
-def _check_ids(target_ids: Tensor, vocab_size: int) -> None:
-    """Refuse targets that are no token. Reads the values, so only for CPU tensors."""
-    bad = ((target_ids < 0) | (target_ids >= vocab_size)) & (target_ids != IGNORED)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"linear_logps: target_ids must be 0 to {vocab_size - 1} or {IGNORED} (ignored), "
-            f"got {int(target_ids[row])} at row {row}"
-        )
 
 
 def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -229,7 +173,7 @@ def _linear_logps(
 ) -> tuple[Tensor, Tensor]:
     """Logps (N,) and the directions u (N, H), or an empty (0, H) where mode doesn't want them."""
     if hidden.device.type == "cpu":
-        _check_ids(target_ids, weight.shape[0])
+        check_ids(target_ids, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         use_native = native.use_native(impl, hidden.device)
         head = _Head(hidden, weight)
@@ -327,7 +271,8 @@ def _recompute_backward(
             head.add_weight_grad(grads, rows, grad_weight)
             if bias is not None:
                 grad_bias += grads.sum(0, dtype=head.exact)
-        return tuple(g.to(hidden.dtype) for g in (grad_hidden, grad_weight, grad_bias))
+        dtype = hidden.dtype
+        return grad_hidden.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)
 
 
 @_recompute_backward.register_fake

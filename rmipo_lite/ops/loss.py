@@ -17,7 +17,6 @@ method sets, and a gradient through it would let the policy lower its own margin
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.checks import refuse_second_derivative, require
-from rmipo_lite.ops.reference import LOSSES, SMOOTHED, PairOptions, PairParts
+from rmipo_lite.ops.loss_checks import check_borders, check_options, check_prior, check_sequences
+from rmipo_lite.ops.reference import LOSSES, PairOptions, PairParts
 
 Impl = Literal["auto", "native", "torch"]
 LossType = Literal["rmipo", "simpo", "hinge", "simper"]
@@ -83,13 +83,13 @@ def pair_loss(
     options = PairOptions(
         loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
     )
-    _check_options(options)
-    _check_sequences("", token_logps, cu_seqlens)
+    check_options(options)
+    check_sequences("", token_logps, cu_seqlens)
     if (prior_token_logps is None) != (prior_cu_seqlens is None):
         raise ValueError("pair_loss: prior_token_logps and prior_cu_seqlens go together, got one")
     if prior_token_logps is not None and prior_cu_seqlens is not None:
-        _check_sequences("prior_", prior_token_logps, prior_cu_seqlens)
-        _check_prior(token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
+        check_sequences("prior_", prior_token_logps, prior_cu_seqlens)
+        check_prior(token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
     elif loss_type == "rmipo":
         raise ValueError("pair_loss: loss_type rmipo needs prior_token_logps, got None")
     native.check_impl("pair_loss", impl)
@@ -174,77 +174,12 @@ def rmipo_loss(
     return LossOutput(out.loss, out.gamma, out.pmi_gap)
 
 
-def _check_options(options: PairOptions) -> None:
-    def refuse(name: str, want: str) -> None:
-        raise ValueError(f"pair_loss: {name} must be {want}, got {getattr(options, name)}")
-
-    if not (math.isfinite(options.beta) and options.beta >= 0):
-        refuse("beta", "finite and at least 0")
-    if not (math.isfinite(options.gamma_min) and math.isfinite(options.gamma_max)):
-        refuse("gamma_min" if not math.isfinite(options.gamma_min) else "gamma_max", "finite")
-    if options.gamma_min > options.gamma_max:
-        refuse("gamma_min", f"at most gamma_max = {options.gamma_max}")
-    if not math.isfinite(options.simpo_gamma):
-        refuse("simpo_gamma", "finite")
-    if not 0 <= options.label_smoothing <= 1:
-        refuse("label_smoothing", "between 0 and 1")
-    if options.label_smoothing and options.loss_type not in SMOOTHED:
-        refuse("label_smoothing", f"0 with loss_type {options.loss_type}, which has none")
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _check_sequences(prefix: str, token_logps: Tensor, cu_seqlens: Tensor) -> None:
-    name, borders = f"{prefix}token_logps", f"{prefix}cu_seqlens"
-    if token_logps.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"pair_loss: {name} must be float32 or float64, got {token_logps.dtype}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"pair_loss: {borders} must be int32, got {cu_seqlens.dtype}")
-    if token_logps.dim() != 1:
-        raise ValueError(
-            f"pair_loss: {name} must have shape (num_tokens,), got {tuple(token_logps.shape)}"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
-        raise ValueError(
-            f"pair_loss: {borders} must have shape (2 * num_pairs + 1,), got {tuple(cu_seqlens.shape)}"
-        )
-    require(
-        "pair_loss", borders, f"be on the device of {name}", token_logps.device, cu_seqlens.device
-    )
-
-
-def _check_prior(
-    token_logps: Tensor, cu_seqlens: Tensor, prior_token_logps: Tensor, prior_cu_seqlens: Tensor
-) -> None:
-    require(
-        "pair_loss", "prior_token_logps", "have the dtype of token_logps",
-        token_logps.dtype, prior_token_logps.dtype, TypeError,
-    )  # fmt: skip
-    require(
-        "pair_loss", "prior_token_logps", "be on the device of token_logps",
-        token_logps.device, prior_token_logps.device,
-    )  # fmt: skip
-    require(
-        "pair_loss", "prior_cu_seqlens", "have the shape of cu_seqlens",
-        tuple(cu_seqlens.shape), tuple(prior_cu_seqlens.shape),
-    )  # fmt: skip
-
-
-def _check_borders(name: str, cu_seqlens: Tensor, num_tokens: int, *, may_be_empty: bool) -> None:
-    """Refuse borders that don't tile the tokens. Reads the values, so only for CPU tensors."""
-    borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != num_tokens:
-        raise ValueError(
-            f"pair_loss: {name} must run from 0 to the number of tokens {num_tokens}, "
-            f"got {borders[0]} to {borders[-1]}"
-        )
-    for s, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
-        if end < start:
-            raise ValueError(f"pair_loss: {name} must not descend, got {start} then {end} at {s}")
-        if end == start and not may_be_empty:
-            side = "rejected" if s % 2 else "chosen"
-            raise ValueError(
-                f"pair_loss: every sequence must have a token, but the {side} response of pair "
-                f"{s // 2} has none"
-            )
+def _plain(p: PairParts) -> _Parts:
+    """The unnamed tuple that an operator's schema asks for."""
+    return p.loss, p.gamma, p.pmi_gap, p.logps, p.prior_logps, p.mean_grads
 
 
 @torch.library.custom_op("rmipo_lite::pair_loss", mutates_args=())
@@ -266,14 +201,14 @@ def _pair_loss(
         loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
     )
     if token_logps.device.type == "cpu":
-        _check_borders("cu_seqlens", cu_seqlens, token_logps.shape[0], may_be_empty=False)
+        check_borders("cu_seqlens", cu_seqlens, token_logps.shape[0], may_be_empty=False)
         if prior_cu_seqlens is not None and prior_token_logps is not None:
             count = prior_token_logps.shape[0]
-            _check_borders("prior_cu_seqlens", prior_cu_seqlens, count, may_be_empty=True)
+            check_borders("prior_cu_seqlens", prior_cu_seqlens, count, may_be_empty=True)
     sequences = (token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
     if native.use_native(impl, token_logps.device):
-        return tuple(native.pair_losses(*sequences, options))
-    return tuple(reference.pair_losses(*sequences, options))
+        return _plain(native.pair_losses(*sequences, options))
+    return _plain(reference.pair_losses(*sequences, options))
 
 
 @_pair_loss.register_fake

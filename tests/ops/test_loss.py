@@ -1,4 +1,4 @@
-"""The pair loss: golden values, hand-made numbers, gradients, refusals, native against reference."""
+"""The pair loss: golden values, numbers by hand, gradients, refusals; native and reference."""
 
 from __future__ import annotations
 
@@ -185,8 +185,8 @@ def test_refusals(change: dict, message: str) -> None:
 
 def test_wrong_dtypes_are_refused() -> None:
     with pytest.raises(
-        TypeError, match="token_logps must be float32 or float64, got torch.bfloat16"
+        TypeError, match=r"token_logps must be float32 or float64, got torch\.bfloat16"
     ):
         pair_loss(torch.zeros(2).bfloat16(), borders(1, 1), loss_type="simpo")
-    with pytest.raises(TypeError, match="cu_seqlens must be int32, got torch.int64"):
+    with pytest.raises(TypeError, match=r"cu_seqlens must be int32, got torch\.int64"):
         pair_loss(torch.zeros(2), borders(1, 1).long(), loss_type="simpo")
