@@ -56,20 +56,28 @@ def run_copy(finished: Path, tmp_path: Path) -> Path:
 # ---- resume ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.fixture(scope="module", params=["adamw_torch", "adamw_torch_fused"])
+def uninterrupted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Trainer:
+    """A run that saved at every one of its 12 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make_trainer(folder, optim=request.param, save_steps=1)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("step", [1, 3, 6, 8])  # an epoch has 6 steps, its last one a short window
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, optim: str, step: int
+    tmp_path: Path, uninterrupted: Trainer, step: int
 ) -> None:
-    whole = make_trainer(tmp_path / "whole", optim=optim, save_steps=1)
-    whole.train()
-    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     torch.manual_seed(99)  # nothing may depend on the state the new process happens to be in
-    resumed = make_trainer(tmp_path / "resumed", optim=optim, save_steps=1, model=tiny_peft())
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert resumed.state.global_step == whole.state.global_step == 12
-    assert same_weights(adapter_weights(whole), adapter_weights(resumed))
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    optim = uninterrupted.args.optim
+    resumed = make_trainer(tmp_path, optim=optim, save_strategy="no", model=tiny_peft())
+    resumed.train(resume_from_checkpoint=f"{uninterrupted.args.output_dir}/checkpoint-{step}")
+    assert resumed.state.global_step == uninterrupted.state.global_step == 12
+    assert same_weights(adapter_weights(uninterrupted), adapter_weights(resumed))
+    losses = [entry["loss"] for entry in uninterrupted.state.log_history if "loss" in entry]
     again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
     assert again == losses
 
