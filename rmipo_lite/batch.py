@@ -1,8 +1,8 @@
 """Pairs of token lists -> the rows a model reads, packed or padded.
 
 Both forms are a `ModelInput` and end in the same thing: `logit_rows`, the hidden row that predicts
-each scored token, in the order C1 R1 C2 R2 ..., with `cu_seqlens` as the borders. What follows (head,
-loss, metrics) therefore doesn't know which form ran.
+each scored token, in the order C1 R1 C2 R2 ..., with `cu_seqlens` as the borders. What follows
+(head, loss, metrics) therefore doesn't know which form ran.
 
 Packed: one row `[P1 C1 R1 P2 C2 R2 ...]` without padding, every prompt once. The last token of each
 response predicts nothing that is scored, so it isn't fed at all; the hidden row of a prompt's last

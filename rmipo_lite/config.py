@@ -131,10 +131,10 @@ class RMiPOConfig(TrainingArguments):
     warmup_steps: float = _option(0.1, "Warm-up: steps, or a share of all steps when below 1.")
     logging_steps: float = _option(10, "Log every so many optimizer steps.")
     save_total_limit: int | None = _option(2, "Checkpoints kept; older ones are deleted.")
-    bf16: bool | None = _option(
+    bf16: bool | None = _option(  # type: ignore[assignment]
         None, "bfloat16 autocast; None: where the GPU has it in hardware (Ampere and newer)."
     )
-    fp16: bool | None = _option(
+    fp16: bool | None = _option(  # type: ignore[assignment]
         None, "float16 autocast with a gradient scaler; None: on a GPU without bfloat16."
     )
     remove_unused_columns: bool = _option(False, "Kept False: the batch is ours.")
@@ -144,7 +144,7 @@ class RMiPOConfig(TrainingArguments):
     dataloader_pin_memory: bool = _option(
         False, "Nothing to pin: rows are built per micro-step, after the dataloader."
     )
-    report_to: str | list[str] | None = _option("none", "Trackers to report to.")
+    report_to: str | list[str] | None = _option("none", "Trackers to report to.")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         """Reject nonsense, then let transformers resolve its own options."""
@@ -198,7 +198,10 @@ class RMiPOConfig(TrainingArguments):
                 self.packing,
             )
         _require(
-            not self.remove_unused_columns, "remove_unused_columns", "False", self.remove_unused_columns
+            not self.remove_unused_columns,
+            "remove_unused_columns",
+            "False",
+            self.remove_unused_columns,
         )
 
     def _check_step(self) -> None:
@@ -213,7 +216,10 @@ class RMiPOConfig(TrainingArguments):
             budget,
         )
         _require(
-            self.max_dropped_in_a_row >= 1, "max_dropped_in_a_row", ">= 1", self.max_dropped_in_a_row
+            self.max_dropped_in_a_row >= 1,
+            "max_dropped_in_a_row",
+            ">= 1",
+            self.max_dropped_in_a_row,
         )
         _require(
             not self.logging_nan_inf_filter,

@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -38,7 +37,16 @@ _ADAPTED = "_rmipo_lite_adapted"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model name or folder (no remote code)."""
+    """Load the tokenizer of a model name or folder (no remote code).
+
+    Raises:
+        ValueError: the model was made in memory, so nobody knows its tokenizer.
+    """
+    if not name:
+        raise ValueError(
+            "tokenizer: this model was made in memory and names no folder to load a tokenizer "
+            "from; pass one (tokenizer= of train(), processing_class= of RMiPOTrainer)"
+        )
     return AutoTokenizer.from_pretrained(name)
 
 
@@ -127,7 +135,7 @@ def protect_4bit_on_cpu(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, typed as Tensor
 
 
 def default_lora() -> LoraConfig:
@@ -137,9 +145,7 @@ def default_lora() -> LoraConfig:
     )
 
 
-def attach_adapter(
-    model: nn.Module, peft_config: LoraConfig | Literal["auto", "new"] | None
-) -> nn.Module:
+def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn.Module:
     """Give the model its adapter, or leave it the one it has. Never nests.
 
     Args:
@@ -202,9 +208,14 @@ def _make_trainable(adapted: PeftModel) -> None:
             parameter.requires_grad_(True)
 
 
+def name_of(model: str | nn.Module) -> str:
+    """The name or folder that a model was loaded from; empty where it was made in memory."""
+    return model if isinstance(model, str) else str(causal_lm(model).config.name_or_path or "")
+
+
 def run_name(model: str | nn.Module) -> str:
     """A folder name for a run on this model: `rmipo-<model name>`."""
-    name = model if isinstance(model, str) else str(causal_lm(model).config.name_or_path)
+    name = name_of(model)
     last = Path(name.rstrip("/")).name or "model"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".")
     return f"rmipo-{safe[:80] or 'model'}"

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.config import LossType, RMiPOConfig
 from rmipo_lite.ops import PairLossOutput, pair_loss
+from rmipo_lite.ops.loss import Impl
 
 # A side's cached prior: mean nats per token, or NaN where the response has no scored token.
 CachedPriors = dict[int, tuple[float, float]]  # row of the dataset -> (chosen, rejected)
@@ -35,20 +37,20 @@ def losses(
         cu_seqlens,
         prior_logps,
         prior_cu_seqlens,
-        loss_type=args.loss_type,
+        loss_type=cast(LossType, args.loss_type),
         beta=args.beta,
         gamma_min=args.gamma_min,
         gamma_max=args.gamma_max,
         gamma_scaled_by_beta=args.gamma_scaled_by_beta,
         simpo_gamma=args.simpo_gamma,
         label_smoothing=args.label_smoothing,
-        impl=args.kernel_impl,
+        impl=cast(Impl, args.kernel_impl),
     )
 
 
-def cached_prior(rows: Sequence[int], cache: CachedPriors, device: torch.device) -> tuple[
-    Tensor, Tensor
-]:
+def cached_prior(
+    rows: Sequence[int], cache: CachedPriors, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The cached means of these rows in the operator's form: one token per defined sequence."""
     means = [mean for row in rows for mean in cache[row]]
     defined = [mean for mean in means if not math.isnan(mean)]

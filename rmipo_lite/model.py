@@ -8,7 +8,7 @@ model does between its last hidden state and its logits is therefore read here (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rmipo_lite.batch import ModelInput
 from rmipo_lite.ops import linear_logps
+from rmipo_lite.ops.loss import Impl
 
 
 class UnsupportedModelError(ValueError):
@@ -44,7 +45,7 @@ class Head:
             bias=self.bias,
             logit_softcap=self.logit_softcap,
             logit_scale=self.logit_scale,
-            impl=impl,
+            impl=cast(Impl, impl),
         )
 
 
@@ -127,7 +128,7 @@ def _effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _plain_weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
+    weight = cast(Tensor, layer.weight)
     quant_state = getattr(weight, "quant_state", None)
     if quant_state is None:
         return weight

@@ -133,12 +133,11 @@ def _load(
     quantization: loading.Quantization | BitsAndBytesConfig,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     if not isinstance(model, str):
-        base = causal_lm(model)
         if quantization not in ("auto", "none"):
             raise ValueError(
                 "quantization is for a model given by name or folder; this one is loaded"
             )
-        return model, tokenizer or loading.load_tokenizer(base.config.name_or_path)
+        return model, tokenizer or loading.load_tokenizer(loading.name_of(model))
     tokenizer = tokenizer or loading.load_tokenizer(model)
     quantization_config = loading.quantization_for(model, args, quantization)
     if quantization_config is not None and quantization == "auto":

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class PairStep:
         outcome = self._accumulate(pairs, backward)
         if self._is_finite(outcome):
             return outcome
-        good, dropped = [], []
+        good: list[TokenizedPair] = []
+        dropped: list[TokenizedPair] = []
         for pair in pairs:
             self._clear_gradients()
             finite = self._is_finite(self._accumulate([pair], backward))
@@ -98,7 +100,7 @@ class PairStep:
             totals = [0.0, *sums.tolist()]
             means = [
                 (totals[end] - totals[start]) / (end - start) if end > start else math.nan
-                for start, end in zip(borders, borders[1:], strict=False)
+                for start, end in pairwise(borders)
             ]
             for i, pair in enumerate(part):
                 cache[pair.row] = (means[2 * i], means[2 * i + 1])
@@ -180,8 +182,8 @@ class PairStep:
     def _void_gradients(self) -> None:
         """Leave gradients that make the optimizer's step change nothing.
 
-        None does: the optimizer passes such a parameter over. fp16's scaler wants a gradient to look
-        at, and skips the step when it is infinite.
+        None does: the optimizer passes such a parameter over. fp16's scaler wants a gradient to
+        look at, and skips the step when it is infinite.
         """
         if not self.args.fp16:
             self._clear_gradients()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
+import numpy as np
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,16 +22,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
 from rmipo_lite import loading, metrics
 from rmipo_lite.budget import resolve_token_budget
 from rmipo_lite.checkpoint import SafeCheckpointing
-from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.config import RMiPOConfig, TokenizationMode, TruncationMode
 from rmipo_lite.data import DataReport, load_rows
 from rmipo_lite.display import say
-from rmipo_lite.model import causal_lm, device_of, disable_dropout
+from rmipo_lite.model import causal_lm, disable_dropout
 from rmipo_lite.selfcheck import packing_problem
 from rmipo_lite.step import PairStep, StepOutcome
 from rmipo_lite.tokenization import (
@@ -88,31 +89,32 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     ) -> None:
         args = RMiPOConfig(loading.run_name(model)) if args is None else args
         _refuse_several_devices(args)
-        if isinstance(model, str):
-            if processing_class is None:
-                processing_class = loading.load_tokenizer(model)
-            model = loading.load_model(model, args, quantization_config)
-        elif quantization_config is not None:
+        if processing_class is None:
+            processing_class = loading.load_tokenizer(loading.name_of(model))
+        if not isinstance(model, str) and quantization_config is not None:
             raise ValueError(
                 "quantization_config is for a model given by name or folder; this one is loaded"
             )
-        elif processing_class is None:
-            processing_class = loading.load_tokenizer(causal_lm(model).config.name_or_path)
-        loading.protect_4bit_on_cpu(model)
-        model = loading.attach_adapter(model, peft_config)
+        loaded: nn.Module = (
+            loading.load_model(model, args, quantization_config)
+            if isinstance(model, str)
+            else model
+        )
+        loading.protect_4bit_on_cpu(loaded)
+        set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
+        loaded = loading.attach_adapter(loaded, peft_config)
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_dropout(loaded)
         if args.wants_checkpointing:
             # Frozen embeddings have no gradient, and a checkpointed block would pass none on.
-            causal_lm(model).enable_input_require_grads()
+            causal_lm(loaded).enable_input_require_grads()
         self._tokenizer = prepare_tokenizer(processing_class, args.chat_template)
-        self._options = tokenization_options(args, model)
         self._prior_bos_id = prior_bos_id(args, self._tokenizer)
         self.data_report: DataReport | None = None
-        train_pairs, self.data_report = self._tokenized(train_dataset)
-        eval_pairs = self._tokenized_eval(eval_dataset)
+        train_pairs, self.data_report = self._tokenized(train_dataset, args, loaded)
+        eval_pairs = self._tokenized_eval(eval_dataset, args, loaded)
         super().__init__(
-            model=model,
+            model=loaded,
             args=_whole_step_batches(args),
             data_collator=_collate,
             train_dataset=train_pairs,
@@ -131,26 +133,27 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     # ---- data -----------------------------------------------------------------------------
 
-    def _tokenized(self, dataset: Any) -> tuple[list[TokenizedPair] | None, DataReport | None]:
+    def _tokenized(
+        self, dataset: Any, args: RMiPOConfig, model: nn.Module
+    ) -> tuple[list[TokenizedPair] | None, DataReport | None]:
         if dataset is None:
             return None, None
         if _is_tokenized(dataset):
             return list(dataset), None
         rows, report = load_rows(dataset)
-        return tokenize_rows(rows, self._tokenizer, self._options, report), report
+        options = tokenization_options(args, model)
+        return tokenize_rows(rows, self._tokenizer, options, report), report
 
-    def _tokenized_eval(self, dataset: Any) -> Any:
+    def _tokenized_eval(self, dataset: Any, args: RMiPOConfig, model: nn.Module) -> Any:
         if isinstance(dataset, dict) and not {"chosen", "rejected"} & dataset.keys():
-            return {name: self._tokenized(part)[0] for name, part in dataset.items()}
-        return self._tokenized(dataset)[0]
+            return {name: self._tokenized(part, args, model)[0] for name, part in dataset.items()}
+        return self._tokenized(dataset, args, model)[0]
 
     # ---- set-up ---------------------------------------------------------------------------
 
     def _make_step(self, pairs: Sequence[TokenizedPair]) -> PairStep:
-        pad_id = next(
-            (i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None),
-            0,
-        )
+        ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
+        pad_id = next(i for i in ids if i is not None)
         packing = self.args.packing
         if packing and pairs:
             problem = packing_problem(self.model, pairs, self.args.kernel_impl, pad_id)
@@ -186,7 +189,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     def _fill_prior_cache(self) -> None:
         """Before the first step: the prior of every training pair under the untrained policy."""
         if self.pair_step.prior_cache is None:
-            self.pair_step.prior_cache = self.pair_step.prior_means(self.train_dataset)
+            pairs = cast(list[TokenizedPair], self.train_dataset)
+            self.pair_step.prior_cache = self.pair_step.prior_means(pairs)
 
     def _count_dropped(self, outcome: StepOutcome) -> None:
         if not outcome.dropped:
@@ -195,7 +199,9 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         step = self.state.global_step + 1
         rows = [pair.row for pair in outcome.dropped]
         self.dropped_pairs += [{"row": row, "step": step} for row in rows]
-        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (" ..." if len(rows) > _ROWS_NAMED else "")
+        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (
+            " ..." if len(rows) > _ROWS_NAMED else ""
+        )
         say(
             f"Step {step}: {len(rows)} pair(s) dropped, loss or gradient not finite (row {named}); "
             f"{len(self.dropped_pairs)} dropped so far"
@@ -214,7 +220,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     # ---- evaluation -----------------------------------------------------------------------
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -250,7 +256,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         values = metrics.concat(parts)
         named = {"loss": float(values.loss.mean()), **metrics.reduce(parts, self.args)}
         return EvalLoopOutput(
-            predictions=None,
+            predictions=np.empty(0),  # no logits are ever held
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in named.items()},
             num_samples=len(values.loss),
@@ -301,7 +307,9 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         self.dropped_pairs = list(state["dropped_pairs"])
         cache = state["prior_cache"]
         if cache is not None:
-            self.pair_step.prior_cache = {int(row): (chosen, rejected) for row, chosen, rejected in cache}
+            self.pair_step.prior_cache = {
+                int(row): (side_w, side_l) for row, side_w, side_l in cache
+            }
 
 
 def tokenization_options(args: RMiPOConfig, model: nn.Module) -> TokenizationOptions:
@@ -314,10 +322,10 @@ def tokenization_options(args: RMiPOConfig, model: nn.Module) -> TokenizationOpt
             say(f"max_length {max_length} is more than the model's context: {context} is used")
         max_length = int(context)
     return TokenizationOptions(
-        mode=args.tokenization,
+        mode=cast(TokenizationMode, args.tokenization),
         max_length=max_length,
         max_prompt_length=args.max_prompt_length,
-        truncation_mode=args.truncation_mode,
+        truncation_mode=cast(TruncationMode, args.truncation_mode),
         chat_template=args.chat_template,
         num_proc=args.dataset_num_proc,
     )

@@ -84,9 +84,14 @@ def test_stock_attention_on_a_packed_row_is_wrong(tmp_path) -> None:
 def test_attention_is_put_back_also_after_an_error() -> None:
     model = tiny_model("llama")
     before = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="boom"), packed_attention(model):
-        assert model.config._attn_implementation == ATTENTION_NAME
-        raise RuntimeError("boom")
+
+    def fails() -> None:
+        with packed_attention(model):
+            assert model.config._attn_implementation == ATTENTION_NAME
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fails()
     assert model.config._attn_implementation == before
 
 

@@ -26,10 +26,16 @@ def test_defaults_of_the_design(tmp_path: Path) -> None:
     [
         ({"beta": 0}, "beta must be a number > 0, got 0"),
         ({"loss_type": "dpo"}, "loss_type must be one of rmipo, simpo, hinge, simper, got 'dpo'"),
-        ({"gamma_min": 2}, "gamma_min, gamma_max must be 0 <= gamma_min <= gamma_max, got (2, 1.6)"),
+        (
+            {"gamma_min": 2},
+            "gamma_min, gamma_max must be 0 <= gamma_min <= gamma_max, got (2, 1.6)",
+        ),
         ({"gamma_max": float("nan")}, "gamma_min, gamma_max must be"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), got 0.5"),
-        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing must be 0 for loss_type='hinge'"),
+        (
+            {"label_smoothing": 0.1, "loss_type": "hinge"},
+            "label_smoothing must be 0 for loss_type='hinge'",
+        ),
         ({"sft_weight": -1}, "sft_weight must be >= 0, got -1"),
         ({"prior": "frozen"}, "prior must be one of live, cached, got 'frozen'"),
         ({"prior_context": "eos"}, "prior_context must be one of none, bos"),
@@ -49,7 +55,9 @@ def test_nonsense_is_refused_by_name(options: dict, message: str, tmp_path: Path
 
 def test_a_number_as_text_is_a_number(tmp_path: Path) -> None:
     """The command line and YAML hand numbers over as text."""
-    assert RMiPOConfig(str(tmp_path), max_tokens_per_microstep="512").max_tokens_per_microstep == 512
+    assert (
+        RMiPOConfig(str(tmp_path), max_tokens_per_microstep="512").max_tokens_per_microstep == 512
+    )
 
 
 def test_every_own_option_is_explained() -> None:

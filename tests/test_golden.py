@@ -177,7 +177,9 @@ def test_every_batch_and_variant(name: str, variant: str, tmp_path: Path) -> Non
         _check_gradients(model, batch[variant]["grad"], what)
 
 
-@pytest.mark.parametrize("case", ["empty_chosen", "empty_rejected", "eos_only_chosen", "empty_chosen+qa_0"])
+@pytest.mark.parametrize(
+    "case", ["empty_chosen", "empty_rejected", "eos_only_chosen", "empty_chosen+qa_0"]
+)
 @pytest.mark.parametrize("packing", [False, True])
 def test_what_is_nan_there_is_finite_and_reported_here(
     case: str, packing: bool, tmp_path: Path

@@ -64,7 +64,9 @@ def test_layers_of_an_unknown_adapter_are_refused() -> None:
 
 
 def test_unknown_word_for_the_adapter() -> None:
-    with pytest.raises(ValueError, match="peft_config must be 'auto', 'new', None or a peft config"):
+    with pytest.raises(
+        ValueError, match="peft_config must be 'auto', 'new', None or a peft config"
+    ):
         loading.attach_adapter(tiny_model(), "fresh")
 
 

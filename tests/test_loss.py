@@ -68,7 +68,10 @@ def test_cached_prior_equals_the_live_one(tmp_path: Path) -> None:
     args = RMiPOConfig(str(tmp_path))
     token_logps = torch.tensor([-1.0, -2.0, -1.0, -2.0])
     borders = torch.arange(5, dtype=torch.int32)
-    live = (torch.tensor([-3.5, -4.5, -3.0, -2.0]), torch.tensor([0, 2, 3, 4, 4], dtype=torch.int32))
+    live = (
+        torch.tensor([-3.5, -4.5, -3.0, -2.0]),
+        torch.tensor([0, 2, 3, 4, 4], dtype=torch.int32),
+    )
     cache = {7: (-4.0, -3.0), 9: (-2.0, math.nan)}
     cached = loss.cached_prior([7, 9], cache, torch.device("cpu"))
     a = loss.losses(token_logps, borders, live, args)

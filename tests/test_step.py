@@ -116,7 +116,7 @@ def test_a_pair_that_is_not_finite_is_found_and_the_others_count(tmp_path: Path)
 
 
 def test_nothing_finite_leaves_no_gradient(tmp_path: Path) -> None:
-    """An optimizer passes over parameters without a gradient: momentum and decay don't move them."""
+    """An optimizer passes over parameters without a gradient: no momentum, no decay."""
     model, pairs = tiny_model(), random_pairs(3)
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)

@@ -137,7 +137,13 @@ class _Stop(TrainerCallback):
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_resume_is_bit_for_bit(stop: int, prior: str, tmp_path: Path, tokenizer: Any) -> None:
     """Within and across epochs (2 steps each), with a short last batch."""
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "count": 7, "prior": prior}
+    options = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "count": 7,
+        "prior": prior,
+    }
     whole = _trainer(tmp_path / "whole", tokenizer, **options)
     whole.train()
     first = _trainer(tmp_path / "cut", tokenizer, **options)
@@ -253,7 +259,10 @@ def test_raw_rows_are_read_reported_and_clamped(
     )
     report = trainer.data_report
     assert (report.total, report.kept) == (4, 2)
-    assert "max_length 1000000 is more than the model's context: 2048 is used" in capsys.readouterr().out
+    assert (
+        "max_length 1000000 is more than the model's context: 2048 is used"
+        in capsys.readouterr().out
+    )
     metrics = trainer.evaluate()
     assert {"eval_same_loss", "eval_other_loss"} <= metrics.keys()
 
@@ -285,7 +294,9 @@ def test_quantising_a_loaded_model_is_refused(tmp_path: Path, tokenizer: Any) ->
 
     args = RMiPOConfig(str(tmp_path))
     with pytest.raises(ValueError, match="for a model given by name or folder"):
-        RMiPOTrainer(tiny_model(), args, processing_class=tokenizer, quantization_config=nf4_config(args))
+        RMiPOTrainer(
+            tiny_model(), args, processing_class=tokenizer, quantization_config=nf4_config(args)
+        )
 
 
 def test_signature_users_know() -> None:
@@ -303,5 +314,3 @@ def test_nothing_is_pickled(tmp_path: Path, tokenizer: Any) -> None:
     files = [Path(folder) / f for folder, _, names in os.walk(tmp_path) for f in names]
     assert any(f.name == "adapter_model.safetensors" for f in files)
     assert not [f for f in files if f.suffix in {".bin", ".pt", ".pth", ".pkl"}]
-
-
