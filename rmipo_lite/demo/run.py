@@ -37,7 +37,7 @@ from rmipo_lite.result import TrainResult
 # The rate is a hundred times the default for real models: a model this small moves little per
 # step, and a demo has seconds. Higher ones were tried and spoilt the language (see `sft_weight`).
 LEARNING_RATE = 1e-3
-STEPS = 70
+STEPS = 60
 # Pushing rejected answers down can move probability to text that is no language at all, soonest in
 # tiny models; a little weight on the chosen answers' own likelihood holds it.
 SFT_WEIGHT = 0.2
@@ -69,7 +69,8 @@ class DemoResult:
         before, after: scores of the same held-out prompts.
         samples: (question, answer before, answer after).
         gamma: mean (PMI gap, gamma) of each kind of pair, before training.
-        seconds: wall time of the whole demo.
+        prompts: how many held-out prompts the scores are means over.
+        seconds: wall time of the demo, without imports and the report.
         report_path: the HTML report, None when none was wanted.
     """
 
@@ -164,10 +165,16 @@ def run_demo(
         gamma = gamma_by_pair_kind(model.get_base_model(), tokenizer, make_pairs(600))
     after = sample_answers(model, tokenizer, questions, seed=seed)
     samples = _samples(questions, before, after)
-    scores = [score_answers(questions, answers, opponents) for answers in (before, after)]
     path = result.output_dir / "report.html" if report else None
     demo = DemoResult(
-        result, *scores, samples, gamma, len(questions), time.perf_counter() - start, path
+        result=result,
+        before=score_answers(questions, before, opponents),
+        after=score_answers(questions, after, opponents),
+        samples=samples,
+        gamma=gamma,
+        prompts=len(questions),
+        seconds=time.perf_counter() - start,
+        report_path=path,
     )
     if path is not None:
         result.report(path, extra_sections=_sections(demo))

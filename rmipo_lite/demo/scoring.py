@@ -134,7 +134,8 @@ def gamma_by_pair_kind(
         some = [pair for pair in pairs if pair.kind == kind][:per_kind]
         prompts = [_prompt_ids(tokenizer, pair.question) for pair in some]
         logps: list[Tensor] = []
-        for contexts in (prompts, [[] for _ in some]):
+        no_prompts: list[list[int]] = [[] for _ in some]
+        for contexts in (prompts, no_prompts):
             for texts in ([p.chosen for p in some], [p.rejected for p in some]):
                 ids = [
                     [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
