@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -77,4 +77,8 @@ def bindings() -> list:
     return [extension]
 
 
-setup(ext_modules=bindings(), cmdclass={"build_py": BuildPy})
+setup(
+    packages=find_packages(include=["rmipo_lite", "rmipo_lite.*"]),
+    ext_modules=bindings(),
+    cmdclass={"build_py": BuildPy},
+)
