@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rmipo_lite.display import printable
+from rmipo_lite.tokenization import encode_prompt
 
 Prompt = str | list[dict[str, str]]
 BATCH = 16  # prompts generated together
@@ -30,21 +31,15 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, conversational: bool) -> list[
     Messages, and strings when `conversational` and the tokenizer has a chat template, are rendered
     by the template with the generation prompt; other strings are taken as they are.
     """
-    if isinstance(prompt, str):
-        if not (conversational and tokenizer.chat_template):
-            ids: list[int] = tokenizer(prompt)["input_ids"]
-            # a tokenizer that ends every text would have the model answer after an end token
-            if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-                ids = ids[:-1]
-            return ids
+    if isinstance(prompt, str) and conversational and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
-    if not tokenizer.chat_template:
+    if not isinstance(prompt, str) and not tokenizer.chat_template:
         raise ValueError(
             "prompts: a message list needs a tokenizer with a chat template, and this one has "
             "none; pass the prompt as plain text"
         )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # As in training: one BOS, and text that a template puts before the answer.
+    return encode_prompt(prompt, tokenizer)
 
 
 @contextmanager
