@@ -23,8 +23,8 @@ from tests.trainer_parts import tiny_llama, tiny_peft, tiny_tokenizer
 
 PROMPTS = ["w1 w2 w3 w4", "w5"]
 TEMPLATE = (
-    "{% for m in messages %}w9 {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}w8{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}w9 {{ m.content }}{% else %}"
+    " w8 {{ m.content }} </s>{% endif %}{% endfor %}{% if add_generation_prompt %} w8{% endif %}"
 )
 HISTORY = [
     {"step": s, "loss": 1.5 - s / 10, "rewards/accuracies": 0.5 + s / 20, "rewards/margins": s / 10,
