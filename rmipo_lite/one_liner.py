@@ -87,7 +87,7 @@ def train(
             loaded,
             args,
             train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
+            eval_dataset=eval_pairs or None,
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[interrupt],
@@ -156,7 +156,12 @@ def _pairs(
     options = tokenization_options(args, model)
     pairs = tokenize_rows(rows, tokenizer, options, report)
     if eval_dataset is None:
-        return split_holdout(pairs, share=HOLDOUT_SHARE, at_most=HOLDOUT_AT_MOST, seed=args.seed)
+        train_pairs, held_out = split_holdout(
+            pairs, share=HOLDOUT_SHARE, at_most=HOLDOUT_AT_MOST, seed=args.seed
+        )
+        if not held_out:
+            say("Too few pairs or prompts to hold any out: nothing is evaluated")
+        return train_pairs, held_out
     eval_rows, eval_report = load_rows(eval_dataset)
     eval_pairs = tokenize_rows(eval_rows, tokenizer, options, eval_report)
     say(f"Evaluation set: {eval_report.kept} of {eval_report.total} pairs kept")

@@ -22,6 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -49,6 +52,16 @@ def _collate(pairs: list[TokenizedPair]) -> dict[str, list[TokenizedPair]]:
     # Rows are built per micro-step, after the cut. No field is called "labels": transformers would
     # multiply the gradient by the accumulation steps.
     return {"pairs": pairs}
+
+
+class _LogLastStep(TrainerCallback):
+    """Log after the last step too: a run shorter than `logging_steps` would leave no numbers."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class RMiPOTrainer(SafeCheckpointing, Trainer):
@@ -123,6 +136,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(_LogLastStep())
         # Our batch has no num_items: the loss is a mean over pairs already.
         self.model_accepts_loss_kwargs = False
         self.dropped_pairs: list[dict[str, int]] = []
