@@ -23,6 +23,7 @@ from rmipo_lite.batch import ModelInput
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.metrics import PairValues
 from rmipo_lite.model import device_of, read_head, scored_hidden
+from rmipo_lite.ops import device_flag
 from rmipo_lite.tokenization import TokenizedPair
 
 Backward = Callable[[Tensor], None]
@@ -165,15 +166,29 @@ class PairStep:
         return packed_attention(self.model) if self.packing else nullcontext()
 
     def _is_finite(self, outcome: StepOutcome) -> bool:
-        """Whether loss and gradient norm are; one wait for the device in the whole step."""
+        """Whether loss and gradient norm are; the one wait for the device in the whole step.
+
+        Raises:
+            ValueError: a CUDA kernel met a target outside the vocabulary. (On the CPU the operator
+                itself refuses it.)
+        """
+        device = outcome.loss.device
         checks = [torch.isfinite(outcome.loss)]
         # With fp16's loss scaling an infinite gradient is the scaler's to see and skip.
         if not self.args.fp16:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             if grads:
-                norm = nn.utils.get_total_norm(grads)
-                checks.append(torch.isfinite(norm))
-        return bool(torch.stack(checks).all())
+                checks.append(torch.isfinite(nn.utils.get_total_norm(grads)))
+        if device.type == "cuda":
+            checks.append(device_flag(device).eq(0).squeeze())
+        results = torch.stack(checks).tolist()
+        if device.type == "cuda" and not results[-1]:
+            device_flag(device).zero_()
+            raise ValueError(
+                "a pair of this step has a token id outside the model's vocabulary; the tokenizer "
+                "is not the model's"
+            )
+        return all(results)
 
     def _clear_gradients(self) -> None:
         for parameter in self.model.parameters():

@@ -133,3 +133,19 @@ def test_evaluation_has_no_gradient_and_the_same_values(tmp_path: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
     trained = metrics.concat(_step(model, tmp_path).train(pairs, _backward).values)
     torch.testing.assert_close(values.loss, trained.loss, atol=1e-6, rtol=0)
+
+
+def test_a_token_outside_the_vocabulary_is_an_error(tmp_path: Path) -> None:
+    """The last token of a response is never embedded: only the head can notice."""
+    pair = replace(random_pairs(1)[0], chosen_ids=[5, 97])
+    with pytest.raises(ValueError, match="97"):
+        _step(tiny_model(), tmp_path).train([pair], _backward)
+
+
+@pytest.mark.cuda
+def test_a_token_outside_the_vocabulary_is_an_error_on_cuda(tmp_path: Path) -> None:
+    pair = replace(random_pairs(1)[0], chosen_ids=[5, 97])
+    step = _step(tiny_model().cuda(), tmp_path)
+    with pytest.raises(ValueError, match="outside the model's vocabulary"):
+        step.train([pair], _backward)
+    assert not step.train(random_pairs(2), _backward).dropped
