@@ -260,7 +260,7 @@ class SafeCheckpointing:
         if str(self.args.hub_strategy) in ("HubStrategy.END", "end"):
             return
         from huggingface_hub import HfApi
-        from transformers.utils import PushInProgress
+        from transformers.utils.hub import PushInProgress
 
         job = HfApi(token=self.args.hub_token).upload_folder(
             repo_id=self.hub_model_id,
@@ -273,6 +273,7 @@ class SafeCheckpointing:
         )
         running = getattr(self, "push_in_progress", None)
         if running is None or running.is_done():
-            self.push_in_progress = PushInProgress([job])
+            # its annotation says one future, its code wants a list
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
         else:
             running.jobs.append(job)
