@@ -70,7 +70,9 @@ def tiny_model(name: str = "llama", **changes: object) -> PreTrainedModel:
     options = {**ARCHITECTURES[name], **changes}
     config = AutoConfig.for_model(name.removesuffix("-sliding"), **options)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    # Stock sdpa of transformers before 5.20 ignores gemma2's softcap without a word.
+    attention = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, **attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
