@@ -13,6 +13,9 @@ SHARED = ROOT.parent / "shared"
 REFERENCES = Path(__file__).resolve().parent / "references"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a hub
+# On tensors this small a second thread costs more than it gives, and far more on a busy machine.
+# Tests of threading set their own number.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
