@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmipo_lite
+from rmipo_lite.one_liner import runaway_warning
 from tests.conftest import REFERENCES
 
 MODEL = REFERENCES / "model_sft"
@@ -174,3 +175,16 @@ def test_four_bit_trains(tokenizer: Any, tmp_path: Path) -> None:
     assert result.metrics["eval_loss"] < result.metrics_before["eval_loss"]
     moved = [p for n, p in result.model.named_parameters() if "lora_B" in n]
     assert all(p.abs().max() > 0 for p in moved)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "warns"),
+    [(-4.4, -7.9, True), (-4.4, -4.9, False), (-4.4, -3.0, False)],
+)
+def test_a_margin_won_by_forgetting_is_said(before: float, after: float, warns: bool) -> None:
+    name = "eval_logps/chosen"
+    warning = runaway_warning({name: before}, {name: after})
+    assert (warning is not None) == warns
+    if warning is not None:
+        assert "less likely, by 3.5 nats per token" in warning
+    assert runaway_warning({}, {}) is None
