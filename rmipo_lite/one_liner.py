@@ -119,7 +119,10 @@ def _run(
         args=trainer.args,
         metrics={**outcome.metrics, **after},
         metrics_before=before,
-        history=list(trainer.state.log_history),
+        # train() starts a new log, so what was measured before it is put in front.
+        history=[{**before, "step": 0}, *trainer.state.log_history]
+        if before
+        else list(trainer.state.log_history),
         data_report=report,
         output_dir=folder,
         stopped_at_step=interrupt.stopped_at_step,

@@ -51,7 +51,8 @@ def test_from_a_folder_to_a_saved_adapter(
     assert out.index("rows  ") < out.index("step ")  # the report comes before the training
     assert result.metrics["eval_loss"] < result.metrics_before["eval_loss"]
     assert result.stopped_at_step is None
-    assert [log["step"] for log in result.history if "loss" in log]
+    assert [log["step"] for log in result.history if "loss" in log] == [3]
+    assert [log["step"] for log in result.history if "eval_loss" in log] == [0, 3]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "README.md").is_file()
     # The saved adapter on a fresh base is the trained model.
