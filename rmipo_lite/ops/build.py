@@ -1,28 +1,33 @@
 """Compiling `csrc/` into one shared library per device type. Used by `native` and by `setup.py`.
 
-The compilers are called directly instead of through torch.utils.cpp_extension: the libraries use
-LibTorch's stable ABI, so a file needs one include path and no Python headers; there is no ninja to
-miss, no lock file that a killed build leaves behind for ever, and a path with spaces is just an
-argument. CPU and CUDA are separate libraries, since one linked to CUDA won't load without it.
+`setup.py` hands the extensions described here to torch's BuildExtension; the first use of an
+install without them compiles with `torch.utils.cpp_extension.load` and ninja. That runs in a child
+process: load() would load the library from a folder that is about to be renamed, reads its
+settings from the environment, prints, and can't be given a time limit.
 
-torch is imported only inside functions: `setup.py` loads this file where torch may be absent.
+The libraries use LibTorch's stable ABI: seconds to compile, and one binary serves many versions.
+CPU and CUDA are separate libraries, since one linked to CUDA won't load without it. torch is
+imported only inside functions: `setup.py` loads this file where torch may be absent.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 # LibTorch 2.10: the oldest stable ABI that has what we call, so one binary loads on torch >= 2.11.
 _TARGET = "0x020a000000000000"
 # Real architectures of an ahead-of-time build; PTX of the last one serves what comes after.
-CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;12.0+PTX"
 _COMPILE_LIMIT_S = 600
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -44,9 +49,14 @@ def source_dir() -> Path:
     raise BuildError(f"the C++ sources are not beside the package in {_PACKAGE}")
 
 
+def extension_name(device_type: str) -> str:
+    """Name of a device type's extension module, which holds no Python object."""
+    return f"_native_{device_type}"
+
+
 def library_name(device_type: str) -> str:
-    """File name of a device type's library."""
-    return f"librmipo_lite_{device_type}.so"
+    """File name of a device type's library, the one setuptools gives to a limited-API module."""
+    return f"{extension_name(device_type)}.abi3.so"
 
 
 def source_hash() -> str:
@@ -64,6 +74,16 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_record(library: Path, sources: str) -> None:
+    """Write the hash of a library and that of its sources beside it; `native` compares both."""
+    library.with_suffix(".sha256").write_text(f"{file_hash(library)} {sources}\n")
+
+
 def compiler() -> list[str]:
     """The C++ compiler as a command: $CXX, else g++, else c++, else clang++.
 
@@ -71,12 +91,29 @@ def compiler() -> list[str]:
         BuildError: there is none.
     """
     if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+        command = shlex.split(os.environ["CXX"])
+        if not shutil.which(command[0]):
+            raise BuildError(f"the compiler {command[0]!r} of $CXX was not found")
+        return command
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
             return [name]
     raise BuildError("no C++ compiler (g++) was found; install one, for instance with "
                      "'apt install g++'")  # fmt: skip
+
+
+def ninja_path() -> str:
+    """The PATH on which ninja is found.
+
+    pip puts ninja beside Python, which is on PATH only where the environment is activated.
+
+    Raises:
+        BuildError: there is no ninja.
+    """
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    if not shutil.which("ninja", path=path):
+        raise BuildError("no ninja was found; install it with 'pip install ninja'")
+    return path
 
 
 def cuda_home() -> Path:
@@ -109,71 +146,105 @@ def cuda_home() -> Path:
     raise BuildError("no CUDA toolkit (nvcc) was found; install one or set CUDA_HOME to its root")
 
 
-def _run(command: list[str], folder: Path) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=_COMPILE_LIMIT_S,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise BuildError(f"the compiler {command[0]!r} was not found") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} could not run: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        first = lines[0] if lines else (done.stderr.strip() or "no message")[:300]
-        raise BuildError(f"{command[0]} failed: {first}")
+def source_files(device_type: str) -> list[Path]:
+    """The sources of a device type's library, in a fixed order."""
+    return sorted(
+        path
+        for path in (source_dir() / device_type).iterdir()
+        if path.suffix == ".cpp" or path.name.endswith("_kernel.cu")
+    )
 
 
-def _gencode(architectures: tuple[str, ...]) -> list[str]:
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    newest = architectures[-1]
-    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+def compile_flags(device_type: str) -> dict[str, list[str]]:
+    """Flags of a device type's library by compiler, beside those that torch adds itself."""
+    # Without the last two gcc leaves the loops with an exponential as they are: four times slower.
+    vectorise = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
+    shared = ["-O3", f"-DTORCH_TARGET_VERSION={_TARGET}"]
+    if device_type == "cuda":
+        shared.append("-DUSE_CUDA")
+    cxx = [*shared, *vectorise, "-std=c++20", "-fvisibility=hidden"]
+    return {"cxx": cxx, "nvcc": [*shared, "-std=c++17", "-Xcompiler=-fvisibility=hidden"]}
 
 
-def build(
-    device_type: str, folder: Path, architectures: tuple[str, ...] = CUDA_ARCHITECTURES
-) -> Path:
-    """Compile a device type's library inside `folder` and return its path.
+def static_cuda_runtime(root: Path) -> list[str]:
+    """Linker arguments for a CUDA runtime inside the library.
+
+    The runtime of whatever toolkit is here then works beside the one that torch loads.
+    """
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+        archive = root / folder / "libcudart_static.a"
+        if archive.is_file():
+            return [str(archive), "-ldl", "-lrt", "-lpthread"]
+    raise BuildError(f"the CUDA toolkit in {root} has no libcudart_static.a")
+
+
+def build(device_type: str, folder: Path, architectures: str = "") -> Path:
+    """Compile a device type's library inside `folder`, which exists, and return its path.
+
+    `architectures` is a TORCH_CUDA_ARCH_LIST, for CUDA only.
 
     Raises:
-        BuildError: no compiler, no toolkit, or the compiler's first error.
+        BuildError: no compiler, ninja or toolkit, the compiler's first error, or no end in time.
     """
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    sources, cxx = source_dir(), compiler()
-    common = [
-        "-std=c++20",
-        "-O3",
-        "-fPIC",
-        "-fvisibility=hidden",
-        f"-DTORCH_TARGET_VERSION={_TARGET}",
-    ]
-    common += [flag for path in include_paths() for flag in ("-isystem", path)]
-    libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-    commands, objects = [], []
-    linker = cxx
+    environment = {
+        **os.environ,
+        "CXX": shlex.join(compiler()),
+        "PATH": ninja_path(),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONUTF8": "1",
+        "MAX_JOBS": "4",
+    }
+    flags = compile_flags(device_type)
+    link = []
     if device_type == "cuda":
         root = cuda_home()
-        nvcc = str(root / "bin" / "nvcc")
-        common += ["-isystem", str(root / "include"), "-DUSE_CUDA"]
-        # -cudart static: the runtime of whatever toolkit is here works beside the one torch loads.
-        linker = [nvcc, "-cudart", "static"]
-        libraries.append("-ltorch_cuda")
-        for path in sorted((sources / "cuda").glob("*_kernel.cu")):
-            objects.append(folder / f"{path.stem}.o")
-            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            flags += _gencode(architectures)
-            commands.append([nvcc, *flags, "-c", str(path), "-o", str(objects[-1])])
-    for path in sorted((sources / device_type).glob("*.cpp")):
-        objects.append(folder / f"{path.stem}.o")
-        commands.append([*cxx, *common, "-fopenmp-simd", "-c", str(path), "-o", str(objects[-1])])
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        list(pool.map(lambda command: _run(command, folder), commands))
-    target = folder / library_name(device_type)
-    _run([*linker, "-shared", *map(str, objects), "-o", str(target), *libraries], folder)
-    return target
+        # as-needed drops the shared runtime that load() adds after the static one
+        link = ["-Wl,--as-needed", *map(shlex.quote, static_cuda_runtime(root))]
+        environment.update(CUDA_HOME=str(root), TORCH_CUDA_ARCH_LIST=architectures)
+    name = extension_name(device_type)
+    arguments = {
+        "name": name,
+        "sources": [str(path) for path in source_files(device_type)],
+        "extra_cflags": flags["cxx"],
+        "extra_cuda_cflags": flags["nvcc"],
+        "extra_ldflags": link,
+        "build_directory": str(folder),
+        "with_cuda": device_type == "cuda",
+    }
+    _run_child(arguments, environment)
+    built = folder / library_name(device_type)
+    (folder / f"{name}.so").rename(built)
+    return built
+
+
+def _run_child(arguments: dict[str, Any], environment: dict[str, str]) -> None:
+    """Run this file with the arguments of load().
+
+    Raises:
+        BuildError: it failed.
+    """
+    # -P: this file's folder must not become a place to import from
+    command = [sys.executable, "-P", "-W", "ignore", __file__]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(arguments), env=environment, capture_output=True, text=True,
+            timeout=_COMPILE_LIMIT_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compilation could not run: {error}") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if re.search(r"\berror:", line)), lines[-1])
+        raise BuildError(f"the compilation failed: {first.strip()[:300]}")
+
+
+def _load_in_child(arguments: dict[str, Any]) -> None:
+    from torch.utils import cpp_extension
+
+    # load() puts this path on the linker's command line as it is; a blank would end it there.
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+    cpp_extension.load(**arguments, is_python_module=False)
+
+
+if __name__ == "__main__":
+    _load_in_child(json.load(sys.stdin))

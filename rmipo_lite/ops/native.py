@@ -147,12 +147,13 @@ def _load(device_type: str) -> BackendStatus:
 
 
 def _load_cached(device_type: str) -> BackendStatus:
-    architectures: tuple[str, ...] = ()
+    architectures = ""
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        architectures = (f"{major}{minor}",)
-    parts = (build.source_hash(), torch.__version__, str(torch.version.cuda), platform.machine())
-    key = hashlib.sha256("|".join((device_type, *parts, *architectures)).encode()).hexdigest()[:24]
+        architectures = f"{major}.{minor}+PTX"
+    sources = build.source_hash()
+    parts = (sources, torch.__version__, str(torch.version.cuda), platform.machine())
+    key = hashlib.sha256("|".join((device_type, *parts, architectures)).encode()).hexdigest()[:24]
     cache = cache_dir()
     target = cache / key / build.library_name(device_type)
     if _matches(target) and _opens(target):
@@ -167,23 +168,18 @@ def _load_cached(device_type: str) -> BackendStatus:
             built = build.build(device_type, Path(folder), architectures)
             target.parent.mkdir(exist_ok=True)
             record = built.with_suffix(".sha256")
-            record.write_text(file_hash(built))
+            build.write_record(built, sources)
             os.replace(built, target)
             os.replace(record, target.with_suffix(".sha256"))
     torch.ops.load_library(str(target))
     return BackendStatus(True, "built", str(target), None)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _matches(library: Path, sources: str | None = None) -> bool:
     """Whether a library is whole, by the hash beside it, and of these sources where given."""
     try:
         want = library.with_suffix(".sha256").read_text().split()
-        return want[:1] == [file_hash(library)] and (sources is None or want[1:] == [sources])
+        return want[:1] == [build.file_hash(library)] and (sources is None or want[1:] == [sources])
     except OSError:
         return False
 
