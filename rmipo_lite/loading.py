@@ -41,12 +41,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         ValueError: the model was made in memory, so nobody knows its tokenizer.
+        FileNotFoundError: a path where there is no folder.
     """
     if not name:
         raise ValueError(
             "tokenizer: this model was made in memory and names no folder to load a tokenizer "
             "from; pass one (tokenizer= of train(), processing_class= of RMiPOTrainer)"
         )
+    _require_folder(name)
     return AutoTokenizer.from_pretrained(name)
 
 
@@ -60,8 +62,9 @@ def load_model(
     A folder that holds an adapter loads its base model too, and the adapter goes on training.
 
     Raises:
-        OSError: nothing by that name or folder (from transformers, naming it).
+        OSError: nothing by that name or folder.
     """
+    _require_folder(name)
     if (Path(name) / "adapter_config.json").is_file():
         base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
         base = load_model(base_name, args, quantization_config)
@@ -75,6 +78,13 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     protect_4bit_on_cpu(model)
     return model
+
+
+def _require_folder(name: str) -> None:
+    """Say that a path isn't there, where the hub's client would call it a malformed repo id."""
+    is_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or Path(name).is_file()
+    if is_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"model: there is no folder {name!r} (seen from {Path.cwd()})")
 
 
 def weight_dtype(args: RMiPOConfig) -> torch.dtype:

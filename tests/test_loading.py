@@ -158,3 +158,11 @@ def test_every_lora_tensor_has_a_gradient_after_an_evaluation(
 def test_run_names_stay_in_their_folder(name: str, wanted: str) -> None:
     assert loading.run_name(name) == wanted
     assert re.fullmatch(r"[\w.-]+", loading.run_name(name))
+
+
+@pytest.mark.parametrize("name", ["./nope", "../a/b", "/no/such/folder", "a/b/c"])
+def test_a_missing_folder_is_called_that(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="model: there is no folder"):
+        loading.load_model(name, RMiPOConfig(str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="model: there is no folder"):
+        loading.load_tokenizer(name)
