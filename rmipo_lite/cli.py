@@ -116,7 +116,7 @@ def _train(given: dict[str, Any]) -> int:
 def _demo(given: dict[str, Any]) -> int:
     from rmipo_lite.demo.run import run_demo
 
-    run_demo(**given)
+    say(run_demo(**given).summary())
     return OK
 
 

@@ -23,7 +23,7 @@ FILLERS = (
 )
 PAIR_KINDS = ("right/wrong", "specific/generic", "terse/wordy")
 # Shares of the kinds of answer in the supervised text: what the model does before the preferences.
-ANSWER_SHARES = {"right": 0.36, "wrong": 0.20, "generic": 0.26, "wordy": 0.18}
+ANSWER_SHARES = {"right": 0.36, "wrong": 0.14, "generic": 0.26, "wordy": 0.24}
 
 REWARD_RIGHT = 1.0
 REWARD_GENERIC = 0.0
@@ -34,7 +34,7 @@ PENALTY_WORDY_MAX = 0.5
 PENALTY_UNENDED = 0.5
 
 HELD_OUT_SHARE = 0.3  # of the groups of facts of each kind
-HELD_OUT_PER_KIND = 32  # prompts at most, so that no kind rules the mean
+HELD_OUT_PER_KIND = 36  # prompts at most, so that no kind rules the mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,6 @@ def read_answer(text: str) -> str:
     if not sentences:
         return ""
     last = " ".join(sentences[-1].lower().split())
-    if re.match(r"(yes|no)\b", last):
-        return last
     return re.sub(r"^.*\b(?:is|are)\s+", "", last)
 
 
@@ -151,7 +149,7 @@ def sft_answer(fact: Fact, rng: random.Random) -> str:
 
 def clean_answer(fact: Fact, rng: random.Random) -> str:
     """A right answer, terse or wordy, as the text has it from which the model learns its facts."""
-    return right_answer(fact) if rng.random() < 0.7 else wordy_answer(fact, rng)
+    return right_answer(fact) if rng.random() < 0.9 else wordy_answer(fact, rng)
 
 
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
