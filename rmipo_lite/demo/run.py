@@ -34,12 +34,15 @@ from rmipo_lite.demo.task import (
 from rmipo_lite.one_liner import train
 from rmipo_lite.result import TrainResult
 
-# The rate is a hundred times the default for real models: a model this small moves little per
-# step, and a demo has seconds. Without `SFT_WEIGHT`, 2e-3 broke the wording of long answers.
-LEARNING_RATE = 1e-3
-STEPS = 75
-# Weight of the chosen answers' own likelihood in the loss: the demo is not pure RMiPO.
-SFT_WEIGHT = 0.5
+# Chosen by hand on seed 0's held-out prompts; seeds 1 and 2 confirm them. The rate is two hundred
+# times the default for real models: a model this small moves little per step, and a demo has
+# seconds. At such a rate the method alone (sft_weight 0, beta 2) won the pairs by breaking the
+# wording ("The plural isor+red."). The chosen answers' own likelihood beside it, and a larger beta,
+# at which a won pair stops pulling sooner, keep it whole. So the demo is not pure RMiPO.
+LEARNING_RATE = 2e-3
+STEPS = 90
+SFT_WEIGHT = 1.0
+BETA = 5.0
 SAMPLES_SHOWN = 8
 
 _LABELS = {
@@ -54,7 +57,8 @@ _PLAIN_NUMBERS = ("mean_reward", "mean_tokens")
 _NOTE = (
     "Win rate: share of held-out prompts where the sampled answer earns a higher true reward than "
     "a fixed answer of the untrained model, ties half. A program computes the reward from the "
-    "answer's text. One tiny made-up task: it shows that training works end to end, not how the "
+    "answer's text. The loss is RMiPO plus the chosen answers' own likelihood (sft_weight 1, beta "
+    "5). One tiny made-up task: it shows that training works end to end, not how the "
     "method compares with others."
 )
 
@@ -145,7 +149,12 @@ def run_demo(
         FileExistsError: `output_dir` holds another run.
     """
     start = time.perf_counter()
-    options = {"save_strategy": "no", "logging_steps": 5, "per_device_train_batch_size": 32}
+    options = {
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "per_device_train_batch_size": 32,
+        "beta": BETA,
+    }
     result = train(
         str(ASSETS / "model"),
         load_rows(),
