@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ from rmipo_lite import batch, loss
 from rmipo_lite.attention import packed_attention
 from rmipo_lite.batch import ModelInput
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.fused_lora import fused_lora
 from rmipo_lite.metrics import PairValues
 from rmipo_lite.model import device_of, read_head, scored_hidden
 from rmipo_lite.ops import device_flag
@@ -86,7 +87,7 @@ class PairStep:
     def evaluate(self, pairs: Sequence[TokenizedPair]) -> Iterator[PairValues]:
         """Per-pair values without a gradient, a micro-step at a time."""
         for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
-            with self._attention():
+            with self._engaged():
                 yield self._forward(part, self._live_prior)[0]
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class PairStep:
         """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
         cache: loss.CachedPriors = {}
         for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
-            with self._attention():
+            with self._engaged():
                 token_logps, cu_seqlens = self._live_prior(part)
             borders = cu_seqlens.tolist()
             sums = token_logps.double().cumsum(0)
@@ -114,7 +115,7 @@ class PairStep:
         )
         for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
             # The backward pass inside the block: checkpointing runs the forward pass again.
-            with self._attention():
+            with self._engaged():
                 values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)
                 micro_loss = pair_losses.sum() / len(pairs)
                 if self.args.sft_weight:
@@ -162,8 +163,12 @@ class PairStep:
         head = read_head(self.model)
         return head.token_logps(hidden, inputs.target_ids, self.args.kernel_impl)
 
-    def _attention(self) -> AbstractContextManager[None]:
-        return packed_attention(self.model) if self.packing else nullcontext()
+    @contextmanager
+    def _engaged(self) -> Iterator[None]:
+        """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
+        attention = packed_attention(self.model) if self.packing else nullcontext()
+        with attention, fused_lora(self.model):
+            yield
 
     def _is_finite(self, outcome: StepOutcome) -> bool:
         """Whether loss and gradient norm are; the one wait for the device in the whole step.

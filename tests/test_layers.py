@@ -16,7 +16,7 @@ ORDER = [
     {"chat_templates", "checkpoint_files"},
     {"tokenization"},
     {"batch", "adapter_files", "generation"},
-    {"attention", "checkpoint"},
+    {"attention", "checkpoint", "fused_lora"},
     {"model"},
     {"loss", "loading", "budget"},
     {"metrics", "selfcheck"},

@@ -5,26 +5,11 @@
 // derivative. The float loops are written for the vectoriser and compiled for several instruction
 // sets, of which the loader takes the best the machine has: one binary serves every x86-64.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "../checks.h"
-#include "../row_math.h"
-
-// By instruction set and not by "arch=haswell": that asks for the model, and a newer processor is
-// none of the models listed.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define RMIPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RMIPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-#else
-#define RMIPO_CLONES
-#endif
+#include "vector_math.h"
 
 namespace {
 
@@ -32,39 +17,11 @@ using rmipo::Target;
 using rmipo::Tensor;
 using rmipo::Transform;
 
-// exp for x <= 0: 2^n * p(r) with |r| <= ln2 / 2 and a polynomial of degree 6. Largest relative
-// error 2e-7 against double; 0 below -87.7; NaN stays NaN. One comparison alone: a second one
-// becomes a branch, and the vectoriser leaves the loop alone.
-__attribute__((always_inline)) inline float exp_negative(float x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = x < -88.0f ? -88.0f : x;
-  const float shifted = clamped * kLog2E + kRound;
-  const float n = shifted - kRound;
-  const float r = (clamped - n * kLn2High) - n * kLn2Low;
-  float p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // The low bits of `shifted` hold n; shifting them into the exponent makes 2^n, and 0 of n = -127.
-  const uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
-  return p * __builtin_bit_cast(float, bits);
-}
-__attribute__((always_inline)) inline double exp_negative(double x) { return std::exp(x); }
+using rmipo::exp_negative;
+using rmipo::soft;
 
 template <typename A>
-__attribute__((always_inline)) inline A soft(A x, A softcap) {
-  const A magnitude = x < A(0) ? -x : x;
-  const A e = exp_negative(A(-2) * magnitude / softcap);
-  const A t = softcap * (A(1) - e) / (A(1) + e);
-  return x < A(0) ? -t : t;
-}
-
-template <typename A>
-__attribute__((always_inline)) inline A transform_and_max(A* x, const A* bias, int64_t n,
+RMIPO_INLINE A transform_and_max(A* x, const A* bias, int64_t n,
                                                           Transform<A> t) {
   if (bias != nullptr) {
 #pragma omp simd
@@ -86,7 +43,7 @@ __attribute__((always_inline)) inline A transform_and_max(A* x, const A* bias, i
 
 // Sums blocks in A and the blocks in double: a float sum over 128k terms would lose digits.
 template <typename A>
-__attribute__((always_inline)) inline double sum_exp(const A* x, int64_t n, A largest) {
+RMIPO_INLINE double sum_exp(const A* x, int64_t n, A largest) {
   constexpr int64_t kBlock = 2048;
   double total = 0;
   for (int64_t start = 0; start < n; start += kBlock) {
@@ -100,7 +57,7 @@ __attribute__((always_inline)) inline double sum_exp(const A* x, int64_t n, A la
 }
 
 template <typename A>
-__attribute__((always_inline)) inline void write_grads(A* x, int64_t n, A largest, A factor,
+RMIPO_INLINE void write_grads(A* x, int64_t n, A largest, A factor,
                                                        Transform<A> t) {
   if (t.softcap > A(0)) {
 #pragma omp simd
@@ -114,7 +71,7 @@ __attribute__((always_inline)) inline void write_grads(A* x, int64_t n, A larges
 
 // One scored row; returns its log-probability. With grads, x becomes the derivative.
 template <typename A>
-__attribute__((always_inline)) inline A row(A* x, const A* bias, int64_t n, int64_t target,
+RMIPO_INLINE A row(A* x, const A* bias, int64_t n, int64_t target,
                                             Transform<A> t, bool grads, A row_scale) {
   const A largest = transform_and_max(x, bias, n, t);
   const double sum = sum_exp(x, n, largest);
@@ -137,19 +94,6 @@ RMIPO_CLONES double row_work(double* x, const double* bias, int64_t n, int64_t t
   return row(x, bias, n, target, t, grads, row_scale);
 }
 
-const pid_t loading_process = getpid();
-
-// at::parallel_for, but in the calling thread alone in a forked child, whose thread pool does not
-// exist any more: waiting for it would hang for ever.
-template <typename F>
-void for_rows(int64_t rows, const F& f) {
-  if (getpid() != loading_process) {
-    f(0, rows);
-  } else {
-    torch::stable::parallel_for(0, rows, 1, f);
-  }
-}
-
 template <typename A>
 void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>& bias,
           double logit_scale, double logit_softcap, const std::optional<Tensor>& row_scale,
@@ -162,7 +106,7 @@ void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>&
   A* out = static_cast<A*>(logps.mutable_data_ptr());
   auto* invalid = static_cast<int32_t*>(flag.mutable_data_ptr());
   const Transform<A> t{static_cast<A>(logit_scale), static_cast<A>(logit_softcap)};
-  for_rows(logits.size(0), [=](int64_t begin, int64_t end) {
+  rmipo::for_rows(logits.size(0), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       A* row_x = x + rmipo::row_offset(r, stride, 0);
       const Target kind = rmipo::classify(ids[r], vocab_size);

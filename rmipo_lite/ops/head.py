@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.checks import refuse_second_derivative
+from rmipo_lite.ops.head_blocks import blocked_logps
 from rmipo_lite.ops.head_checks import check_head, check_ids
 from rmipo_lite.ops.loss import Impl
 from rmipo_lite.ops.reference import accumulate_dtype
@@ -178,8 +179,12 @@ def _linear_logps(
         check_ids(target_ids, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         use_native = native.use_native(impl, hidden.device)
-        head = _Head(hidden, weight)
         with_grads = mode == _DIRECTION
+        if use_native and hidden.device.type == "cpu" and mode != _RECOMPUTE:
+            return blocked_logps(
+                hidden, weight, target_ids, bias, logit_softcap, logit_scale, with_grads
+            )
+        head = _Head(hidden, weight)
         logps = hidden.new_empty(hidden.shape[0], dtype=head.exact)
         directions = hidden.new_empty(
             (hidden.shape[0] if with_grads else 0, hidden.shape[1]), dtype=head.exact

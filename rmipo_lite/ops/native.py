@@ -54,6 +54,12 @@ _schemas.define(
     "float logit_softcap, Tensor? row_scale, Tensor(b!) logps, Tensor(c!)? grads, "
     "Tensor(d!) flag) -> ()"
 )
+# CPU only: a block of columns of some rows, folded into what is known of those rows.
+_schemas.define(
+    "fold_logits(Tensor(a!) logits, Tensor target_ids, int first_id, Tensor? bias, "
+    "float logit_scale, float logit_softcap, Tensor(b!) row_max, Tensor(c!) row_sum, "
+    "Tensor(d!) target_logits, Tensor(e!)? directions) -> ()"
+)
 _schemas.define(
     "pair_losses(Tensor token_logps, Tensor cu_seqlens, Tensor? prior_token_logps, "
     "Tensor? prior_cu_seqlens, int loss_type, float beta, float gamma_min, float gamma_max, "
@@ -234,6 +240,33 @@ def row_logps(
         device_flag(logits.device),
     )
     return logps
+
+
+def fold_logits(
+    logits: Tensor,  # (C, B) fp32 | fp64 | bf16; with directions overwritten by exponentials
+    target_ids: Tensor,  # (C,) int64
+    first_id: int,  # token of column 0
+    bias: Tensor | None,  # (B,) of these columns
+    logit_scale: float,
+    logit_softcap: float | None,
+    row_max: Tensor,  # (C,) updated
+    row_sum: Tensor,  # (C,) fp64, updated: exp(logit - max) over every token but the target
+    target_logits: Tensor,  # (C,) set where the target is among these columns
+    directions: Tensor | None,  # (C, H) scaled by exp(old max - new max)
+) -> None:
+    """Fold a block of columns into running maxima and sums; see `head_blocks`."""
+    torch.ops.rmipo_lite.fold_logits(
+        logits,
+        target_ids,
+        first_id,
+        bias,
+        logit_scale,
+        logit_softcap or 0.0,
+        row_max,
+        row_sum,
+        target_logits,
+        directions,
+    )
 
 
 def pair_losses(

@@ -1,0 +1,222 @@
+// Row work of linear_logps on the CPU, a block of the vocabulary at a time: each row's running
+// maximum and sum of exponentials, and in place of the logits the exponentials that the second
+// matrix product takes.
+//
+// A block of a row fits the first cache level, so its two passes (maximum; exponentials) read the
+// memory once. The probabilities are never normalised here: 1 / sum is a factor of the whole row
+// and is applied to the product. The target's own term is left out of sum and exponentials, so that
+// 1 - p[target] is a sum of positive numbers and not a difference of nearly equal ones.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <limits>
+
+#include "../checks.h"
+#include "vector_math.h"
+
+namespace {
+
+using rmipo::exp_negative;
+using rmipo::Tensor;
+using rmipo::Transform;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+RMIPO_INLINE float load(float x) { return x; }
+RMIPO_INLINE double load(double x) { return x; }
+RMIPO_INLINE float load(BFloat16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+RMIPO_INLINE void store(float* to, float x) { *to = x; }
+RMIPO_INLINE void store(double* to, double x) { *to = x; }
+RMIPO_INLINE void store(BFloat16* to, float x) {  // to nearest; x >= 0 or NaN, ties up
+  to->bits = static_cast<uint16_t>((__builtin_bit_cast(uint32_t, x) + 0x8000u) >> 16);
+}
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+// The logit of a product. kPlain drops bias, scale and softcap from the loops that have none.
+template <bool kPlain, typename T, typename A>
+RMIPO_INLINE A logit(const T* x, const T* bias, int64_t v, Transform<A> t) {
+  A z = load(x[v]);
+  if constexpr (kPlain) return z;
+  if (bias != nullptr) z += load(bias[v]);
+  z *= t.scale;
+  return t.softcap > A(0) ? rmipo::soft(z, t.softcap) : z;
+}
+
+template <bool kPlain, typename T, typename A>
+RMIPO_INLINE A largest(const T* x, const T* bias, int64_t n, Transform<A> t, A start) {
+  A most = start;
+#pragma omp simd reduction(max : most)
+  for (int64_t v = 0; v < n; ++v) {
+    const A z = logit<kPlain>(x, bias, v, t);
+    most = z > most ? z : most;
+  }
+  return most;  // NaN is skipped here; the sum catches it
+}
+
+// Sum of exp(logit - most), and with kWrite exp(logit - most) * d logit / d product over x, less
+// the constant factor t.scale. Sums of 2048 terms in A, those in double.
+template <bool kPlain, bool kWrite, typename T, typename A>
+RMIPO_INLINE double exponentials(T* x, const T* bias, int64_t n, Transform<A> t, A most) {
+  constexpr int64_t kTerms = 2048;
+  const Transform<A> unscaled{A(1), t.softcap};
+  double total = 0;
+  for (int64_t start = 0; start < n; start += kTerms) {
+    const int64_t end = start + kTerms < n ? start + kTerms : n;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = start; v < end; ++v) {
+      const A z = logit<kPlain>(x, bias, v, t);
+      const A e = exp_negative(z - most);
+      sum += e;
+      if (kWrite) store(x + v, kPlain ? e : e * unscaled.slope(z));
+    }
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// What is known of a block's rows from the columns before it. `sum` is over every token but the
+// target.
+template <typename A>
+struct Running {
+  A* max;
+  double* sum;
+  A* target_logit;
+};
+
+// One row's share of a block; returns the factor by which what was summed before is to be scaled.
+template <bool kPlain, bool kWrite, typename T, typename A>
+RMIPO_INLINE A fold(T* x, const T* bias, int64_t n, int64_t target, Transform<A> t, int64_t r,
+                    Running<A> seen) {
+  const A before = seen.max[r];
+  const A most = largest<kPlain>(x, bias, n, t, before);
+  const A origin = most == -std::numeric_limits<A>::infinity() ? A(0) : most;
+  A factor = A(1);
+  if (most != before) factor = static_cast<A>(std::exp(static_cast<double>(before - most)));
+  double sum;
+  if (target >= 0 && target < n) {
+    seen.target_logit[r] = logit<kPlain>(x, bias, target, t);
+    sum = exponentials<kPlain, kWrite>(x, bias, target, t, origin);
+    sum += exponentials<kPlain, kWrite>(x + target + 1, bias ? bias + target + 1 : nullptr,
+                                        n - target - 1, t, origin);
+    if (kWrite) store(x + target, A(0));
+  } else {
+    sum = exponentials<kPlain, kWrite>(x, bias, n, t, origin);
+  }
+  seen.max[r] = most;
+  seen.sum[r] = seen.sum[r] * static_cast<double>(factor) + sum;
+  return factor;
+}
+
+template <typename T, typename A>
+RMIPO_INLINE A any_fold(T* x, const T* bias, int64_t n, int64_t target, Transform<A> t, bool write,
+                        int64_t r, Running<A> seen) {
+  if (bias == nullptr && t.scale == A(1) && !(t.softcap > A(0))) {
+    return write ? fold<true, true>(x, bias, n, target, t, r, seen)
+                 : fold<true, false>(x, bias, n, target, t, r, seen);
+  }
+  return write ? fold<false, true>(x, bias, n, target, t, r, seen)
+               : fold<false, false>(x, bias, n, target, t, r, seen);
+}
+
+// target_clones needs plain functions, one per type.
+RMIPO_CLONES float fold_row(float* x, const float* bias, int64_t n, int64_t target,
+                            Transform<float> t, bool write, int64_t r, Running<float> seen) {
+  return any_fold(x, bias, n, target, t, write, r, seen);
+}
+RMIPO_CLONES double fold_row(double* x, const double* bias, int64_t n, int64_t target,
+                             Transform<double> t, bool write, int64_t r, Running<double> seen) {
+  return any_fold(x, bias, n, target, t, write, r, seen);
+}
+RMIPO_CLONES float fold_row(BFloat16* x, const BFloat16* bias, int64_t n, int64_t target,
+                            Transform<float> t, bool write, int64_t r, Running<float> seen) {
+  return any_fold(x, bias, n, target, t, write, r, seen);
+}
+
+template <typename T>
+void fold_rows(Tensor& logits, const Tensor& target_ids, int64_t first_id,
+               const std::optional<Tensor>& bias, double logit_scale, double logit_softcap,
+               Tensor& row_max, Tensor& row_sum, Tensor& target_logits,
+               std::optional<Tensor>& directions) {
+  using A = typename Accumulate<T>::type;
+  const int64_t n = logits.size(1), stride = logits.stride(0);
+  T* x = static_cast<T*>(logits.mutable_data_ptr());
+  const T* b = rmipo::const_or_null<T>(bias);
+  const auto* ids = static_cast<const int64_t*>(target_ids.const_data_ptr());
+  const Running<A> seen{static_cast<A*>(row_max.mutable_data_ptr()),
+                        static_cast<double*>(row_sum.mutable_data_ptr()),
+                        static_cast<A*>(target_logits.mutable_data_ptr())};
+  A* u = directions ? static_cast<A*>(directions->mutable_data_ptr()) : nullptr;
+  const int64_t width = directions ? directions->size(1) : 0;
+  const int64_t u_stride = directions ? directions->stride(0) : 0;
+  const Transform<A> t{static_cast<A>(logit_scale), static_cast<A>(logit_softcap)};
+  rmipo::for_rows(logits.size(0), [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* row = x + rmipo::row_offset(r, stride, 0);
+      if (ids[r] == rmipo::kIgnored) {
+        // Not read: neither NaN nor garbage in an unscored row can reach the result.
+        if (u != nullptr) std::memset(row, 0, static_cast<size_t>(n) * sizeof(T));
+        continue;
+      }
+      const A factor = fold_row(row, b, n, ids[r] - first_id, t, u != nullptr, r, seen);
+      if (u == nullptr || factor == A(1)) continue;
+      A* row_u = u + rmipo::row_offset(r, u_stride, 0);
+      for (int64_t h = 0; h < width; ++h) row_u[h] *= factor;
+    }
+  });
+}
+
+void fold_logits(Tensor logits, Tensor target_ids, int64_t first_id, std::optional<Tensor> bias,
+                 double logit_scale, double logit_softcap, Tensor row_max, Tensor row_sum,
+                 Tensor target_logits, std::optional<Tensor> directions) {
+  using rmipo::ScalarType;
+  constexpr const char* kOp = "fold_logits";
+  const auto dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::BFloat16,
+                  kOp, ": logits must be float32, float64 or bfloat16, got ",
+                  torch::headeronly::toString(dtype));
+  const auto exact = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(logits.dim() == 2, kOp, ": logits must have shape (rows, columns), got ",
+                  logits.dim(), " dimensions");
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  rmipo::check_matrix(kOp, "logits", logits, rows, columns, logits);
+  rmipo::check_vector(kOp, "target_ids", target_ids, rows, ScalarType::Long, logits);
+  rmipo::check_vector(kOp, "row_max", row_max, rows, exact, logits);
+  rmipo::check_vector(kOp, "row_sum", row_sum, rows, ScalarType::Double, logits);
+  rmipo::check_vector(kOp, "target_logits", target_logits, rows, exact, logits);
+  if (bias) rmipo::check_vector(kOp, "bias", *bias, columns, dtype, logits);
+  if (directions) {
+    rmipo::check_matrix(kOp, "directions", *directions, rows, directions->size(1), logits);
+    STD_TORCH_CHECK(directions->scalar_type() == exact, kOp, ": directions must have dtype ",
+                    torch::headeronly::toString(exact), ", got ",
+                    torch::headeronly::toString(directions->scalar_type()));
+  }
+  const auto run = [&](auto storage) {
+    fold_rows<decltype(storage)>(logits, target_ids, first_id, bias, logit_scale, logit_softcap,
+                                 row_max, row_sum, target_logits, directions);
+  };
+  if (dtype == ScalarType::Float) {
+    run(float{});
+  } else if (dtype == ScalarType::Double) {
+    run(double{});
+  } else {
+    run(BFloat16{});
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rmipo_lite, CPU, m) { m.impl("fold_logits", TORCH_BOX(&fold_logits)); }

@@ -1,0 +1,100 @@
+"""LoRA layers in fewer passes over memory: y = base(x) + scaling * (x A^T) B^T.
+
+peft adds `lora_B(lora_A(x)) * scaling` to the base layer's output: a product, a scaled copy and a
+sum, each as long as the output, and under autocast two casts of the input whose results every layer
+keeps for its backward pass. Here the scaling is applied to the (N, r) factor, the second product
+accumulates into the base layer's output, and what is kept is the input itself, which the layers that
+share it (q, k, v) share too. The numbers are the same up to rounding.
+
+Only a plain LoRA layer is taken: one active adapter, a linear base layer without hooks of its own,
+no DoRA or other variant, no dropout. Everything else keeps peft's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+class _AddLora(torch.autograd.Function):
+    """Base (N, out) += scaling * (x A^T) B^T, in place."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        base: Tensor,  # (N, out)
+        x: Tensor,  # (N, in) same dtype
+        a: Tensor,  # (r, in)
+        b: Tensor,  # (out, r)
+        scaling: float,
+    ) -> Tensor:
+        low_a, low_b = a.to(base.dtype), b.to(base.dtype)
+        low = torch.mm(x, low_a.T).mul_(scaling)
+        ctx.save_for_backward(x, low_a, low_b, low)
+        ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
+        ctx.mark_dirty(base)
+        return base.addmm_(low, low_b.T)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, a, b, low = ctx.saved_tensors
+        grad_low = torch.mm(grad, b).mul_(ctx.scaling)
+        grad_x = torch.mm(grad_low, a) if ctx.needs_input_grad[1] else None
+        grad_a = torch.mm(grad_low.T, x).to(ctx.dtypes[0])
+        # (low^T grad)^T: the long operand is read along its rows
+        grad_b = torch.mm(low.T, grad).T.to(ctx.dtypes[1])
+        return grad, grad_x, grad_a, grad_b, None
+
+
+def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a plain LoRA layer runs inside `fused_lora`."""
+    (adapter,) = self.active_adapters
+    a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+    rows = x.reshape(-1, x.shape[-1])
+    base = self.base_layer(rows)
+    if base.dtype != x.dtype or (a.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+        # The adapter is to be computed in another precision than the base layer: peft's rules.
+        return type(self).forward(self, x, *args, **kwargs)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _AddLora.apply(base, rows, a, b, self.scaling[adapter])
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a module is a LoRA layer that `fused_lora` computes."""
+    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
+        return False
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    adapter = layer.active_adapters[0]
+    dropout = layer.lora_dropout[adapter] if adapter in layer.lora_dropout else None
+    return (
+        adapter in layer.lora_A
+        and adapter not in layer.lora_variant
+        and layer.lora_A[adapter].bias is None
+        and layer.lora_B[adapter].bias is None
+        and (not isinstance(dropout, nn.Dropout) or dropout.p == 0)
+        and not layer.fan_in_fan_out
+    )
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Let plain LoRA layers run in fewer passes inside the block, and peft's way after it.
+
+    The backward pass belongs inside: gradient checkpointing runs the forward pass again in it.
+    """
+    layers = [module for module in model.modules() if is_plain(module)]
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
