@@ -128,29 +128,35 @@ def padded_length(pair: TokenizedPair) -> int:
     return max(len(side.fed) for side in sides(pair))
 
 
+def micro_step_tokens(pairs: Sequence[TokenizedPair], packing: bool) -> int:
+    """Tokens that these pairs take in one policy pass, padding included."""
+    if packing:
+        return sum(packed_length(pair) for pair in pairs)
+    return 2 * len(pairs) * max((padded_length(pair) for pair in pairs), default=0)
+
+
 def split_by_budget(
     pairs: Sequence[TokenizedPair], max_tokens: int, packing: bool
 ) -> list[list[TokenizedPair]]:
-    """Cut a step's pairs, in order, into micro-steps of at most `max_tokens` tokens.
+    """Cut a step's pairs into micro-steps of at most `max_tokens` tokens, the longest first.
 
-    A pair that is longer than the budget alone gets a micro-step of its own: it can't be cut
-    further.
+    Pairs of similar length meet, so that padded rows hold little padding, and what doesn't fit the
+    memory shows at once. A pair that is longer than the budget alone gets a micro-step of its own:
+    it can't be cut further.
     """
+    length = packed_length if packing else padded_length
     micro_steps: list[list[TokenizedPair]] = []
-    cost = longest = 0
-    for pair in pairs:
-        if packing:
-            new_cost = cost + packed_length(pair)
-        else:
-            new_longest = max(longest, padded_length(pair))
-            new_cost = 2 * new_longest * ((len(micro_steps[-1]) if micro_steps else 0) + 1)
-        if micro_steps and new_cost <= max_tokens:
+    cost = 0
+    for pair in sorted(pairs, key=length, reverse=True):
+        # Padded, a row is as long as the first pair's; packed, every pair adds its own length.
+        first = pair if packing or not micro_steps else micro_steps[-1][0]
+        added = micro_step_tokens([first], packing)
+        if micro_steps and cost + added <= max_tokens:
             micro_steps[-1].append(pair)
+            cost += added
         else:
             micro_steps.append([pair])
-            new_cost = packed_length(pair) if packing else 2 * padded_length(pair)
-            longest = 0
-        cost, longest = new_cost, max(longest, padded_length(pair))
+            cost = micro_step_tokens([pair], packing)
     return micro_steps
 
 

@@ -1,40 +1,92 @@
 """How many tokens go through the model at once: `max_tokens_per_microstep="auto"`.
 
 The head never holds logits, so what a micro-step costs is its activations. The estimate is a count
-over the model's shape; it need not be exact, only on the safe side of the free memory.
+over the model's shape, on the safe side of what was measured (tests/test_budget.py); where it errs
+all the same, `step.py` halves the budget and repeats the step. Checkpointing is a last resort, since
+it costs a second forward pass: it goes on where the longest pair would not fit without.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model import causal_lm, device_of
+from rmipo_lite.model import causal_lm, device_of, read_head
+from rmipo_lite.ops import head_buffer_bytes
 
 # On the CPU larger micro-steps stop paying once the matrix products are long enough.
-_CPU_TOKENS = 4096
+_MOST_ON_CPU = 4096
 _LEAST, _MOST = 512, 32768
-# Of the free memory; the rest is for the head's chunk, gradients, the optimizer and fragmentation.
+# Of the free memory; the rest is for fragmentation and what other programs will want.
 _ACTIVATIONS_SHARE = 0.6
 # Activations a transformer block keeps for its backward pass, in multiples of hidden size (norms,
-# q, k, v, attention output, residuals) and of the MLP's inner size (gate, up, their product).
+# q, k, v, attention output, residuals) and of the MLP's inner size (gate, up, their product), and
+# the gradients that pass through it. Measured on a Llama: 12 to 14 and 4, without those gradients.
 _HIDDEN_COPIES, _INNER_COPIES = 16, 5
+# Gradient and AdamW's two moments of a trained weight, fp32.
+_TRAINED_BYTES = 12
 
 
-def resolve_token_budget(model: nn.Module, args: RMiPOConfig) -> int:
-    """Tokens of a micro-step: the number that was asked for, or one that fits the free memory."""
-    if isinstance(args.max_tokens_per_microstep, int):
-        return args.max_tokens_per_microstep
-    device = device_of(model)
-    if device.type != "cuda":
-        return _CPU_TOKENS
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = int(free * _ACTIVATIONS_SHARE / activation_bytes_per_token(model, args))
-    return min(max(fits, _LEAST), _MOST)
+@dataclass(frozen=True)
+class MicroStepPlan:
+    """What a micro-step may hold, and whether activations are computed again in backward."""
+
+    max_tokens: int
+    checkpointing: bool
 
 
-def activation_bytes_per_token(model: nn.Module, args: RMiPOConfig) -> int:
+def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> MicroStepPlan:
+    """Resolve `max_tokens_per_microstep` and, where it is left open, checkpointing.
+
+    `longest` is what the longest pair takes alone, tokens: a pair can't be cut.
+    """
+    room = max(0.0, _ACTIVATIONS_SHARE * free_bytes(device_of(model)) - fixed_bytes(model))
+    asked = args.max_tokens_per_microstep
+    largest = longest
+    if isinstance(asked, int):
+        largest = max(longest, min(asked, longest * args.pairs_per_step))
+    checkpointing = args.wants_checkpointing
+    if args.checkpointing_is_open:
+        checkpointing = largest > room / activation_bytes_per_token(model, args, False)
+    if isinstance(asked, int):
+        return MicroStepPlan(asked, checkpointing)
+    fits = int(room / activation_bytes_per_token(model, args, checkpointing))
+    most = _MOST if device_of(model).type == "cuda" else _MOST_ON_CPU
+    return MicroStepPlan(min(max(fits, _LEAST), most), checkpointing)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run may still take on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch's allocator holds and doesn't use is free to us.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = int(psutil.virtual_memory().available)
+    limit, used = (_cgroup(f"memory.{name}") for name in ("max", "current"))
+    return available if limit is None or used is None else min(available, max(0, limit - used))
+
+
+def _cgroup(name: str) -> int | None:
+    """A number of this container's memory controller; None where there is no limit."""
+    try:
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def fixed_bytes(model: nn.Module) -> int:
+    """What a step takes whatever its tokens: gradients, optimizer, the head's buffer."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _TRAINED_BYTES * trained + head_buffer_bytes(read_head(model).weight)
+
+
+def activation_bytes_per_token(model: nn.Module, args: RMiPOConfig, checkpointing: bool) -> int:
     """Bytes that one token's activations take until the backward pass."""
     config = causal_lm(model).config.get_text_config()
     hidden = int(config.hidden_size)
@@ -42,7 +94,16 @@ def activation_bytes_per_token(model: nn.Module, args: RMiPOConfig) -> int:
     itemsize = 2 if args.bf16 or args.fp16 else 4
     layers = int(config.num_hidden_layers)
     block = (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * itemsize
-    if args.wants_checkpointing:
+    if checkpointing:
         # Only every block's input is kept, and one block's activations at a time.
         return layers * hidden * itemsize + block
     return layers * block
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device's memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

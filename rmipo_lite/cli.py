@@ -1,4 +1,4 @@
-"""The command `rmipo-lite`: train, demo, info.
+"""The command `rmipo-lite`: train, demo, info, bench.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows the traceback),
 2 a wrong command line, 130 interrupted. Imports happen inside the commands, so that `--help`
@@ -35,7 +35,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{train,demo,info}")
+    commands = parser.add_subparsers(dest="command", metavar="{train,demo,info,bench}")
     _add_train(commands, argv)
     demo = commands.add_parser(
         "demo", help="train the embedded tiny model; no network, about a minute", allow_abbrev=False
@@ -45,7 +45,21 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info", help="versions, device, precision, which operators run and why", allow_abbrev=False
     )
-    for command in (demo, info):
+    bench = commands.add_parser(
+        "bench",
+        help="measure against the authors' step, trl, liger and the bare matrix products",
+        description="Measure on the CPU and write rows to OUTPUT_DIR/<what>.csv; report makes the "
+        "README's table and a plot from all rows. Peers: pip install 'rmipo-lite[bench]'.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("what", choices=("head", "step", "memory", "data", "report"))
+    bench.add_argument(
+        "--output_dir", "--output-dir", default="benchmarks", help="folder of the rows"
+    )
+    bench.add_argument("--quick", action="store_true", help="one small shape: does it run?")
+    bench.add_argument("--pairs", help="data: preference pairs (default: the demo's)")
+    bench.add_argument("--tokenizer", help="data: folder of a tokenizer (default: the demo's)")
+    for command in (demo, info, bench):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -127,6 +141,26 @@ def _info(given: dict[str, Any]) -> int:
     return OK
 
 
+def _bench(given: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from rmipo_lite.bench import report, run
+
+    what, folder = given.pop("what"), Path(given.pop("output_dir"))
+    if what == "report":
+        rows = report.read_all(folder)
+        report.draw(folder / report.PLOT, rows)
+        report.write_table(folder.resolve().parent / "README.md", rows)
+        say(report.table(rows))
+        return OK
+    files = {
+        name: None if (path := given.pop(name)) is None else Path(path)
+        for name in ("pairs", "tokenizer")
+    }
+    say(f"Rows are in {run.run(what, folder, **files, **given)}")
+    return OK
+
+
 def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     chosen = subparsers.choices[command] if command else parser
@@ -156,12 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(command, given)
 
 
+COMMANDS = {"train": _train, "demo": _demo, "info": _info, "bench": _bench}
+
+
 def _run(command: str, given: dict[str, Any]) -> int:
     from rmipo_lite.cli_options import UsageError
 
     debug = given.pop("debug", False)
     try:
-        return {"train": _train, "demo": _demo, "info": _info}[command](given)
+        return COMMANDS[command](given)
     except KeyboardInterrupt:
         _complain("interrupted; `--resume` goes on from the last checkpoint")
         return INTERRUPTED

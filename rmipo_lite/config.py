@@ -110,7 +110,13 @@ class RMiPOConfig(TrainingArguments):
     max_tokens_per_microstep: str | int = _option(
         "auto",
         "Tokens that go through the model at once (prompts counted once when packed); auto: from "
-        "the device's free memory. Splitting never changes the result.",
+        "the device's free memory. Splitting never changes the result. Where memory runs out all "
+        "the same, the number is halved and the step repeated.",
+    )
+    gradient_checkpointing: bool | None = _option(
+        None,
+        "Compute activations again in the backward pass, for memory; None: only where the longest "
+        "pair would not fit otherwise, or memory ran out.",
     )
     kernel_impl: str = _option(
         "auto", "auto, native (the compiled extension) or torch (the plain PyTorch reference)."
@@ -152,6 +158,9 @@ class RMiPOConfig(TrainingArguments):
         self._check_data()
         self._check_step()
         self._resolve_precision()
+        # transformers makes False of None, and older versions know one name alone.
+        names = ("gradient_checkpointing", "activation_checkpointing")
+        self._checkpointing_is_open = all(getattr(self, name, None) is None for name in names)
         super().__post_init__()
 
     def _check_method(self) -> None:
@@ -245,6 +254,11 @@ class RMiPOConfig(TrainingArguments):
     def uses_prior(self) -> bool:
         """Whether the loss needs the response scored without its prompt."""
         return self.loss_type == "rmipo"
+
+    @property
+    def checkpointing_is_open(self) -> bool:
+        """Whether nobody said yes or no to computing activations again."""
+        return self._checkpointing_is_open
 
     @property
     def wants_checkpointing(self) -> bool:

@@ -221,14 +221,20 @@ def _output_folder(
 
 @contextmanager
 def _restored(model: str | nn.Module) -> Iterator[None]:
-    """Put back what a run changes beside the adapter: mode, dropout, use_cache, random state."""
+    """Put back what a run changes beside the adapter.
+
+    Mode, dropout, use_cache, checkpointing, the hook on the embeddings, random state.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     saved: list[tuple[Any, str, Any]] = []
     if not isinstance(model, str):
         config = causal_lm(model).config
         saved.append((config, "use_cache", getattr(config, "use_cache", None)))
+        hooked = hasattr(causal_lm(model), "_require_grads_hook")
         for module in model.modules():
             saved.append((module, "training", module.training))
+            if isinstance(getattr(module, "gradient_checkpointing", None), bool):
+                saved.append((module, "gradient_checkpointing", module.gradient_checkpointing))
             for name in ("p", "attention_dropout", "attn_dropout", "dropout"):
                 if isinstance(module.__dict__.get(name), float):
                     saved.append((module, name, getattr(module, name)))
@@ -237,6 +243,8 @@ def _restored(model: str | nn.Module) -> Iterator[None]:
     finally:
         for owner, name, value in saved:
             setattr(owner, name, value)
+        if not isinstance(model, str) and not hooked and hasattr(causal_lm(model), "_require_grads_hook"):
+            causal_lm(model).disable_input_require_grads()
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])

@@ -4,15 +4,20 @@ A step's pairs are cut into micro-steps by a token budget, and every micro-step 
 share of the pairs: the gradient is that of the mean over the step's pairs whatever the cut. A step
 that isn't finite is thrown away as a whole and its pairs are run one by one to find the culprit:
 masking it would not do, since 0 * NaN is NaN in the adapter's gradient.
+
+Where memory runs out, what was accumulated is thrown away, the budget is halved and the pairs start
+again; a single pair that doesn't fit gets checkpointing. Nothing is lost or counted twice.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +25,16 @@ from torch import Tensor, nn
 from rmipo_lite import batch, loss
 from rmipo_lite.attention import packed_attention
 from rmipo_lite.batch import ModelInput
+from rmipo_lite.budget import is_out_of_memory
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.display import say
 from rmipo_lite.fused_lora import fused_lora
 from rmipo_lite.metrics import PairValues
-from rmipo_lite.model import device_of, read_head, scored_hidden
+from rmipo_lite.model import device_of, enable_checkpointing, read_head, scored_hidden
 from rmipo_lite.ops import device_flag
 from rmipo_lite.tokenization import TokenizedPair
 
+T = TypeVar("T")
 Backward = Callable[[Tensor], None]
 PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
 
@@ -57,6 +65,7 @@ class PairStep:
     pad_id: int = 0
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     prior_cache: loss.CachedPriors | None = None  # prior="cached": used by training steps only
+    checkpointing: bool = False  # activations are computed again in the backward pass
 
     def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         """Accumulate the gradient of the mean loss over the pairs that are finite.
@@ -85,18 +94,17 @@ class PairStep:
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[TokenizedPair]) -> Iterator[PairValues]:
-        """Per-pair values without a gradient, a micro-step at a time."""
-        for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
-            with self._engaged():
-                yield self._forward(part, self._live_prior)[0]
+        """Per-pair values without a gradient, a micro-step at a time, the longest pairs first."""
+        for _, (values, *_) in self._in_parts(
+            pairs, lambda part: self._forward(part, self._live_prior)
+        ):
+            yield values
 
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> loss.CachedPriors:
         """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
         cache: loss.CachedPriors = {}
-        for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
-            with self._engaged():
-                token_logps, cu_seqlens = self._live_prior(part)
+        for part, (token_logps, cu_seqlens) in self._in_parts(pairs, self._live_prior):
             borders = cu_seqlens.tolist()
             sums = token_logps.double().cumsum(0)
             totals = [0.0, *sums.tolist()]
@@ -108,12 +116,80 @@ class PairStep:
                 cache[pair.row] = (means[2 * i], means[2 * i + 1])
         return cache
 
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass from now on."""
+        enable_checkpointing(self.model)
+        self.checkpointing = True
+
+    def _in_parts(
+        self, pairs: Sequence[TokenizedPair], run: Callable[[list[TokenizedPair]], T]
+    ) -> Iterator[tuple[list[TokenizedPair], T]]:
+        """Micro-steps with what `run` makes of each; cut again where memory runs out."""
+        parts = self._split(pairs)
+        while parts:
+            part, *parts = parts
+            try:
+                with self._engaged():
+                    result = run(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            else:
+                yield part, result
+                continue
+            # Outside the handler: its traceback holds the failed pass's tensors.
+            self._make_room(part, failure)
+            parts = self._split([pair for rest in (part, *parts) for pair in rest])
+
     def _accumulate(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        """Forward and backward over all pairs, from the start again where memory runs out."""
+        while True:
+            try:
+                return self._accumulate_once(pairs, backward)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            self._clear_gradients()
+            largest = max(self._split(pairs), key=self._tokens)
+            self._make_room(largest, failure)
+
+    def _make_room(self, largest: Sequence[TokenizedPair], failure: str) -> None:
+        """Halve the budget, or with a single pair left turn checkpointing on.
+
+        Raises:
+            torch.OutOfMemoryError: neither is possible.
+        """
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tokens = self._tokens(largest)
+        if len(largest) > 1:
+            self.max_tokens = min(self.max_tokens, tokens) // 2
+            say(f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on")
+        elif torch.is_grad_enabled() and self.args.checkpointing_is_open and not self.checkpointing:
+            self.enable_checkpointing()
+            say(f"Out of memory with one pair of {tokens} tokens: checkpointing is on from here on")
+        else:
+            raise torch.OutOfMemoryError(
+                f"out of memory with one pair alone (row {largest[0].row}, {tokens} tokens); a "
+                "smaller max_length, 4-bit weights or a smaller model are the ways out. The "
+                f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
+            )
+
+    def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+        return batch.split_by_budget(pairs, self.max_tokens, self.packing)
+
+    def _tokens(self, pairs: Sequence[TokenizedPair]) -> int:
+        return batch.micro_step_tokens(pairs, self.packing)
+
+    def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
         outcome = StepOutcome(
             loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
         )
-        for part in batch.split_by_budget(pairs, self.max_tokens, self.packing):
+        for part in self._split(pairs):
             # The backward pass inside the block: checkpointing runs the forward pass again.
             with self._engaged():
                 values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)
@@ -138,9 +214,11 @@ class PairStep:
         if self.args.uses_prior:
             prior = prior_of(pairs)
             num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
-        out = loss.losses(token_logps, policy.cu_seqlens, prior, self.args)
+        out = self._losses(token_logps, policy.cu_seqlens, prior, self.args)
         nll = loss.chosen_token_nll(token_logps, policy.cu_seqlens)
         return PairValues.of(out, policy.cu_seqlens), out.loss, nll, num_tokens
+
+    _losses = staticmethod(loss.losses)
 
     def _prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """The prior of a training step: from the cache where there is one."""

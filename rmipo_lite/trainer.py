@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from rmipo_lite import loading, metrics
-from rmipo_lite.budget import resolve_token_budget
+from rmipo_lite import batch, loading, metrics
+from rmipo_lite.budget import plan_micro_steps
 from rmipo_lite.checkpoint import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig, TokenizationMode, TruncationMode
 from rmipo_lite.data import DataReport, load_rows
@@ -118,9 +118,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         loaded = loading.attach_adapter(loaded, peft_config)
         if args.disable_dropout:
             disable_dropout(loaded)
-        if args.wants_checkpointing:
-            # Frozen embeddings have no gradient, and a checkpointed block would pass none on.
-            causal_lm(loaded).enable_input_require_grads()
         self._tokenizer = prepare_tokenizer(processing_class, args.chat_template)
         self._prior_bos_id = prior_bos_id(args, self._tokenizer)
         self.data_report: DataReport | None = None
@@ -174,15 +171,22 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             if problem is not None:
                 packing = False
                 say(f"Packed batches are off for this model, padded ones are used: {problem}")
-        return PairStep(
+        longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
+        plan = plan_micro_steps(self.model, self.args, longest)
+        step = PairStep(
             model=self.model,
             args=self.args,
-            max_tokens=resolve_token_budget(self.model, self.args),
+            max_tokens=plan.max_tokens,
             packing=packing,
             prior_bos_id=self._prior_bos_id,
             pad_id=pad_id,
             autocast=self.accelerator.autocast,
         )
+        if plan.checkpointing:
+            step.enable_checkpointing()
+            if self.args.checkpointing_is_open:
+                say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
+        return step
 
     # ---- training -------------------------------------------------------------------------
 
@@ -309,6 +313,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             "num_tokens": self._num_tokens,
             "max_tokens_per_microstep": self.pair_step.max_tokens,
             "packing": self.pair_step.packing,
+            "checkpointing": self.pair_step.checkpointing,
             "dropped_pairs": self.dropped_pairs,
             "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
         }
@@ -318,6 +323,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         self._num_tokens = state["num_tokens"]
         self.pair_step.max_tokens = state["max_tokens_per_microstep"]
         self.pair_step.packing = state["packing"]
+        if state.get("checkpointing") and not self.pair_step.checkpointing:
+            self.pair_step.enable_checkpointing()
         self.dropped_pairs = list(state["dropped_pairs"])
         cache = state["prior_cache"]
         if cache is not None:

@@ -26,7 +26,7 @@ ORDER = [
     {"report"},
     {"result"},
     {"one_liner"},
-    {"demo"},
+    {"demo", "bench"},
     {"cli"},
 ]  # fmt: skip
 # Imported inside a function, at use: result -> report and model_card are drawn from a result.

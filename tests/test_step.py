@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from rmipo_lite import metrics
+from rmipo_lite import batch, metrics
+from rmipo_lite import step as step_module
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.loading import attach_adapter
+from rmipo_lite.ops import head as head_module
+from rmipo_lite.ops import head_blocks
 from rmipo_lite.step import PairStep
+from tests.conftest import ROOT
 from tests.tiny import random_pairs, tiny_model
 
 
@@ -140,6 +149,193 @@ def test_a_token_outside_the_vocabulary_is_an_error(tmp_path: Path) -> None:
     pair = replace(random_pairs(1)[0], chosen_ids=[5, 97])
     with pytest.raises(ValueError, match="97"):
         _step(tiny_model(), tmp_path).train([pair], _backward)
+
+
+OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+class _Fault:
+    """A function that runs out of memory at its `at`-th call."""
+
+    def __init__(self, function: Callable, at: int) -> None:
+        self.function, self.at, self.calls, self.raised = function, at, 0, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            self.raised += 1
+            raise torch.OutOfMemoryError(OOM)
+        return self.function(*args, **kwargs)
+
+
+# where memory runs out -> the function that fails there, and its call in a step of one micro-step
+PLACES = {
+    "forward": (step_module, "scored_hidden", 1),
+    "head": (head_blocks, "_add_product", 1),
+    "loss": (step_module.loss, "losses", 1),
+    "prior": (step_module, "scored_hidden", 2),
+    "prior's head": (head_blocks.native, "fold_logits", 2),
+    "head's backward": (head_module, "_scale_directions", 1),
+    "trained head's backward": (head_module, "_recompute_backward", 1),
+}
+
+
+def _lora_model() -> nn.Module:
+    model = attach_adapter(tiny_model(), "new")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("place", [*PLACES, "backward", "second backward"])
+def test_out_of_memory_halves_the_budget_and_loses_nothing(
+    place: str, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = tiny_model() if place.startswith("trained") else _lora_model()
+    pairs, step = random_pairs(6), _step(model, tmp_path)
+    step.packing = packing
+    clean = step.train(pairs, _backward)
+    wanted, whole = _gradients(model), batch.micro_step_tokens(pairs, packing)
+    model.zero_grad()
+    backward = _backward
+    if place.endswith("backward") and place not in PLACES:
+        if place.startswith("second"):  # the first micro-step's gradients are there already
+            step.max_tokens = whole // 2
+        fault = backward = _Fault(_backward, 2 if place.startswith("second") else 1)
+    else:
+        module, name, at = PLACES[place]
+        fault = _Fault(getattr(module, name), at)
+        monkeypatch.setattr(module, name, fault)
+    before = step.max_tokens
+    outcome = step.train(pairs, backward)
+    assert fault.raised == 1
+    assert step.max_tokens <= before // 2
+    assert "Out of memory: micro-steps of at most" in capsys.readouterr().out
+    assert outcome.num_pairs == 6
+    assert not outcome.dropped
+    assert sum(len(part.loss) for part in outcome.values) == 6
+    torch.testing.assert_close(outcome.loss, clean.loss, atol=1e-5, rtol=0)
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4)
+
+
+def test_an_error_in_the_middle_of_backward_leaves_no_half_gradient(tmp_path: Path) -> None:
+    """Some parameters have their gradient by then; the repeat must not add to them."""
+    model, pairs = tiny_model(), random_pairs(4)
+    step = _step(model, tmp_path)
+    step.train(pairs, _backward)
+    wanted = _gradients(model)
+    model.zero_grad()
+    raised = []
+
+    def fail_once(gradient: torch.Tensor) -> torch.Tensor:
+        if not raised:
+            raised.append(1)
+            raise torch.OutOfMemoryError(OOM)
+        return gradient
+
+    # The first layer's input comes last in the backward pass.
+    model.model.embed_tokens.weight.register_hook(fail_once)
+    step.train(pairs, _backward)
+    assert raised
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4)
+
+
+def test_one_pair_that_does_not_fit_gets_checkpointing_then_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = tiny_model(), random_pairs(1)
+    step = _step(model, tmp_path)
+    wanted = step.train(pairs, _backward).loss
+    fault = _Fault(step_module.scored_hidden, 1)
+    monkeypatch.setattr(step_module, "scored_hidden", fault)
+    torch.testing.assert_close(step.train(pairs, _backward).loss, wanted)
+    assert step.checkpointing
+    assert model.model.layers[0].gradient_checkpointing
+    fault.at = fault.calls + 1
+    with pytest.raises(torch.OutOfMemoryError, match=r"one pair alone \(row 0, \d+ tokens\)"):
+        step.train(pairs, _backward)
+
+
+def test_no_checkpointing_where_the_user_said_no(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _step(tiny_model(), tmp_path, gradient_checkpointing=False)
+    monkeypatch.setattr(step_module, "scored_hidden", _Fault(step_module.scored_hidden, 1))
+    with pytest.raises(torch.OutOfMemoryError, match="one pair alone"):
+        step.train(random_pairs(1), _backward)
+
+
+def test_another_error_is_not_taken_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(step_module, "scored_hidden", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        _step(tiny_model(), tmp_path).train(random_pairs(2), _backward)
+
+
+def test_evaluation_and_cached_priors_survive_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = tiny_model(), random_pairs(6)
+    step = _step(model, tmp_path, prior="cached")
+    values = metrics.concat(list(step.evaluate(pairs)))
+    cache = step.prior_means(pairs)
+    fault = _Fault(step_module.scored_hidden, 2)
+    monkeypatch.setattr(step_module, "scored_hidden", fault)
+    again = metrics.concat(list(step.evaluate(pairs)))
+    assert fault.raised == 1
+    torch.testing.assert_close(again.loss.sort()[0], values.loss.sort()[0], atol=1e-5, rtol=0)
+    fault.at = fault.calls + 1
+    assert step.prior_means(pairs) == {
+        row: pytest.approx(means, abs=1e-5, nan_ok=True) for row, means in cache.items()
+    }
+    assert fault.raised == 2
+
+
+@pytest.mark.slow
+def test_real_memory_shortage_on_the_cpu(tmp_path: Path) -> None:
+    """A child process whose address space ends: its allocator fails, and the step is repeated."""
+    script = tmp_path / "short.py"
+    script.write_text(_SHORT_OF_MEMORY)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Out of memory: micro-steps of at most" in done.stdout
+    wanted, got = (float(number) for number in done.stdout.splitlines()[-1].split())
+    assert got == pytest.approx(wanted, abs=1e-5)
+
+
+_SHORT_OF_MEMORY = """
+import resource, sys
+import torch
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.step import PairStep
+from tests.tiny import random_pairs, tiny_model
+
+torch.set_num_threads(1)
+model = tiny_model(hidden_size=256, intermediate_size=1024, max_position_embeddings=1024)
+pairs = random_pairs(24, longest=300)
+args = RMiPOConfig(sys.argv[1], use_cpu=True)
+small = PairStep(model, args, 600, packing=True)
+wanted = small.train(pairs, lambda loss: loss.backward()).loss.item()  # also loads everything
+model.zero_grad()
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 150 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+whole = PairStep(model, args, 10**6, packing=True)
+print(wanted, whole.train(pairs, lambda loss: loss.backward()).loss.item())
+"""
 
 
 @pytest.mark.cuda

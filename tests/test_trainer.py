@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from rmipo_lite import step as step_module
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.trainer import RMiPOTrainer, prior_bos_id
 from tests.conftest import REFERENCES
@@ -156,6 +157,43 @@ def test_resume_is_bit_for_bit(stop: int, prior: str, tmp_path: Path, tokenizer:
         assert torch.equal(weight, _weights(second)[name]), name
     assert _losses(second)[-1] == _losses(whole)[-1]
     assert second.state.log_history[-2]["num_tokens"] == whole.state.log_history[-2]["num_tokens"]
+
+
+@pytest.mark.parametrize("pairs_at_a_time", [4, 1])
+def test_out_of_memory_in_a_run_changes_no_number_and_is_in_the_checkpoint(
+    pairs_at_a_time: int, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for one pair only from step 2 on; then (1) not even for that without checkpointing."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "save_total_limit": 9}
+    whole = _trainer(tmp_path / "whole", tokenizer, **options)
+    whole.train()
+    trainer = _trainer(tmp_path / "short", tokenizer, **options)
+    score = step_module.scored_hidden
+    rooms = []
+
+    def short(model, inputs):
+        if trainer.state.global_step >= 1 and model.training and torch.is_grad_enabled():
+            pairs = (len(inputs.cu_seqlens) - 1) // 2
+            enough = trainer.pair_step.checkpointing if pairs_at_a_time == 1 else pairs == 1
+            if pairs > 1 or not enough:
+                rooms.append(pairs)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return score(model, inputs)
+
+    monkeypatch.setattr(step_module, "scored_hidden", short)
+    trainer.train()
+    assert rooms[0] == 4
+    assert trainer.pair_step.checkpointing is (pairs_at_a_time == 1)
+    assert _losses(trainer) == pytest.approx(_losses(whole), abs=1e-5)
+    for name, weight in _weights(trainer).items():
+        torch.testing.assert_close(weight, _weights(whole)[name], atol=1e-4, rtol=0)
+    # A resumed run starts with what was learnt about the memory, not with the next failure.
+    again = _trainer(tmp_path / "short", tokenizer, **{**options, "max_steps": 5})
+    count = len(rooms)
+    again.train(resume_from_checkpoint=True)
+    assert again.pair_step.max_tokens == trainer.pair_step.max_tokens
+    assert again.pair_step.checkpointing == trainer.pair_step.checkpointing
+    assert len(rooms) == count
 
 
 def _poisoned(trainer: RMiPOTrainer, rows: set[int]) -> None:

@@ -56,9 +56,12 @@ class StepFloor:
         tokens = inputs.num_tokens
         for layer in self.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-            for linear in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                _linear(linear, tokens, self.dtype, backward)
+            # The first layer reads frozen embeddings: nobody asks for their gradient.
+            past_first = backward and layer is not self.layers[0]
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+                _linear(linear, tokens, self.dtype, backward, past_first)
+            for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                _linear(linear, tokens, self.dtype, backward, backward)
             self._attention(attention, inputs, backward)
         scored = len(inputs.target_ids)
         hidden = torch.ones(scored, self.weight.shape[1], dtype=self.dtype)
@@ -81,8 +84,10 @@ class StepFloor:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
-def _linear(linear: nn.Module, tokens: int, dtype: torch.dtype, backward: bool) -> None:
-    """A LoRA layer's products: forward, gradient of the input, gradients of A and B."""
+def _linear(
+    linear: nn.Module, tokens: int, dtype: torch.dtype, backward: bool, input_grad: bool
+) -> None:
+    """A LoRA layer's products: forward, gradients of A and B, gradient of the input."""
     weight = linear.base_layer.weight
     a, b = (
         getattr(linear, name)["default"].weight.detach().to(dtype) for name in ("lora_A", "lora_B")
@@ -92,10 +97,11 @@ def _linear(linear: nn.Module, tokens: int, dtype: torch.dtype, backward: bool) 
     low = torch.mm(x, a.T)
     torch.mm(low, b.T)
     if backward:
-        torch.mm(y, weight)
         grad_low = torch.mm(y, b)
-        torch.mm(grad_low, a)
         torch.mm(y.T, low)
         torch.mm(grad_low.T, x)
+    if input_grad:
+        torch.mm(y, weight)
+        torch.mm(grad_low, a)
 
 

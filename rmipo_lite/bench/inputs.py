@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rmipo_lite.batch import micro_step_tokens
 from rmipo_lite.loading import attach_adapter
 from rmipo_lite.model import disable_dropout
 from rmipo_lite.tokenization import TokenizedPair
@@ -48,6 +49,21 @@ def draw_pairs(count: int, vocab_size: int, seed: int) -> list[TokenizedPair]:
         return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
 
     return [TokenizedPair(i, *(ids(length) for length in pair)) for i, pair in enumerate(chosen)]
+
+
+def pairs_of_tokens(tokens: int, vocab_size: int) -> list[TokenizedPair]:
+    """Real lengths, as many pairs as make up this many packed tokens."""
+    pairs: list[TokenizedPair] = []
+    for pair in draw_pairs(100, vocab_size, seed=0):
+        if micro_step_tokens([*pairs, pair], packing=True) > tokens:
+            continue
+        pairs.append(pair)
+    return pairs
+
+
+def tiny_pair(vocab_size: int) -> TokenizedPair:
+    """A pair of a few tokens, for a first step that loads what loads once."""
+    return TokenizedPair(0, [vocab_size - 1] * 4, [5] * 4, [6] * 3)
 
 
 def lora_llama(vocab_size: int, dtype: torch.dtype, layers: int = LAYERS) -> torch.nn.Module:

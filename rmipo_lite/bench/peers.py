@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +19,17 @@ from torch.nn.functional import logsigmoid
 from rmipo_lite.bench.authors import IGNORED, PaddedPairs
 from rmipo_lite.model import causal_lm
 
-Step = Callable[[], None]
-
 
 class Absent(RuntimeError):
     """A peer can't run here; the message says why."""
 
 
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
+    """Import a peer.
+
+    Raises:
+        Absent: it can't be imported here.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -35,21 +38,14 @@ def _module(name: str) -> Any:
         raise Absent(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
-def version_of(package: str) -> str:
-    """The installed version, or "not installed"."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 # ---- whole steps ----------------------------------------------------------------------------
 
 
 class TrlChunkedStep:
-    """The authors' step with trl's chunked head in place of the logits: padded, nothing shared."""
+    """The authors' step with trl's chunked head in place of the logits: padded, nothing shared.
+
+    Only scored positions go through the head, as on a GPU; on the CPU trl itself scores all.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._logps = trl_logps()
@@ -74,46 +70,50 @@ class TrlChunkedStep:
         return out.masked_scatter(mask, logps).sum(-1) / mask.sum(-1)
 
 
-def trl_simpo_step(model: nn.Module, pairs: PaddedPairs, tokenizer: Any) -> Step:
-    """trl's CPOTrainer with its documented SimPO recipe, fed our padded batch; no prior pass."""
-    cpo = _module("trl.experimental.cpo")
-    datasets = _module("datasets")
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")
-        args = cpo.CPOConfig(
-            folder,
-            loss_type="simpo",
-            cpo_alpha=0.0,
-            beta=2.0,
-            simpo_gamma=0.5,
-            report_to="none",
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
-        )
-        row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-        trainer = cpo.CPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=datasets.Dataset.from_list([row]),
-            processing_class=tokenizer,
-        )
-    half = len(pairs.input_ids) // 2
-    batch = {
-        f"{side}_{name}": value[rows]
-        for side, rows in (("chosen", slice(None, half)), ("rejected", slice(half, None)))
-        for name, value in (
-            ("input_ids", pairs.input_ids),
-            ("attention_mask", pairs.attention_mask),
-            ("labels", pairs.labels),
-        )
-    }
+class TrlSimpoStep:
+    """trl's CPOTrainer with its documented SimPO recipe: no prior pass, full logits."""
 
-    def step() -> None:
-        trainer.compute_loss(model, batch).backward()
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        cpo, datasets = module("trl.experimental.cpo"), module("datasets")
+        row = {"prompt": "a", "chosen": "b", "rejected": "c"}  # it insists on a dataset
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore")
+            datasets.disable_progress_bars()
+            args = cpo.CPOConfig(
+                folder,
+                loss_type="simpo",
+                cpo_alpha=0.0,
+                beta=2.0,
+                simpo_gamma=0.5,
+                report_to="none",
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(),
+                disable_tqdm=True,
+            )
+            self.trainer = cpo.CPOTrainer(
+                model=model,
+                args=args,
+                train_dataset=datasets.Dataset.from_list([row]),
+                processing_class=tokenizer,
+            )
+            datasets.enable_progress_bars()
+        self.model = model
 
-    return step
+    def __call__(self, pairs: PaddedPairs) -> Tensor:
+        """The mean SimPO loss; the caller runs backward."""
+        half = len(pairs.input_ids) // 2
+        batch = {
+            f"{side}_{name}": value[rows]
+            for side, rows in (("chosen", slice(None, half)), ("rejected", slice(half, None)))
+            for name, value in (
+                ("input_ids", pairs.input_ids),
+                ("attention_mask", pairs.attention_mask),
+                ("labels", pairs.labels),
+            )
+        }
+        loss: Tensor = self.trainer.compute_loss(self.model, batch)
+        return loss
 
 
 # ---- the head alone: hidden (N, H), weight (V, H), target_ids (N,) -> log-probs with a gradient --
@@ -129,8 +129,8 @@ def plain_logps(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
 
 def trl_logps() -> Logps:
     """trl's DPO head, which goes over the vocabulary in tiles and recomputes them for backward."""
-    chunked = _module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    chunk_size = 4096  # vocabulary columns; trl's own call chooses 4096 without Triton
+    chunked = module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    chunk_size = module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
 
     def logps(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
         return chunked.apply(
@@ -142,7 +142,7 @@ def trl_logps() -> Logps:
 
 def cut_cross_entropy_logps() -> Logps:
     """Apple's cut-cross-entropy; needs Triton and a GPU."""
-    function = _module("cut_cross_entropy").linear_cross_entropy
+    function = module("cut_cross_entropy").linear_cross_entropy
 
     def logps(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
         return -function(hidden, weight, target_ids, reduction="none")
@@ -152,11 +152,11 @@ def cut_cross_entropy_logps() -> Logps:
 
 def liger_simpo(compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """liger's chunked SimPO loss: hidden (2P, T, H), weight, labels (2P, T) -> loss ()."""
-    loss = _module("liger_kernel.chunked_loss").LigerFusedLinearSimPOLoss
-    module = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=compiled)
+    loss = module("liger_kernel.chunked_loss").LigerFusedLinearSimPOLoss
+    chunked = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=compiled)
 
     def simpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return module(weight, hidden, labels)[0]
+        return chunked(weight, hidden, labels)[0]
 
     return simpo
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
+from rmipo_lite import loss as loss_module
+from rmipo_lite import metrics
 from rmipo_lite.bench import inputs, peers
 from rmipo_lite.bench.authors import authors_step, pad_pairs
+from rmipo_lite.bench.data import DEMO_TOKENIZER
 from rmipo_lite.bench.floors import StepFloor
+from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.config import RMiPOConfig
@@ -21,8 +27,10 @@ from rmipo_lite.tokenization import TokenizedPair
 
 # (vocabulary, dtype) of the models measured by default
 CASES = ((32000, "fp32"), (131072, "fp32"), (32000, "bf16"), (131072, "bf16"))
+KEEPING_CASES = ((32000, "fp32"), (131072, "bf16"))  # with an allocator that keeps memory
 PAIRS = 2  # in a micro-step
-DRAWS, ROUNDS = 6, 3
+DRAWS, ROUNDS = 6, 2
+GROWING_VOCABULARIES, GROWING_PAIRS = (32000, 65536, 131072, 262144), (1, 4, 16, 64)
 
 
 def autocast(dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
@@ -37,72 +45,176 @@ def pair_step(model: nn.Module, dtype: torch.dtype, folder: str, **options: Any)
     return PairStep(model, args, max_tokens=10**9, packing=True, autocast=autocast(dtype))
 
 
-def contenders(
-    model: nn.Module, dtype: torch.dtype, pairs: Sequence[TokenizedPair], folder: str
-) -> dict[str, Run]:
-    """Every step on the same model and pairs, forward and backward, gradients dropped before."""
-    padded, cast = pad_pairs(pairs), autocast(dtype)
-    ours, cached = (pair_step(model, dtype, folder, prior=prior) for prior in ("live", "cached"))
-    cached.prior_cache = cached.prior_means(pairs)
-    trl_chunked = peers.TrlChunkedStep(model)
+class Contenders:
+    """Everybody's step on one model: `runs(pairs)` binds them to a micro-step's pairs.
 
-    def run(step: Callable[[], object]) -> Run:
-        def call() -> None:
-            model.zero_grad(set_to_none=True)
-            step()
+    A run drops the gradients, then goes forward and backward; no optimizer, which is everybody's
+    own. Those that can't run here are in `absent`, with the reason.
+    """
 
-        return call
+    def __init__(self, model: nn.Module, dtype: torch.dtype, folder: str) -> None:
+        self.model, self.cast = model, autocast(dtype)
+        self.ours = pair_step(model, dtype, folder)
+        self.cached = pair_step(model, dtype, folder, prior="cached")
+        self.absent: dict[str, str] = {}
+        self.trl: dict[str, Any] = {}
+        tokenizer = AutoTokenizer.from_pretrained(DEMO_TOKENIZER)
+        makers: dict[str, Callable[[], Any]] = {
+            "trl chunked head": lambda: peers.TrlChunkedStep(model),
+            "trl SimPO": lambda: peers.TrlSimpoStep(model, tokenizer),
+        }
+        for name, make in makers.items():
+            try:
+                self.trl[name] = make()
+            except Absent as reason:
+                self.absent[name] = str(reason)
 
-    def authors() -> None:
-        with cast():
-            loss = authors_step(model, padded).loss
-        loss.backward()
+    def runs(self, pairs: Sequence[TokenizedPair]) -> dict[str, Run]:
+        """Every contender on these pairs."""
+        padded = pad_pairs(pairs)
+        self.cached.prior_cache = self.cached.prior_means(pairs)
+        return {
+            "authors": self._padded(lambda: authors_step(self.model, padded).loss),
+            **{
+                name: self._padded(lambda step=step: step(padded))
+                for name, step in self.trl.items()
+            },
+            "ours": self._ours(self.ours, pairs),
+            "ours, prior cached": self._ours(self.cached, pairs),
+            "floor": StepFloor(self.model, pairs),
+        }
 
-    def chunked() -> None:
-        with cast():
-            loss = trl_chunked(padded)
-        loss.backward()
+    def _padded(self, forward: Callable[[], torch.Tensor]) -> Run:
+        def run() -> None:
+            self.model.zero_grad(set_to_none=True)
+            with self.cast():
+                loss = forward()
+            loss.backward()
 
-    return {
-        "authors": run(authors),
-        "trl chunked head": run(chunked),
-        "ours": run(lambda: ours.train(pairs, lambda loss: loss.backward())),
-        "ours, prior cached": run(lambda: cached.train(pairs, lambda loss: loss.backward())),
-        "floor": run(StepFloor(model, pairs)),
-    }
+        return run
+
+    def _ours(self, step: PairStep, pairs: Sequence[TokenizedPair]) -> Run:
+        def run() -> None:
+            self.model.zero_grad(set_to_none=True)
+            step.train(pairs, lambda loss: loss.backward())
+
+        return run
 
 
 def bench(
-    cases: Sequence[tuple[int, str]] = CASES, draws: int = DRAWS, rounds: int = ROUNDS
+    cases: Sequence[tuple[int, str]] = CASES,
+    draws: int = DRAWS,
+    rounds: int = ROUNDS,
+    note: str = "",
 ) -> Iterator[Record]:
     """Rows of every case: seconds of each contender, its ratio to the authors', ours to the floor.
 
-    Medians and quartiles are over draws x rounds.
+    Medians and quartiles are over draws x rounds. `note` joins the shape, for an unusual setting.
     """
     for vocab_size, name in cases:
         dtype = inputs.DTYPES[name]
         model = inputs.lora_llama(vocab_size, dtype)
         seconds: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as folder:
+            contenders = Contenders(model, dtype, folder)
             for seed in range(draws):
-                pairs = inputs.draw_pairs(PAIRS, vocab_size, seed)
-                for who, times in interleave(
-                    contenders(model, dtype, pairs, folder), rounds
-                ).items():
+                runs = contenders.runs(inputs.draw_pairs(PAIRS, vocab_size, seed))
+                # What the first step pays once, the others find done.
+                timed = interleave(runs, rounds, warmups=int(seed == 0))
+                for who, times in timed.items():
                     seconds.setdefault(who, []).extend(times)
-        yield from records(f"V={vocab_size}", name, seconds)
-        del model
+        shape = f"V={vocab_size} 2 pairs{note}"
+        yield from _records(shape, name, seconds)
+        for impl, reason in contenders.absent.items():
+            yield Record("step", impl, shape, name, "time", "s", f"absent: {reason}")
+        del model, contenders
 
 
-def records(shape: str, dtype: str, seconds: dict[str, list[float]]) -> Iterator[Record]:
-    """Times and ratios as rows."""
-
+def _records(shape: str, dtype: str, seconds: dict[str, list[float]]) -> Iterator[Record]:
     def row(impl: str, metric: str, unit: str, values: Sequence[float]) -> Record:
         return Record("step", impl, shape, dtype, metric, unit, *summarize(values))
 
+    ours, authors = seconds["ours"], seconds["authors"]
     for impl, times in seconds.items():
         yield row(impl, "time", "s", times)
-        yield row(impl, "time over authors'", "ratio", ratios(times, seconds["authors"]))
-    yield row("ours", "time over floor", "ratio", ratios(seconds["ours"], seconds["floor"]))
-    prior = [(a - b) / a for a, b in zip(seconds["ours"], seconds["ours, prior cached"], strict=True)]
-    yield row("ours", "prior's share", "ratio", prior)
+        if impl != "authors":
+            yield row(impl, "time over authors'", "ratio", ratios(times, authors))
+        if impl.startswith("trl"):
+            yield row("ours", f"time over {impl}", "ratio", ratios(ours, times))
+    yield row("ours", "time over floor", "ratio", ratios(ours, seconds["floor"]))
+    cached = seconds["ours, prior cached"]
+    share = [(a - b) / a for a, b in zip(ours, cached, strict=True)]
+    yield row("ours", "prior's share", "ratio", share)
+
+
+def bench_growth(rounds: int = 3) -> Iterator[Record]:
+    """How our step grows: with the vocabulary at 2 pairs, and with the pairs at 32k words."""
+    shapes = [(v, PAIRS) for v in GROWING_VOCABULARIES] + [(32000, n) for n in GROWING_PAIRS]
+    for vocab_size, count in shapes:
+        model = inputs.lora_llama(vocab_size, torch.float32)
+        pairs = inputs.draw_pairs(count, vocab_size, seed=0)
+        with tempfile.TemporaryDirectory() as folder:
+            step = pair_step(model, torch.float32, folder)
+            step.max_tokens = 4096  # what "auto" takes on a CPU with memory to spare
+
+            def run(step: PairStep = step, pairs: Sequence[TokenizedPair] = pairs) -> None:
+                step.model.zero_grad(set_to_none=True)
+                step.train(pairs, lambda loss: loss.backward())
+
+            seconds = interleave({"ours": run}, rounds)["ours"]
+        tokens = step.train(pairs, lambda loss: loss.backward()).num_tokens
+        shape = f"V={vocab_size} {count} pairs"
+        per_token = [s / tokens * 1e3 for s in seconds]
+        yield Record("step", "ours", shape, "fp32", "growth: time", "s", *summarize(seconds))
+        yield Record(
+            "step", "ours", shape, "fp32", "growth: time per token", "ms", *summarize(per_token)
+        )
+
+
+def bench_overhead(rounds: int = 9) -> Iterator[Record]:
+    """Share of a step of about 1k tokens that is neither model nor operator: Python, logging."""
+    model = inputs.lora_llama(32000, torch.float32)
+    pairs = inputs.pairs_of_tokens(1000, 32000)
+    shares = []
+    with tempfile.TemporaryDirectory() as folder:
+        step = pair_step(model, torch.float32, folder)
+        for index in range(-1, rounds):
+            model.zero_grad(set_to_none=True)
+            inside = _Stopwatch()
+            watched = _watched(step, inside)
+            start = time.perf_counter()
+            outcome = watched.train(pairs, inside(lambda loss: loss.backward()))
+            metrics.reduce(outcome.values, step.args)  # once per log line in a run, here every step
+            total = time.perf_counter() - start
+            if index >= 0:
+                shares.append(1 - inside.seconds / total)
+    shape = f"V=32000 {outcome.num_tokens} tokens"
+    summary = summarize(shares)
+    yield Record("step", "ours", shape, "fp32", "outside model and operators", "ratio", *summary)
+
+
+class _Stopwatch:
+    """Sums the time spent in the functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def _watched(step: PairStep, inside: _Stopwatch) -> PairStep:
+    """A copy of the step whose model, head and loss run under the stopwatch."""
+    copy = PairStep(
+        step.model, step.args, step.max_tokens, step.packing, autocast=step.autocast
+    )
+    copy._score = inside(copy._score)  # type: ignore[method-assign]
+    copy._losses = inside(loss_module.losses)  # type: ignore[method-assign]
+    return copy

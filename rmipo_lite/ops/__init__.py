@@ -4,7 +4,7 @@
 and `loss` hold the public functions with their gradients.
 """
 
-from rmipo_lite.ops.head import linear_logps
+from rmipo_lite.ops.head import head_buffer_bytes, linear_logps
 from rmipo_lite.ops.loss import LossOutput, PairLossOutput, pair_loss, rmipo_loss
 from rmipo_lite.ops.native import BackendStatus, device_flag, status
 
@@ -13,6 +13,7 @@ __all__ = [
     "LossOutput",
     "PairLossOutput",
     "device_flag",
+    "head_buffer_bytes",
     "linear_logps",
     "pair_loss",
     "rmipo_loss",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.checks import refuse_second_derivative
-from rmipo_lite.ops.head_blocks import blocked_logps
+from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, blocked_logps
 from rmipo_lite.ops.head_checks import check_head, check_ids
 from rmipo_lite.ops.loss import Impl
 from rmipo_lite.ops.reference import accumulate_dtype
@@ -86,6 +86,16 @@ def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
     count = -(-num_rows // rows)
     for i in range(count):
         yield slice(num_rows * i // count, num_rows * (i + 1) // count)
+
+
+def head_buffer_bytes(weight: Tensor) -> int:
+    """Bytes that `linear_logps` takes beside its arguments and its results."""
+    if weight.device.type == "cpu":
+        return CPU_BLOCK_BYTES
+    rows = next(_chunks(_CHUNK_ROWS[1], weight.shape[0])).stop
+    # logits in float32, and where the weight is of 16 bits their derivative in its dtype
+    itemsize = 4 if weight.dtype.itemsize >= 4 else 6
+    return rows * weight.shape[0] * itemsize
 
 
 class _Head:

@@ -27,7 +27,7 @@ from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
 
 # Measured on two Sapphire Rapids cores: products of 1024 rows by 4096 columns run 15 % (fp32) and
 # 30 % (bf16) faster than those of 256 rows by a whole vocabulary. Fewer rows take more columns.
-_MOST_ROWS, _BLOCK_BYTES = 1024, 2**24
+_MOST_ROWS, CPU_BLOCK_BYTES = 1024, 2**24
 # bfloat16's second product runs fastest 256 rows at a time (oneDNN's choice of kernel).
 _BF16_SECOND_ROWS = 256
 
@@ -62,7 +62,7 @@ class Blocks:
         dtype = torch.bfloat16 if low_precision else accumulate_dtype(hidden.dtype)
         row_ranges = even_slices(hidden.shape[0], _MOST_ROWS)
         rows = max((r.stop - r.start for r in row_ranges), default=1)
-        columns = max(1, _BLOCK_BYTES // (rows * dtype.itemsize))
+        columns = max(1, CPU_BLOCK_BYTES // (rows * dtype.itemsize))
         return Blocks(
             row_ranges=row_ranges,
             column_ranges=even_slices(weight.shape[0], columns),

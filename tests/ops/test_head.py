@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import head as head_module
+from rmipo_lite.ops import head_blocks
 from rmipo_lite.ops import linear_logps
 
 IMPLS = ["torch", "native"]
@@ -52,7 +53,10 @@ def worst(a: Tensor, b: Tensor) -> float:
 )
 def test_against_float64(impl, dtype, trained_head, n, v, options, monkeypatch) -> None:
     """Error at most twice that of plain autograd in the same dtype, plus 1e-5 of the scale."""
-    monkeypatch.setattr(head_module, "_BLOCK_ELEMENTS", 24 * 1000)  # several blocks of the weight
+    # several blocks of the weight
+    monkeypatch.setattr(head_module, "_BLOCK_ELEMENTS", 24 * 1000)
+    monkeypatch.setattr(head_blocks, "_MOST_ROWS", 128)
+    monkeypatch.setattr(head_blocks, "CPU_BLOCK_BYTES", 128 * 1000 * 4)
     hidden, weight, ids, bias = inputs(n, v, dtype)
     weight.requires_grad_(trained_head)
     options = {**options, "bias": bias if options.get("bias") else None}
@@ -74,6 +78,63 @@ def test_against_float64(impl, dtype, trained_head, n, v, options, monkeypatch) 
         assert worst(got, want) <= 2 * worst(bad, want) + relative * (1 + scale)
     assert ours[0][ids == -100].eq(0).all()
     assert ours[1][ids == -100].eq(0).all()
+
+
+@pytest.mark.parametrize("own_products", [False, True])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 5.0, "logit_scale": 0.5}])
+def test_bfloat16_with_and_without_its_own_products(own_products, options, monkeypatch) -> None:
+    """Both ways run on every CPU (oneDNN has a slow bfloat16 product where the CPU has none)."""
+    monkeypatch.setattr(head_blocks, "multiplies_bfloat16", lambda: own_products)
+    monkeypatch.setattr(head_blocks, "CPU_BLOCK_BYTES", 2**16)
+    hidden, weight, ids, _ = inputs(65, 3001, torch.bfloat16)
+    truth_leaf = hidden.detach().double().requires_grad_()
+    truth = plain(truth_leaf, weight.double(), ids, **options)
+    truth.sum().backward()
+    logps = linear_logps(hidden, weight, ids, impl="native", **options)
+    logps.sum().backward()
+    if own_products:
+        # The logits are what bfloat16 has: the truth is float64 of the same rounded ones.
+        rounded = (hidden.detach() @ weight.T).double() * options.get("logit_scale", 1.0)
+        if options:
+            rounded = 5.0 * torch.tanh(rounded / 5.0)
+        truth = -torch.nn.functional.cross_entropy(rounded, ids, reduction="none")
+    assert worst(logps, truth) < 2e-5
+
+    def error(gradient: Tensor) -> float:
+        return float((gradient.double() - truth_leaf.grad).norm() / truth_leaf.grad.norm())
+
+    naive = hidden.detach().requires_grad_()
+    plain(naive, weight, ids, **options).sum().backward()
+    assert error(hidden.grad) < 1.1 * error(naive.grad)
+
+
+def test_a_target_that_is_nearly_certain_keeps_its_small_gradient() -> None:
+    """1 - p is a sum of small numbers, not a difference of nearly equal ones."""
+    weight = torch.tensor([[20.0], [0.0], [1.0]])
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    linear_logps(hidden, weight, torch.tensor([0]), impl="native").backward(torch.ones(1))
+    leaf = hidden.detach().double().requires_grad_()
+    want = torch.log_softmax(leaf @ weight.double().T, 1)[0, 0]
+    want.backward()
+    assert hidden.grad.item() == pytest.approx(leaf.grad.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_blocks_of_minus_infinity_and_rising_maxima(where, monkeypatch) -> None:
+    """A whole block may hold nothing but -inf, before or after the block with the target."""
+    monkeypatch.setattr(head_blocks, "CPU_BLOCK_BYTES", 4 * 4 * 2)
+    bias = torch.cat([torch.full((4,), -torch.inf), torch.arange(8.0) * 30])
+    ids = torch.tensor([6, 11])
+    if where == "last":
+        bias, ids = bias.flip(0), 11 - ids
+    hidden, weight = torch.zeros(2, 3, requires_grad=True), torch.randn(12, 3)
+    logps = linear_logps(hidden, weight, ids, bias=bias, impl="native")
+    logps.sum().backward()
+    leaf = hidden.detach().double().requires_grad_()
+    want = plain(leaf, weight.double(), ids, bias.double())
+    want.sum().backward()
+    torch.testing.assert_close(logps.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

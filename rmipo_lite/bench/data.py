@@ -1,0 +1,90 @@
+"""Preparing rows: template, tokenise, report; rows per second, against trl's preparation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rmipo_lite.bench import peers
+from rmipo_lite.bench.peers import Absent
+from rmipo_lite.bench.records import Record
+from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
+from rmipo_lite.data import load_rows
+from rmipo_lite.tokenization import TokenizationOptions, tokenize_rows
+
+_DEMO = Path(__file__).resolve().parent.parent / "demo" / "assets"
+DEMO_PAIRS, DEMO_TOKENIZER = _DEMO / "pairs.jsonl.gz", _DEMO / "model"
+ROUNDS = 3
+
+
+def bench(
+    pairs: Path = DEMO_PAIRS, tokenizer: Path = DEMO_TOKENIZER, rounds: int = ROUNDS
+) -> Iterator[Record]:
+    """Rows per second of both from rows in memory to token ids, one process each."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    rows = _records(pairs)
+    shape = f"{pairs.name} {len(rows)} rows, {tokenizer.name}"
+    running: dict[str, Run] = {"ours": lambda: _ours(rows, loaded)}
+    try:
+        running["trl"] = _trl(rows, loaded)
+    except Absent as reason:
+        yield Record("data", "trl", shape, "", "rows per second", "1/s", f"absent: {reason}")
+    seconds = interleave(running, rounds)
+    for impl, times in seconds.items():
+        speed = summarize([len(rows) / time for time in times])
+        yield Record("data", impl, shape, "", "rows per second", "1/s", *speed)
+    if "trl" in seconds:
+        over = summarize(ratios(seconds["trl"], seconds["ours"]))
+        yield Record("data", "ours", shape, "", "rows per second over trl", "ratio", *over)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The rows that both are given: what ours keeps, in trl's form."""
+    rows, _ = load_rows(str(path))
+    records = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            records.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
+        else:
+            records.append(
+                {
+                    "prompt": list(row.prompt),
+                    "chosen": list(row.chosen),
+                    "rejected": list(row.rejected),
+                }
+            )
+    return records
+
+
+def _ours(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, report = load_rows(records)
+    tokenize_rows(rows, tokenizer, TokenizationOptions(), report)
+    str(report)
+
+
+def _trl(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Run:
+    """DPOTrainer's preparation alone: it needs nothing else of its trainer."""
+    if importlib.util.find_spec("trl") is None:
+        raise Absent("trl: not installed")
+    trainer = peers.module("trl.trainer.dpo_trainer").DPOTrainer
+    datasets = peers.module("datasets")
+    prepare: Callable[..., Any] = trainer._prepare_dataset
+    args = SimpleNamespace(dataset_num_proc=None, max_length=1024, truncation_mode="keep_start")
+    dataset = datasets.Dataset.from_list(records)
+    holder = SimpleNamespace(_tokenizer=tokenizer)
+
+    def run() -> None:
+        datasets.disable_caching()
+        datasets.disable_progress_bars()
+        try:
+            prepare(holder, dataset, tokenizer, args, "train")
+        finally:
+            datasets.enable_caching()
+            datasets.enable_progress_bars()
+
+    return run

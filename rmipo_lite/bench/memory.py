@@ -1,0 +1,127 @@
+"""Peak memory of one step above what model and data take, each contender in a process of its own.
+
+On the CPU it is the resident set: its peak during a step (the kernel's own high-water mark, reset
+before) less its size just before. A first, tiny step has loaded libraries and kernels by then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from rmipo_lite.bench import inputs, step
+from rmipo_lite.bench.records import Record
+from rmipo_lite.bench.rounds import Summary, ratios, summarize
+from rmipo_lite.ops import linear_logps
+
+CASES = ((32000, "fp32"), (131072, "bf16"))
+DRAWS = 6
+CONTENDERS = ("authors", "trl chunked head", "ours")
+HEAD_SHAPES = ((1024, 32000), (1024, 131072), (1024, 262144), (4096, 32000), (16384, 32000))
+_LIMIT_S = 600
+
+
+def bench(cases: Sequence[tuple[int, str]] = CASES, draws: int = DRAWS) -> Iterator[Record]:
+    """Peak bytes of every contender over the draws, and their ratio to the authors'."""
+    for vocab_size, dtype in cases:
+        peaks: dict[str, list[float]] = {}
+        for impl in CONTENDERS:
+            peaks[impl] = _in_child("step", impl, vocab_size, dtype, draws)
+        shape = f"V={vocab_size}"
+        for impl, values in peaks.items():
+            mib = [value / 2**20 for value in values]
+            yield Record("memory", impl, shape, dtype, "peak above base", "MiB", *summarize(mib))
+            over = summarize(ratios(values, peaks["authors"]))
+            yield Record("memory", impl, shape, dtype, "peak over authors'", "ratio", *over)
+
+
+def bench_growth() -> Iterator[Record]:
+    """The head's peak by vocabulary and tokens, less its N x H direction and gradient."""
+    for name in inputs.DTYPES:
+        for tokens, vocab_size in HEAD_SHAPES:
+            (peak,) = _in_child("head", "ours", vocab_size, name, tokens)
+            itemsize = inputs.DTYPES[name].itemsize
+            results = tokens * inputs.HIDDEN_SIZE * (4 + itemsize)
+            shape = f"V={vocab_size} N={tokens}"
+            for metric, value in (
+                ("growth: head's peak above base", peak),
+                ("growth: head's peak less direction and gradient", peak - results),
+            ):
+                mib = Summary(*[value / 2**20] * 3)
+                yield Record("memory", "ours", shape, name, metric, "MiB", *mib)
+
+
+def _in_child(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> list[float]:
+    command = [sys.executable, "-W", "ignore", "-m", __name__]
+    done = subprocess.run(
+        [*command, json.dumps([kind, impl, vocab_size, dtype, count])],
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"memory of {impl}: {done.stderr.strip().splitlines()[-1]}")
+    values: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+# ---- in the child ------------------------------------------------------------------------------
+
+
+def _peaks(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> list[int]:
+    if kind == "head":
+        return [_head_peak(vocab_size, inputs.DTYPES[dtype], count)]
+    model = inputs.lora_llama(vocab_size, inputs.DTYPES[dtype])
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = step.Contenders(model, inputs.DTYPES[dtype], folder)
+        # A tiny step first: what is loaded at first use isn't a step's.
+        contenders.runs([inputs.tiny_pair(vocab_size)])[impl]()
+        for seed in range(count):
+            run = contenders.runs(inputs.draw_pairs(step.PAIRS, vocab_size, seed))[impl]
+            model.zero_grad(set_to_none=True)
+            peaks.append(_peak_of(run))
+    return peaks
+
+
+def _head_peak(vocab_size: int, dtype: torch.dtype, tokens: int) -> int:
+    weight = torch.randn(vocab_size, inputs.HIDDEN_SIZE).to(dtype)
+    hidden = torch.randn(tokens, inputs.HIDDEN_SIZE).to(dtype)
+    target_ids = torch.randint(0, vocab_size, (tokens,))
+
+    def run(rows: int = tokens) -> None:
+        leaf = hidden[:rows].detach().requires_grad_()
+        linear_logps(leaf, weight, target_ids[:rows]).sum().backward()
+
+    run(16)
+    return _peak_of(run)
+
+
+def _peak_of(run: step.Run) -> int:
+    """Bytes by which the resident set rose above its size before the run, at most."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely keeps isn't part of the base
+    base = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    run()
+    return _status("VmHWM") - base
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peaks(*json.loads(sys.argv[1]))))  # noqa: T201

@@ -1,0 +1,104 @@
+"""`rmipo-lite bench`: which benchmark writes which rows where, and the README's table from them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from rmipo_lite.bench import records
+from rmipo_lite.bench.records import Record
+from rmipo_lite.display import say
+
+BENCHMARKS = ("head", "step", "memory", "data")
+# glibc keeps what is freed instead of handing it back, so that no step pays for fresh pages. The
+# authors' step gains most: it allocates gigabytes anew each time.
+_KEEPING = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+_KEEPING_NOTE = ", memory kept"
+
+
+def run(
+    what: str,
+    folder: Path,
+    *,
+    quick: bool = False,
+    pairs: Path | None = None,
+    tokenizer: Path | None = None,
+) -> Path:
+    """Measure, print every row as it comes, and write them to `folder`/<what>.csv.
+
+    `quick` takes one small shape and one round: to see that everything runs.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "these benchmarks measure the CPU; hide the GPU with CUDA_VISIBLE_DEVICES= to run them"
+        )
+    path = folder / f"{what}.csv"
+    rows: list[Record] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the peers'
+        for row in _rows(what, quick, pairs, tokenizer):
+            say(line(row))
+            rows.append(row)
+    records.write(path, rows)
+    if what == "step" and not quick and not _keeps_memory():
+        # The allocator reads its settings when a process starts.
+        subprocess.run(
+            [sys.executable, "-m", "rmipo_lite.cli", "bench", "step", "--output_dir", str(folder)],
+            env={**os.environ, **_KEEPING},
+            check=True,
+        )
+    return path
+
+
+def line(row: Record) -> str:
+    """A row for people."""
+    value = row.value
+    if isinstance(value, float):
+        value = f"{value:.4g} {row.unit}"
+        if row.low != row.high:
+            value += f"   (middle half {row.low:.4g} to {row.high:.4g})"
+    return f"{row.op:7s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
+
+
+def _keeps_memory() -> bool:
+    return all(os.environ.get(name) == value for name, value in _KEEPING.items())
+
+
+def _rows(
+    what: str, quick: bool, pairs: Path | None, tokenizer: Path | None
+) -> Iterator[Record]:
+    from rmipo_lite.bench import data, head, memory, step
+
+    if what == "data":
+        return data.bench(
+            pairs or data.DEMO_PAIRS,
+            tokenizer or data.DEMO_TOKENIZER,
+            rounds=1 if quick else data.ROUNDS,
+        )
+    if what == "head":
+        return head.bench_quick() if quick else chain(head.bench(), head.bench_growth())
+    if what == "memory":
+        if quick:
+            return memory.bench([(32000, "fp32")], draws=1)
+        return chain(memory.bench(), memory.bench_growth())
+    if quick:
+        return step.bench([(32000, "fp32")], draws=1, rounds=1)
+    if _keeps_memory():
+        return step.bench(step.KEEPING_CASES, note=_KEEPING_NOTE)
+    benches: list[Callable[[], Iterator[Record]]] = [
+        step.bench,
+        step.bench_growth,
+        step.bench_overhead,
+    ]
+    return chain.from_iterable(bench() for bench in benches)

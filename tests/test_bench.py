@@ -1,0 +1,204 @@
+"""The benchmarks' own correctness: what is compared does the same work, and rows tell the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmipo_lite import batch
+from rmipo_lite.bench import head, inputs, peers, records, report, rounds, run, step
+from rmipo_lite.bench.authors import authors_step, pad_pairs
+from rmipo_lite.bench.floors import StepFloor, head_floor
+from rmipo_lite.bench.records import Record
+from rmipo_lite.cli import main
+from rmipo_lite.ops import head_blocks
+from tests.conftest import ROOT
+from tests.test_golden import BATCHES, _model, _read, _tokens
+
+
+@pytest.mark.parametrize("name", ["model_random", "model_sft"])
+def test_the_authors_step_gives_the_recorded_values(name: str) -> None:
+    """Written from a description: here it is held against what their code computed."""
+    model = _model(name)
+    recorded = _read("pairs.json.gz")[f"{name}/f32/keep_end"]["batch"]
+    for key in BATCHES:
+        pairs = [_tokens("keep_end")[pair] for pair in recorded[key]["names"]]
+        wanted = recorded[key]["rmipo"]
+        model.zero_grad()
+        out = authors_step(model, pad_pairs(pairs, pad_id=2))
+        out.loss.backward()
+        for got, name in (
+            (out.losses, "losses"), (out.chosen_logps, "chosen_logps"), (out.gamma, "gamma"),
+            (out.rejected_logps, "rejected_logps"), (out.pmi_gap, "delta_pmi"),
+        ):  # fmt: skip
+            assert got.tolist() == pytest.approx(wanted[name], abs=2e-5), f"{key} {name}"
+        for metric in ("logits/chosen", "rewards/margins", "rewards/accuracies"):
+            assert float(out.metrics[metric]) == pytest.approx(wanted["metrics"][metric], abs=1e-4)
+        squares = sum(float(p.grad.double().norm()) ** 2 for p in model.parameters())
+        assert squares**0.5 == pytest.approx(wanted["grad"]["total_norm"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.nn.Module:
+    return inputs.lora_llama(301, torch.float32, layers=2)
+
+
+def test_everybody_computes_the_same_loss(small: torch.nn.Module, tmp_path: Path) -> None:
+    """Otherwise a ratio of times says nothing."""
+    pairs = inputs.draw_pairs(2, 301, seed=1)
+    padded = pad_pairs(pairs)
+    ours = step.pair_step(small, torch.float32, str(tmp_path), gamma_scaled_by_beta=True)
+    inside = ours.train(pairs, lambda loss: loss.backward()).loss
+    torch.testing.assert_close(authors_step(small, padded).loss, inside, atol=1e-5, rtol=0)
+    try:
+        chunked = peers.TrlChunkedStep(small)
+    except peers.Absent as reason:
+        pytest.skip(str(reason))
+    outside = step.pair_step(small, torch.float32, str(tmp_path)).train(
+        pairs, lambda loss: loss.backward()
+    )
+    torch.testing.assert_close(chunked(padded).detach(), outside.loss, atol=1e-5, rtol=0)
+
+
+def test_the_step_floor_does_the_products_of_the_step(
+    small: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Counted in multiplications: the floor has what our step has, to 0.2 %."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pairs = inputs.draw_pairs(2, 301, seed=2)
+    ours = step.pair_step(small, torch.float32, str(tmp_path))
+    counts = []
+    for work in (lambda: ours.train(pairs, lambda loss: loss.backward()), StepFloor(small, pairs)):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counts.append(counter.get_total_flops())
+    # The counter doesn't look into our operator: two products for the policy, one for the prior.
+    scored = [
+        len(batch.policy_input(pairs, packing=True).target_ids),
+        len(batch.prior_input(pairs, packing=True).target_ids),
+    ]
+    heads = 2 * inputs.HIDDEN_SIZE * 301 * (2 * scored[0] + scored[1])
+    assert counts[1] == pytest.approx(counts[0] + heads, rel=0.002)
+
+
+def test_the_head_floor_takes_our_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_blocks, "_MOST_ROWS", 8)
+    monkeypatch.setattr(head_blocks, "CPU_BLOCK_BYTES", 8 * 7 * 4)
+    shapes: list[tuple[int, ...]] = []
+    product = torch.mm
+
+    def watched(a: torch.Tensor, b: torch.Tensor, **options: object) -> torch.Tensor:
+        shapes.append((*a.shape, b.shape[1]))
+        return product(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    head_floor(torch.randn(20, 5), torch.randn(16, 5))
+    first = [shape for shape in shapes if shape[1] == 5]
+    assert sum(rows * columns for rows, _, columns in first) == 20 * 16
+    assert len(first) == 6  # 3 ranges of rows by 2 of columns
+    assert len(shapes) == 12
+
+
+def test_rounds_interleave_and_start_with_another_each_time() -> None:
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = rounds.interleave(runs, rounds=2, warmups=1)
+    assert [len(times) for times in seconds.values()] == [2, 2, 2]
+    assert order == ["c", "a", "b", "a", "b", "c", "b", "c", "a"]
+
+
+def test_summary_and_ratios_by_hand() -> None:
+    assert rounds.summarize([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert rounds.summarize([7.0]) == (7.0, 7.0, 7.0)
+    assert rounds.ratios([1.0, 3.0], [2.0, 2.0]) == [0.5, 1.5]
+
+
+def test_rows_survive_the_file_and_newer_ones_replace(tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "head.csv"
+    rows = [
+        Record("head", "ours", "V=1 N=2", "fp32", "time", "s", 0.123456789, 0.1, 0.2),
+        Record("head", "cce", "V=1 N=2", "fp32", "time", "s", "absent: no triton, no GPU"),
+    ]
+    records.write(path, rows)
+    read = records.read(path)
+    assert read[0].value == pytest.approx(0.12346)
+    assert read[1].value == "absent: no triton, no GPU"
+    assert read[0].torch == torch.__version__
+    records.write(path, [Record("head", "ours", "V=1 N=2", "fp32", "time", "s", 9.0)])
+    assert [row.value for row in records.read(path)] == [9.0, "absent: no triton, no GPU"]
+
+
+def test_a_quick_benchmark_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "head", "--quick", "--output_dir", str(tmp_path)]) == 0
+    assert "time over floor" in capsys.readouterr().out
+    rows = records.read(tmp_path / "head.csv")
+    named = {row.impl for row in rows}
+    assert {"ours", "floor", "plain autograd", "trl chunked head", "cut-cross-entropy"} <= named
+    for row in rows:  # who can't run here says so
+        assert isinstance(row.value, float) or row.value.startswith("absent: ")
+
+
+def test_preparing_the_demo_pairs_is_measured() -> None:
+    rows = list(run._rows("data", True, None, None))
+    speeds = {row.impl: row.value for row in rows if row.metric == "rows per second"}
+    assert speeds["ours"] > 0
+    assert "trl" in speeds
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    from rmipo_lite.bench import memory
+
+    (peak,) = memory._in_child("head", "ours", 32000, "fp32", 1024)
+    # Direction and gradient (1024 x 512 each) and the block of logits, and little more.
+    least = 2 * 1024 * 512 * 4 + head_blocks.CPU_BLOCK_BYTES
+    assert least * 0.9 < peak < 3 * least
+
+
+def test_the_readme_shows_what_the_rows_say() -> None:
+    """`rmipo-lite bench report` was run after the last measurement."""
+    rows = report.read_all(ROOT / "benchmarks")
+    assert rows
+    table = report.table(rows)
+    assert f"{report.BEGIN}\n{table}\n{report.END}" in (ROOT / "README.md").read_text()
+
+
+def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
+    rows = [
+        Record("step", "ours", "V=32000 2 pairs", "fp32", "time over floor", "ratio", 1.5, 1.4, 1.6),
+        Record("step", "ours", "V=32000 2 pairs", "fp32", "time", "s", 0.5),
+        Record("head", "ours", "V=32000 N=1024", "fp32", "growth: time", "s", 0.1),
+        Record("head", "ours", "V=65536 N=1024", "fp32", "growth: time", "s", 0.2),
+    ]
+    folder = tmp_path / "benchmarks"
+    records.write(folder / "step.csv", rows)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert main(["bench", "report", "--output_dir", str(folder)]) == 0
+    text = readme.read_text()
+    assert "| 1.50 (1.40–1.60) | – | step.csv |" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert (folder / report.PLOT).stat().st_size > 10_000
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="wanted the markers"):
+        report.write_table(tmp_path / "README.md", [])
+
+
+def test_the_shapes_of_the_report_are_those_measured() -> None:
+    """A renamed shape would leave dashes in the table."""
+    measured = {f"V={v} {step.PAIRS} pairs" for v, _ in step.CASES}
+    assert set(report._STEP) <= measured
+    assert set(report._HEAD) <= {f"V={v} N={n}" for v in head.VOCABULARIES for n in head.TOKENS}
+    assert set(report._KEPT) == {
+        f"V={v} {step.PAIRS} pairs{run._KEEPING_NOTE}" for v, _ in step.KEEPING_CASES
+    }
