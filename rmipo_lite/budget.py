@@ -2,8 +2,8 @@
 
 The head never holds logits, so what a micro-step costs is its activations. The estimate is a count
 over the model's shape, on the safe side of what was measured (tests/test_budget.py); where it errs
-all the same, `step.py` halves the budget and repeats the step. Checkpointing is a last resort, since
-it costs a second forward pass: it goes on where the longest pair would not fit without.
+all the same, `step.py` halves the budget and repeats the step. Checkpointing is a last resort: it
+costs a second forward pass, and goes on where the longest pair would not fit without.
 """
 
 from __future__ import annotations

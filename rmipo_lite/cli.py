@@ -157,7 +157,7 @@ def _bench(given: dict[str, Any]) -> int:
         name: None if (path := given.pop(name)) is None else Path(path)
         for name in ("pairs", "tokenizer")
     }
-    say(f"Rows are in {run.run(what, folder, **files, **given)}")
+    say(f"Rows are in {run.run(what, folder, quick=given['quick'], **files)}")
     return OK
 
 

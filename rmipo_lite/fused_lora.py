@@ -1,10 +1,10 @@
 """LoRA layers in fewer passes over memory: y = base(x) + scaling * (x A^T) B^T.
 
 peft adds `lora_B(lora_A(x)) * scaling` to the base layer's output: a product, a scaled copy and a
-sum, each as long as the output, and under autocast two casts of the input whose results every layer
-keeps for its backward pass. Here the scaling is applied to the (N, r) factor, the second product
-accumulates into the base layer's output, and what is kept is the input itself, which the layers that
-share it (q, k, v) share too. The numbers are the same up to rounding.
+sum, each as long as the output, and under autocast two casts of the input whose results every
+layer keeps for its backward pass. Here the scaling is applied to the (N, r) factor, the second
+product accumulates into the base layer's output, and what is kept is the input itself, which the
+layers that share it (q, k, v) share too. The numbers are the same up to rounding.
 
 Only a plain LoRA layer is taken: one active adapter, a linear base layer without hooks of its own,
 no DoRA or other variant, no dropout. Everything else keeps peft's own forward.
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+
+_CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _AddLora(torch.autograd.Function):
@@ -56,12 +58,14 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What a plain LoRA layer runs inside `fused_lora`."""
     (adapter,) = self.active_adapters
     a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-    rows = x.reshape(-1, x.shape[-1])
-    base = self.base_layer(rows)
-    if base.dtype != x.dtype or (a.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+    rows, device = x.reshape(-1, x.shape[-1]), x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype in _CAST_BY_AUTOCAST:
+        rows = rows.to(torch.get_autocast_dtype(device))
+    elif not x.dtype == a.dtype == self.base_layer.weight.dtype:
         # The adapter is to be computed in another precision than the base layer: peft's rules.
         return type(self).forward(self, x, *args, **kwargs)
-    with torch.autocast(x.device.type, enabled=False):
+    base = self.base_layer(rows)
+    with torch.autocast(device, enabled=False):
         out = _AddLora.apply(base, rows, a, b, self.scaling[adapter])
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -73,7 +77,7 @@ def is_plain(layer: nn.Module) -> bool:
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     adapter = layer.active_adapters[0]
-    dropout = layer.lora_dropout[adapter] if adapter in layer.lora_dropout else None
+    dropout = dict(layer.lora_dropout.items()).get(adapter)
     return (
         adapter in layer.lora_A
         and adapter not in layer.lora_variant

@@ -243,7 +243,11 @@ def _restored(model: str | nn.Module) -> Iterator[None]:
     finally:
         for owner, name, value in saved:
             setattr(owner, name, value)
-        if not isinstance(model, str) and not hooked and hasattr(causal_lm(model), "_require_grads_hook"):
+        if (
+            not isinstance(model, str)
+            and not hooked
+            and hasattr(causal_lm(model), "_require_grads_hook")
+        ):
             causal_lm(model).disable_input_require_grads()
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002

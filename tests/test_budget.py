@@ -55,13 +55,13 @@ def test_checkpointing_only_where_the_longest_pair_needs_it(
     assert needed.checkpointing
     assert needed.max_tokens > 700  # and with it there is room for more
     # A word of the user's is the last one.
-    assert not plan_micro_steps(model, _args(tmp_path, gradient_checkpointing=False), 701).checkpointing
+    assert not plan_micro_steps(
+        model, _args(tmp_path, gradient_checkpointing=False), 701
+    ).checkpointing
     assert plan_micro_steps(model, _args(tmp_path, gradient_checkpointing=True), 5).checkpointing
     # A budget asked for that doesn't fit counts like a long pair, up to a whole step's pairs.
     for pairs, wanted in ((8, True), (7, False)):
-        asked = _args(
-            tmp_path, max_tokens_per_microstep=10**6, per_device_train_batch_size=pairs
-        )
+        asked = _args(tmp_path, max_tokens_per_microstep=10**6, per_device_train_batch_size=pairs)
         assert plan_micro_steps(model, asked, 100).checkpointing is wanted
 
 
@@ -96,9 +96,9 @@ def test_the_count_bounds_what_autograd_keeps(bf16: bool, inner: int, tmp_path: 
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with step._engaged(), step.autocast():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = scored_hidden(model, inputs)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with step._engaged(), step.autocast(), hooks:
+        hidden = scored_hidden(model, inputs)
     assert hidden.requires_grad
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     count = activation_bytes_per_token(model, args, False) * inputs.num_tokens

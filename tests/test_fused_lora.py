@@ -123,9 +123,9 @@ def test_what_is_kept_for_backward_is_shared() -> None:
             return tensor
 
         ids = torch.randint(3, 90, (2, 60))
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model.get_base_model().model(input_ids=ids)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16), hooks:
+            model.get_base_model().model(input_ids=ids)
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     theirs = kept_bytes()

@@ -184,10 +184,10 @@ void fold_logits(Tensor logits, Tensor target_ids, int64_t first_id, std::option
   using rmipo::ScalarType;
   constexpr const char* kOp = "fold_logits";
   const auto dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16,
-                  kOp, ": logits must be float32, float64 or bfloat16, got ",
-                  torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+      kOp, ": logits must be float32, float64 or bfloat16, got ",
+      torch::headeronly::toString(dtype));
   const auto exact = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(logits.dim() == 2, kOp, ": logits must have shape (rows, columns), got ",
                   logits.dim(), " dimensions");

@@ -5,6 +5,7 @@
 // derivative. The float loops are written for the vectoriser and compiled for several instruction
 // sets, of which the loader takes the best the machine has: one binary serves every x86-64.
 #include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -21,8 +22,7 @@ using rmipo::exp_negative;
 using rmipo::soft;
 
 template <typename A>
-RMIPO_INLINE A transform_and_max(A* x, const A* bias, int64_t n,
-                                                          Transform<A> t) {
+RMIPO_INLINE A transform_and_max(A* x, const A* bias, int64_t n, Transform<A> t) {
   if (bias != nullptr) {
 #pragma omp simd
     for (int64_t v = 0; v < n; ++v) x[v] += bias[v];
@@ -57,8 +57,7 @@ RMIPO_INLINE double sum_exp(const A* x, int64_t n, A largest) {
 }
 
 template <typename A>
-RMIPO_INLINE void write_grads(A* x, int64_t n, A largest, A factor,
-                                                       Transform<A> t) {
+RMIPO_INLINE void write_grads(A* x, int64_t n, A largest, A factor, Transform<A> t) {
   if (t.softcap > A(0)) {
 #pragma omp simd
     for (int64_t v = 0; v < n; ++v) x[v] = exp_negative(x[v] - largest) * factor * t.slope(x[v]);
@@ -71,8 +70,8 @@ RMIPO_INLINE void write_grads(A* x, int64_t n, A largest, A factor,
 
 // One scored row; returns its log-probability. With grads, x becomes the derivative.
 template <typename A>
-RMIPO_INLINE A row(A* x, const A* bias, int64_t n, int64_t target,
-                                            Transform<A> t, bool grads, A row_scale) {
+RMIPO_INLINE A row(A* x, const A* bias, int64_t n, int64_t target, Transform<A> t, bool grads,
+                   A row_scale) {
   const A largest = transform_and_max(x, bias, n, t);
   const double sum = sum_exp(x, n, largest);
   const A at_target = x[target];

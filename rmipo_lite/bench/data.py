@@ -46,19 +46,7 @@ def bench(
 def _records(path: Path) -> list[dict[str, Any]]:
     """The rows that both are given: what ours keeps, in trl's form."""
     rows, _ = load_rows(str(path))
-    records = []
-    for row in rows:
-        if isinstance(row.prompt, str):
-            records.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
-        else:
-            records.append(
-                {
-                    "prompt": list(row.prompt),
-                    "chosen": list(row.chosen),
-                    "rejected": list(row.rejected),
-                }
-            )
-    return records
+    return [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in rows]
 
 
 def _ours(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:

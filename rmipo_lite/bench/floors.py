@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class StepFloor:
         self.model = model
         self.policy = batch.policy_input(pairs, packing=True)
         self.prior = batch.prior_input(pairs, packing=True)
-        self.layers = causal_lm(model).model.layers
+        self.layers: Any = causal_lm(model).model.layers
         self.weight = read_head(model).weight
         self.dtype = self.weight.dtype
 
@@ -67,7 +68,7 @@ class StepFloor:
         hidden = torch.ones(scored, self.weight.shape[1], dtype=self.dtype)
         head_floor(hidden, self.weight, products=2 if backward else 1)
 
-    def _attention(self, module: nn.Module, inputs: ModelInput, backward: bool) -> None:
+    def _attention(self, module: Any, inputs: ModelInput, backward: bool) -> None:
         config = module.config
         shape = (1, config.num_attention_heads, inputs.num_tokens, module.head_dim)
         kv_shape = (1, config.num_key_value_heads, inputs.num_tokens, module.head_dim)
@@ -84,9 +85,7 @@ class StepFloor:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
-def _linear(
-    linear: nn.Module, tokens: int, dtype: torch.dtype, backward: bool, input_grad: bool
-) -> None:
+def _linear(linear: Any, tokens: int, dtype: torch.dtype, backward: bool, input_grad: bool) -> None:
     """A LoRA layer's products: forward, gradients of A and B, gradient of the input."""
     weight = linear.base_layer.weight
     a, b = (
@@ -103,5 +102,3 @@ def _linear(
     if input_grad:
         torch.mm(y, weight)
         torch.mm(grad_low, a)
-
-

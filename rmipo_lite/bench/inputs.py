@@ -80,6 +80,7 @@ def lora_llama(vocab_size: int, dtype: torch.dtype, layers: int = LAYERS) -> tor
         dtype=dtype,
     )
     torch.manual_seed(0)
-    model = attach_adapter(LlamaForCausalLM(config).to(dtype), "new")
+    base: torch.nn.Module = LlamaForCausalLM(config)
+    model = attach_adapter(base.to(dtype), "new")
     disable_dropout(model)
     return model.train()

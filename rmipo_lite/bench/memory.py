@@ -19,7 +19,7 @@ import torch
 
 from rmipo_lite.bench import inputs, step
 from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import Summary, ratios, summarize
+from rmipo_lite.bench.rounds import Run, Summary, ratios, summarize
 from rmipo_lite.ops import linear_logps
 
 CASES = ((32000, "fp32"), (131072, "bf16"))
@@ -106,7 +106,7 @@ def _head_peak(vocab_size: int, dtype: torch.dtype, tokens: int) -> int:
     return _peak_of(run)
 
 
-def _peak_of(run: step.Run) -> int:
+def _peak_of(run: Run) -> int:
     """Bytes by which the resident set rose above its size before the run, at most."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely keeps isn't part of the base

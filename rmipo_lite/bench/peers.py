@@ -159,5 +159,3 @@ def liger_simpo(compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Te
         return chunked(weight, hidden, labels)[0]
 
     return simpo
-
-

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,10 @@ def write(path: Path, records: Iterable[Record]) -> None:
 def read(path: Path) -> list[Record]:
     """The rows of a CSV."""
     with path.open(newline="") as file:
-        return [Record(**{k: _parse(k, v) for k, v in row.items()}) for row in csv.DictReader(file)]
+        rows: list[dict[str, Any]] = [
+            {k: _parse(k, v) for k, v in row.items()} for row in csv.DictReader(file)
+        ]
+    return [Record(**row) for row in rows]
 
 
 def _parse(name: str, text: str) -> float | str:

@@ -22,7 +22,7 @@ class _Line(NamedTuple):
 
 
 _STEP = ("V=32000 2 pairs", "V=131072 2 pairs")
-_KEPT = tuple(f"{shape}, memory kept" for shape in _STEP)
+_KEPT = ("V=32000 2 pairs, memory kept", "V=131072 2 pairs, memory kept")
 _HEAD = ("V=32000 N=1024", "V=131072 N=1024")
 _MEMORY = ("V=32000", "V=131072")
 _LINES = (
@@ -58,18 +58,14 @@ def table(rows: Sequence[Record]) -> str:
             for shape, dtype in zip(line.shapes, _DTYPES, strict=True)
         ]
         out.append(f"| {line.label} | {' | '.join(cells)} | {line.op}.csv |")
-    speed = _newest(
-        [r for r in rows if r.op == "data" and r.metric == "rows per second over trl"]
-    )
+    speed = _newest([r for r in rows if r.op == "data" and r.metric == "rows per second over trl"])
     out.append(f"| rows prepared per second / trl's preparation | {_cell(speed)} | | data.csv |")
     share = _newest([r for r in rows if r.metric == "outside model and operators"])
     out.append(f"| share of a step outside model and operators | {_cell(share)} | | step.csv |")
     return "\n".join(out)
 
 
-def _find(
-    rows: Sequence[Record], op: str, shape: str, dtype: str, metric: str
-) -> Record | None:
+def _find(rows: Sequence[Record], op: str, shape: str, dtype: str, metric: str) -> Record | None:
     key = (op, "ours", shape, dtype, metric)
     return _newest([r for r in rows if (r.op, r.impl, r.shape, r.dtype, r.metric) == key])
 

@@ -75,9 +75,7 @@ def _keeps_memory() -> bool:
     return all(os.environ.get(name) == value for name, value in _KEEPING.items())
 
 
-def _rows(
-    what: str, quick: bool, pairs: Path | None, tokenizer: Path | None
-) -> Iterator[Record]:
+def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
     from rmipo_lite.bench import data, head, memory, step
 
     if what == "data":

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,10 +76,7 @@ class Contenders:
         self.cached.prior_cache = self.cached.prior_means(pairs)
         return {
             "authors": self._padded(lambda: authors_step(self.model, padded).loss),
-            **{
-                name: self._padded(lambda step=step: step(padded))
-                for name, step in self.trl.items()
-            },
+            **{name: self._padded(partial(step, padded)) for name, step in self.trl.items()},
             "ours": self._ours(self.ours, pairs),
             "ours, prior cached": self._ours(self.cached, pairs),
             "floor": StepFloor(self.model, pairs),
@@ -212,9 +210,7 @@ class _Stopwatch:
 
 def _watched(step: PairStep, inside: _Stopwatch) -> PairStep:
     """A copy of the step whose model, head and loss run under the stopwatch."""
-    copy = PairStep(
-        step.model, step.args, step.max_tokens, step.packing, autocast=step.autocast
-    )
+    copy = PairStep(step.model, step.args, step.max_tokens, step.packing, autocast=step.autocast)
     copy._score = inside(copy._score)  # type: ignore[method-assign]
-    copy._losses = inside(loss_module.losses)  # type: ignore[method-assign]
+    copy._losses = inside(loss_module.losses)
     return copy

@@ -4,7 +4,8 @@
 and `loss` hold the public functions with their gradients.
 """
 
-from rmipo_lite.ops.head import head_buffer_bytes, linear_logps
+from rmipo_lite.ops.head import linear_logps
+from rmipo_lite.ops.head_rows import head_buffer_bytes
 from rmipo_lite.ops.loss import LossOutput, PairLossOutput, pair_loss, rmipo_loss
 from rmipo_lite.ops.native import BackendStatus, device_flag, status
 

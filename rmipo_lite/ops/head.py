@@ -9,35 +9,25 @@ which is computed while a chunk's logits are hot. Forward is two matrix products
 rows. Where weight or bias is trained that would lose their gradient, so the logits are computed a
 second time in the backward pass (the recomputing form). Without gradients it is one product.
 
-Logits are float32 (float64 for float64) whatever the input: 16-bit logits cost up to 1.4e-2 nats.
-On CUDA the product itself gives them (`out_dtype`); on the CPU, where it can't, the weight is cast
-a block of rows at a time (on a CPU without 16-bit arithmetic that is also the faster way). Every
-matrix product and allocation is made here, so that running out of memory keeps its type and text;
-the kernels do the work on the rows.
+`head_rows` holds the logits of whole rows (CUDA, plain PyTorch, the recomputing form);
+`head_blocks` goes over the vocabulary in blocks (the CPU's kernels). Every matrix product and
+allocation is made in Python, so that running out of memory keeps its type and text; the kernels do
+the work on the rows. Sums and results are float32 (float64 for float64) everywhere; logits too,
+save where a CPU multiplies bfloat16 itself and gives bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import native, reference
+from rmipo_lite.ops import native
 from rmipo_lite.ops.checks import refuse_second_derivative
-from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, blocked_logps
+from rmipo_lite.ops.head_blocks import blocked_logps
 from rmipo_lite.ops.head_checks import check_head, check_ids
+from rmipo_lite.ops.head_rows import Head, row_work
 from rmipo_lite.ops.loss import Impl
 from rmipo_lite.ops.reference import accumulate_dtype
-
-# A chunk is as many rows as make about this many logits, within the range where a product still
-# runs at full speed and the buffer stays small (128 MiB in float32). Below 128 rows the products
-# lose a quarter of their speed; above 256 the first touch of a fresh buffer costs more than they
-# gain.
-_CHUNK_LOGITS = 2**25
-_CHUNK_ROWS = (128, 256)
-# Rows of the weight that are cast at a time on the CPU: 16 MiB in float32 at H = 512.
-_BLOCK_ELEMENTS = 2**22
 
 _VALUE, _DIRECTION, _RECOMPUTE = range(3)
 
@@ -79,100 +69,6 @@ def linear_logps(
     return logps
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Row ranges of nearly equal size."""
-    smallest, largest = _CHUNK_ROWS
-    rows = min(max(_CHUNK_LOGITS // vocab_size, smallest), largest)
-    count = -(-num_rows // rows)
-    for i in range(count):
-        yield slice(num_rows * i // count, num_rows * (i + 1) // count)
-
-
-def head_buffer_bytes(weight: Tensor) -> int:
-    """Bytes that `linear_logps` takes beside its arguments and its results."""
-    if weight.device.type == "cpu":
-        return CPU_BLOCK_BYTES
-    rows = next(_chunks(_CHUNK_ROWS[1], weight.shape[0])).stop
-    # logits in float32, and where the weight is of 16 bits their derivative in its dtype
-    itemsize = 4 if weight.dtype.itemsize >= 4 else 6
-    return rows * weight.shape[0] * itemsize
-
-
-class _Head:
-    """The matrix products of one call, with float32 results and buffers reused across chunks."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden, self.weight = hidden, weight
-        self.exact = accumulate_dtype(hidden.dtype)
-        low_precision = hidden.dtype != self.exact
-        self.mixed = low_precision and hidden.device.type == "cuda"
-        self.cast = low_precision and not self.mixed
-        self.chunks = list(_chunks(hidden.shape[0], weight.shape[0]))
-        rows = max((c.stop - c.start for c in self.chunks), default=0)
-        self.buffer = hidden.new_empty((rows, weight.shape[0]), dtype=self.exact)
-        # On CUDA the second product needs its operand in the weight's dtype; elsewhere the
-        # derivative overwrites the logits.
-        self.grads = (
-            hidden.new_empty((rows, weight.shape[0])) if self.mixed else self.buffer
-        )  # fmt: skip
-        block = max(1, _BLOCK_ELEMENTS // max(hidden.shape[1], 1)) if self.cast else len(weight)
-        self.blocks = [slice(i, min(i + block, len(weight))) for i in range(0, len(weight), block)]
-
-    def logits(self, rows: slice) -> Tensor:
-        """Rows of hidden @ weight.T, in the buffer that the next call overwrites."""
-        hidden, out = self.hidden[rows], self.buffer[: rows.stop - rows.start]
-        if self.mixed:
-            return torch.mm(hidden, self.weight.T, out_dtype=self.exact, out=out)
-        hidden = hidden.to(self.exact)
-        for block in self.blocks:
-            torch.mm(hidden, self.weight[block].to(self.exact).T, out=out[:, block])
-        return out
-
-    def times_weight(self, grads: Tensor, out: Tensor) -> None:
-        """Out (C, H) = grads (C, V) @ weight, in float32."""
-        if self.mixed:
-            torch.mm(grads, self.weight, out_dtype=self.exact, out=out)
-            return
-        out.zero_()
-        for block in self.blocks:
-            out.addmm_(grads[:, block], self.weight[block].to(self.exact))
-
-    def add_weight_grad(self, grads: Tensor, rows: slice, out: Tensor) -> None:
-        """Out (V, H) += grads.T @ hidden, in float32."""
-        if self.mixed:
-            out += torch.mm(grads.T, self.hidden[rows], out_dtype=self.exact)
-        else:
-            out.addmm_(grads.T, self.hidden[rows].to(self.exact))
-
-
-def _rows(
-    head: _Head,
-    rows: slice,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
-    row_scale: Tensor | None,
-    use_native: bool,
-    with_grads: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of a chunk and, on demand, their derivative with respect to the product."""
-    logits = head.logits(rows)
-    scale = None if row_scale is None else row_scale[rows]
-    if use_native:
-        grads = head.grads[: rows.stop - rows.start] if with_grads else None
-        logps = native.row_logps(
-            logits, target_ids[rows], bias, logit_scale, logit_softcap, scale, grads
-        )
-        return logps, grads
-    logps, exact_grads, invalid = reference.row_logps(
-        logits, target_ids[rows], bias, logit_scale, logit_softcap, scale, with_grads=with_grads
-    )
-    if logits.device.type != "cpu":
-        native.device_flag(logits.device).bitwise_or_(invalid)
-    return logps, None if exact_grads is None else exact_grads.to(head.grads.dtype)
-
-
 @torch.library.custom_op("rmipo_lite::linear_logps", mutates_args=())
 def _linear_logps(
     hidden: Tensor,
@@ -194,13 +90,13 @@ def _linear_logps(
             return blocked_logps(
                 hidden, weight, target_ids, bias, logit_softcap, logit_scale, with_grads
             )
-        head = _Head(hidden, weight)
+        head = Head(hidden, weight)
         logps = hidden.new_empty(hidden.shape[0], dtype=head.exact)
         directions = hidden.new_empty(
             (hidden.shape[0] if with_grads else 0, hidden.shape[1]), dtype=head.exact
         )
         for rows in head.chunks:
-            logps[rows], grads = _rows(
+            logps[rows], grads = row_work(
                 head,
                 rows,
                 target_ids,
@@ -265,14 +161,14 @@ def _recompute_backward(
     """Gradients of hidden, weight and bias (empty without one), accumulated in float32."""
     with torch.autocast(hidden.device.type, enabled=False):
         use_native = native.use_native(impl, hidden.device)
-        head = _Head(hidden, weight)
+        head = Head(hidden, weight)
         grad_hidden = torch.empty_like(hidden, dtype=head.exact)
         grad_weight = torch.zeros_like(weight, dtype=head.exact)
         grad_bias = torch.zeros(
             len(weight) if bias is not None else 0, dtype=head.exact, device=hidden.device
         )
         for rows in head.chunks:
-            _, grads = _rows(
+            _, grads = row_work(
                 head,
                 rows,
                 target_ids,

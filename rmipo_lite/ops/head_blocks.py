@@ -4,7 +4,8 @@ For every row the kernel keeps the running maximum m and the sum of exponentials
 of logits z into exp(z - m) in place; the second product adds exp(z - m) @ W_block to the row's
 direction, which the kernel rescales whenever the maximum rises. At the end
 
-    logp_t = z_y - m - log(sum),    u_t = (1 - p_y) * W_y - (sum over v != y of exp(z_v - m) W_v) / sum
+    logp_t = z_y - m - log(sum)
+    u_t = (1 - p_y) * W_y - (sum over v != y of exp(z_v - m) * W_v) / sum
 
 A block is small enough to stay in the cache between its two products, and both products run with
 many more rows than whole rows of logits would leave memory for. Where the CPU multiplies bfloat16

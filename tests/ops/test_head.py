@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import head as head_module
-from rmipo_lite.ops import head_blocks
-from rmipo_lite.ops import linear_logps
+from rmipo_lite.ops import head_blocks, head_rows, linear_logps
 
 IMPLS = ["torch", "native"]
 
@@ -54,7 +52,7 @@ def worst(a: Tensor, b: Tensor) -> float:
 def test_against_float64(impl, dtype, trained_head, n, v, options, monkeypatch) -> None:
     """Error at most twice that of plain autograd in the same dtype, plus 1e-5 of the scale."""
     # several blocks of the weight
-    monkeypatch.setattr(head_module, "_BLOCK_ELEMENTS", 24 * 1000)
+    monkeypatch.setattr(head_rows, "_BLOCK_ELEMENTS", 24 * 1000)
     monkeypatch.setattr(head_blocks, "_MOST_ROWS", 128)
     monkeypatch.setattr(head_blocks, "CPU_BLOCK_BYTES", 128 * 1000 * 4)
     hidden, weight, ids, bias = inputs(n, v, dtype)
