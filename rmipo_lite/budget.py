@@ -17,7 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model import causal_lm, device_of, read_head
+from rmipo_lite.model import can_checkpoint, causal_lm, device_of, read_head
 from rmipo_lite.ops import head_buffer_bytes
 
 # On the CPU larger micro-steps stop paying once the matrix products are long enough.
@@ -29,6 +29,7 @@ _ACTIVATIONS_SHARE = 0.6
 # q, k, v, attention output, residuals) and of the MLP's inner size (gate, up, their product), and
 # the gradients that pass through it. Measured on a Llama: 12 to 14 and 4, without those gradients.
 _HIDDEN_COPIES, _INNER_COPIES = 16, 5
+_CUDA_TEXTS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # Gradient and AdamW's two moments of a trained weight, fp32.
 _TRAINED_BYTES = 12
 
@@ -48,12 +49,9 @@ def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> Micro
     """
     room = max(0.0, _ACTIVATIONS_SHARE * free_bytes(device_of(model)) - fixed_bytes(model))
     asked = args.max_tokens_per_microstep
-    largest = longest
-    if isinstance(asked, int):
-        largest = max(longest, min(asked, longest * args.pairs_per_step))
     checkpointing = args.wants_checkpointing
-    if args.checkpointing_is_open:
-        checkpointing = largest > room / activation_bytes_per_token(model, args, False)
+    if args.checkpointing_is_open and can_checkpoint(model):
+        checkpointing = longest > room / activation_bytes_per_token(model, args, False)
     if isinstance(asked, int):
         return MicroStepPlan(asked, checkpointing)
     fits = int(room / activation_bytes_per_token(model, args, checkpointing))
@@ -68,16 +66,23 @@ def free_bytes(device: torch.device) -> int:
         # What torch's allocator holds and doesn't use is free to us.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = int(psutil.virtual_memory().available)
-    limit, used = (_cgroup(f"memory.{name}") for name in ("max", "current"))
-    return available if limit is None or used is None else min(available, max(0, limit - used))
+    left = _left_in_container(Path("/sys/fs/cgroup"))
+    return available if left is None else min(available, left)
 
 
-def _cgroup(name: str) -> int | None:
-    """A number of this container's memory controller; None where there is no limit."""
+def _left_in_container(folder: Path) -> int | None:
+    """Bytes left under a container's limit (cgroup v2); None where there is no limit.
+
+    Cached file pages count as used there, and are given up when memory is wanted.
+    """
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        lines = (folder / "memory.stat").read_text().split("\n")
     except (OSError, ValueError):  # no such file, or "max"
         return None
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("file ")), 0)
+    return max(0, limit - used + cached)
 
 
 def fixed_bytes(model: nn.Module) -> int:
@@ -106,4 +111,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    text = str(error)
+    if "CUDNN_STATUS_NOT_SUPPORTED" in text:  # accelerate counts it; a smaller step won't cure it
+        return False
+    return should_reduce_batch_size(error) or any(words in text for words in _CUDA_TEXTS)

@@ -162,6 +162,10 @@ class RMiPOConfig(TrainingArguments):
         names = ("gradient_checkpointing", "activation_checkpointing")
         self._checkpointing_is_open = all(getattr(self, name, None) is None for name in names)
         super().__post_init__()
+        if self._checkpointing_is_open:  # a copy made from the fields must know it too
+            for name in names:
+                if hasattr(self, name):
+                    setattr(self, name, None)
 
     def _check_method(self) -> None:
         _one_of("loss_type", self.loss_type, get_args(LossType))
@@ -258,7 +262,7 @@ class RMiPOConfig(TrainingArguments):
     @property
     def checkpointing_is_open(self) -> bool:
         """Whether nobody said yes or no to computing activations again."""
-        return self._checkpointing_is_open
+        return self._checkpointing_is_open and not self.wants_checkpointing
 
     @property
     def wants_checkpointing(self) -> bool:

@@ -152,13 +152,19 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether transformers can compute this architecture's activations again."""
+    return bool(getattr(causal_lm(model), "supports_gradient_checkpointing", False))
+
+
 def enable_checkpointing(model: nn.Module) -> None:
     """Compute activations again in the backward pass (the form that keeps hooks and dtypes)."""
     base = causal_lm(model)
     enable = getattr(base, "activation_checkpointing_enable", None)  # transformers 5.20 and newer
     (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
     # Frozen embeddings have no gradient, and a checkpointed block would pass none on.
-    base.enable_input_require_grads()
+    if not hasattr(base, "_require_grads_hook"):
+        base.enable_input_require_grads()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -30,7 +30,13 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.display import say
 from rmipo_lite.fused_lora import fused_lora
 from rmipo_lite.metrics import PairValues
-from rmipo_lite.model import device_of, enable_checkpointing, read_head, scored_hidden
+from rmipo_lite.model import (
+    can_checkpoint,
+    device_of,
+    enable_checkpointing,
+    read_head,
+    scored_hidden,
+)
 from rmipo_lite.ops import device_flag
 from rmipo_lite.tokenization import TokenizedPair
 
@@ -66,6 +72,7 @@ class PairStep:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     prior_cache: loss.CachedPriors | None = None  # prior="cached": used by training steps only
     checkpointing: bool = False  # activations are computed again in the backward pass
+    _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
 
     def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         """Accumulate the gradient of the mean loss over the pairs that are finite.
@@ -152,11 +159,10 @@ class PairStep:
                     raise
                 failure = str(error)
             self._clear_gradients()
-            largest = max(self._split(pairs), key=self._tokens)
-            self._make_room(largest, failure)
+            self._make_room(self._running, failure)
 
-    def _make_room(self, largest: Sequence[TokenizedPair], failure: str) -> None:
-        """Halve the budget, or with a single pair left turn checkpointing on.
+    def _make_room(self, failed: Sequence[TokenizedPair], failure: str) -> None:
+        """Halve the micro-step that failed, or with a single pair turn checkpointing on.
 
         Raises:
             torch.OutOfMemoryError: neither is possible.
@@ -164,16 +170,16 @@ class PairStep:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tokens = self._tokens(largest)
-        if len(largest) > 1:
+        tokens = batch.micro_step_tokens(failed, self.packing)
+        if len(failed) > 1:
             self.max_tokens = min(self.max_tokens, tokens) // 2
             say(f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on")
-        elif torch.is_grad_enabled() and self.args.checkpointing_is_open and not self.checkpointing:
+        elif torch.is_grad_enabled() and self._may_checkpoint():
             self.enable_checkpointing()
             say(f"Out of memory with one pair of {tokens} tokens: checkpointing is on from here on")
         else:
             raise torch.OutOfMemoryError(
-                f"out of memory with one pair alone (row {largest[0].row}, {tokens} tokens); a "
+                f"out of memory with one pair alone (row {failed[0].row}, {tokens} tokens); a "
                 "smaller max_length, 4-bit weights or a smaller model are the ways out. The "
                 f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
             )
@@ -181,8 +187,13 @@ class PairStep:
     def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
         return batch.split_by_budget(pairs, self.max_tokens, self.packing)
 
-    def _tokens(self, pairs: Sequence[TokenizedPair]) -> int:
-        return batch.micro_step_tokens(pairs, self.packing)
+    def _may_checkpoint(self) -> bool:
+        """Whether checkpointing is still to be had: off, not refused, known to the model."""
+        return (
+            not self.checkpointing
+            and self.args.checkpointing_is_open
+            and can_checkpoint(self.model)
+        )
 
     def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
@@ -190,6 +201,7 @@ class PairStep:
             loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
         )
         for part in self._split(pairs):
+            self._running = part
             # The backward pass inside the block: checkpointing runs the forward pass again.
             with self._engaged():
                 values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)

@@ -323,7 +323,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         self._num_tokens = state["num_tokens"]
         self.pair_step.max_tokens = state["max_tokens_per_microstep"]
         self.pair_step.packing = state["packing"]
-        if state.get("checkpointing") and not self.pair_step.checkpointing:
+        wanted = state.get("checkpointing") and self.args.checkpointing_is_open
+        if wanted and not self.pair_step.checkpointing:
             self.pair_step.enable_checkpointing()
         self.dropped_pairs = list(state["dropped_pairs"])
         cache = state["prior_cache"]

@@ -84,6 +84,21 @@ def test_other_kinds_are_left_to_peft(options: dict) -> None:
     assert not any(is_plain(module) for module in _model(**options).modules())
 
 
+@pytest.mark.parametrize("where", ["base_layer", "lora_A"])
+def test_hooks_are_honoured_by_leaving_the_layer_to_peft(where: str) -> None:
+    model = _model(target_modules=["v_proj"])
+    layers = [module for module in model.modules() if is_plain(module)]
+    assert len(layers) == 2
+    module = getattr(layers[1], where)  # the first one reads embeddings without a gradient
+    module = module["default"] if where == "lora_A" else module
+    seen = []
+    module.register_full_backward_hook(lambda *args: seen.append(1))
+    with fused_lora(model):
+        _gradients(model, bf16=False)
+    assert seen
+    assert [is_plain(layer) for layer in layers] == [True, False]
+
+
 def test_a_disabled_merged_or_second_adapter_is_left_to_peft() -> None:
     model = _model()
     assert any(is_plain(module) for module in model.modules())

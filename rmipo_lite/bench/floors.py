@@ -1,13 +1,13 @@
 """What can't be avoided: the bare matrix products and attention of the same packed tokens.
 
-No norm, rotation, activation, residual, embedding, loss or bookkeeping; results are thrown away.
-Weights are the model's own, and the products run in the shapes and chunks that ours run in.
+No norm, rotation, activation, residual, embedding, loss or bookkeeping; results are thrown away,
+and inputs and cast weights are made before the clock runs. The products run in the shapes and
+chunks that ours run in, on the model's own weights; attention is ours, with its backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,8 +22,12 @@ from rmipo_lite.tokenization import TokenizedPair
 
 
 def head_floor(hidden: Tensor, weight: Tensor, products: int = 2) -> None:
-    """The head's two bare products (one for the prior) in the blocks that ours takes."""
+    """The head's two bare products (one for the prior) in the blocks and dtype that ours takes.
+
+    Where ours casts the weight, that is part of the floor: the products can't run without.
+    """
     blocks = Blocks.of(hidden, weight)
+    hidden, weight = hidden.to(blocks.dtype), weight.to(blocks.dtype)
     buffer = hidden.new_empty(blocks.most_rows * blocks.most_columns)
     out = hidden.new_empty(blocks.most_rows, hidden.shape[1])
     for rows in blocks.row_ranges:
@@ -40,12 +44,22 @@ class StepFloor:
     """The bare work of one step on a LoRA Llama: forward, backward and the prior's forward."""
 
     def __init__(self, model: nn.Module, pairs: Sequence[TokenizedPair]) -> None:
-        self.model = model
-        self.policy = batch.policy_input(pairs, packing=True)
-        self.prior = batch.prior_input(pairs, packing=True)
-        self.layers: Any = causal_lm(model).model.layers
         self.weight = read_head(model).weight
-        self.dtype = self.weight.dtype
+        dtype = self.weight.dtype
+        layers: Any = causal_lm(model).model.layers
+        self.linears: list[_Linear] = []
+        for layer in layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            # The first layer reads frozen embeddings: nobody asks for their gradient.
+            past_first = layer is not layers[0]
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+                self.linears.append(_Linear(linear, dtype, past_first))
+            for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                self.linears.append(_Linear(linear, dtype, input_grad=True))
+        self.attention = layers[0].self_attn
+        self.num_layers = len(layers)
+        self.policy = _Inputs(model, batch.policy_input(pairs, packing=True), dtype)
+        self.prior = _Inputs(model, batch.prior_input(pairs, packing=True), dtype)
 
     def __call__(self) -> None:
         """Run it once."""
@@ -53,52 +67,61 @@ class StepFloor:
         with torch.no_grad():
             self._pass(self.prior, backward=False)
 
-    def _pass(self, inputs: ModelInput, backward: bool) -> None:
-        tokens = inputs.num_tokens
-        for layer in self.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            # The first layer reads frozen embeddings: nobody asks for their gradient.
-            past_first = backward and layer is not self.layers[0]
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-                _linear(linear, tokens, self.dtype, backward, past_first)
-            for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                _linear(linear, tokens, self.dtype, backward, backward)
-            self._attention(attention, inputs, backward)
-        scored = len(inputs.target_ids)
-        hidden = torch.ones(scored, self.weight.shape[1], dtype=self.dtype)
-        head_floor(hidden, self.weight, products=2 if backward else 1)
-
-    def _attention(self, module: Any, inputs: ModelInput, backward: bool) -> None:
-        config = module.config
-        shape = (1, config.num_attention_heads, inputs.num_tokens, module.head_dim)
-        kv_shape = (1, config.num_key_value_heads, inputs.num_tokens, module.head_dim)
-        q, k, v = (
-            torch.ones(s, dtype=self.dtype, requires_grad=backward)
-            for s in (shape, kv_shape, kv_shape)
-        )
-        context: AbstractContextManager[object] = nullcontext() if backward else torch.no_grad()
-        with context:
+    def _pass(self, inputs: _Inputs, backward: bool) -> None:
+        for linear in self.linears:
+            linear(inputs.rows[linear.width], backward)
+        for _ in range(self.num_layers):
             out, _ = segment_attention(
-                module, q, k, v, None, scaling=module.scaling, segment_plan=inputs.plan
+                self.attention,
+                inputs.qkv[0],
+                inputs.qkv[1],
+                inputs.qkv[2],
+                None,
+                scaling=self.attention.scaling,
+                segment_plan=inputs.plan,
             )
-        if backward:
-            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+            if backward:
+                torch.autograd.grad(out, inputs.qkv, inputs.grad_out)
+        head_floor(inputs.hidden, self.weight, products=2 if backward else 1)
 
 
-def _linear(linear: Any, tokens: int, dtype: torch.dtype, backward: bool, input_grad: bool) -> None:
+class _Inputs:
+    """What the products of one pass read."""
+
+    def __init__(self, model: nn.Module, inputs: ModelInput, dtype: torch.dtype) -> None:
+        attention: Any = causal_lm(model).model.layers[0].self_attn
+        config, tokens = attention.config, inputs.num_tokens
+        widths = {config.hidden_size, config.intermediate_size}
+        self.rows = {width: torch.ones(tokens, width, dtype=dtype) for width in widths}
+        heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+        self.qkv = [
+            torch.ones(1, count, tokens, attention.head_dim, dtype=dtype, requires_grad=True)
+            for count in heads
+        ]
+        self.grad_out = torch.ones(1, tokens, heads[0], attention.head_dim, dtype=dtype)
+        self.hidden = torch.ones(len(inputs.target_ids), config.hidden_size, dtype=dtype)
+        self.plan = inputs.plan
+
+
+class _Linear:
     """A LoRA layer's products: forward, gradients of A and B, gradient of the input."""
-    weight = linear.base_layer.weight
-    a, b = (
-        getattr(linear, name)["default"].weight.detach().to(dtype) for name in ("lora_A", "lora_B")
-    )
-    x = torch.ones(tokens, weight.shape[1], dtype=dtype)
-    y = torch.mm(x, weight.T)
-    low = torch.mm(x, a.T)
-    torch.mm(low, b.T)
-    if backward:
-        grad_low = torch.mm(y, b)
-        torch.mm(y.T, low)
-        torch.mm(grad_low.T, x)
-    if input_grad:
-        torch.mm(y, weight)
-        torch.mm(grad_low, a)
+
+    def __init__(self, linear: Any, dtype: torch.dtype, input_grad: bool) -> None:
+        self.weight = linear.base_layer.weight
+        self.a, self.b = (
+            getattr(linear, name)["default"].weight.detach().to(dtype)
+            for name in ("lora_A", "lora_B")
+        )
+        self.width, self.input_grad = self.weight.shape[1], input_grad
+
+    def __call__(self, x: Tensor, backward: bool) -> None:
+        y = torch.mm(x, self.weight.T)
+        low = torch.mm(x, self.a.T)
+        torch.mm(low, self.b.T)
+        if backward:
+            grad_low = torch.mm(y, self.b)
+            torch.mm(y.T, low)
+            torch.mm(grad_low.T, x)
+            if self.input_grad:
+                torch.mm(y, self.weight)
+                torch.mm(grad_low, self.a)

@@ -128,7 +128,10 @@ def plain_logps(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
 
 
 def trl_logps() -> Logps:
-    """trl's DPO head, which goes over the vocabulary in tiles and recomputes them for backward."""
+    """trl's DPO head, which goes over the vocabulary in tiles and recomputes them for backward.
+
+    On a CPU its second product is float32 whatever the input; on a GPU it isn't cast.
+    """
     chunked = module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
     chunk_size = module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -151,7 +154,11 @@ def cut_cross_entropy_logps() -> Logps:
 
 
 def liger_simpo(compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """liger's chunked SimPO loss: hidden (2P, T, H), weight, labels (2P, T) -> loss ()."""
+    """liger's chunked SimPO loss: hidden (2P, T, H), weight, labels (2P, T) -> loss ().
+
+    Without torch.compile, which is liger's default: here it would be inductor's CPU code, which
+    takes a minute to make and is not what liger is for.
+    """
     loss = module("liger_kernel.chunked_loss").LigerFusedLinearSimPOLoss
     chunked = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=compiled)
 

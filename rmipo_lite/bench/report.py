@@ -42,8 +42,13 @@ _DTYPES = ("fp32", "bf16")
 
 
 def read_all(folder: Path) -> list[Record]:
-    """The rows of every CSV in a folder."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+    """The rows of every CSV in a folder that the device of the newest step rows measured.
+
+    Ratios of one device belong together: a table never mixes them.
+    """
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+    newest = _newest([row for row in rows if row.op == "step"])
+    return [row for row in rows if newest is None or row.device == newest.device]
 
 
 def table(rows: Sequence[Record]) -> str:

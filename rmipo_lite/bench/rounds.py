@@ -6,6 +6,7 @@ What is compared is the ratio within a round; its median and spread over the rou
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +26,19 @@ class Summary(NamedTuple):
 
 
 def interleave(
-    contenders: Mapping[str, Run], rounds: int, warmups: int = 1
+    contenders: Mapping[str, Run], rounds: int, warmups: int = 1, seed: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round.
 
-    The order turns from round to round, so that nobody always runs after the same neighbour.
+    The order is drawn anew for every round, so that nobody always runs after the same neighbour.
+    The warm-up rounds pay for what is made once per shape.
     """
-    names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    shuffle = random.Random(seed).shuffle
     for index in range(-warmups, rounds):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
+        order = list(contenders)
+        shuffle(order)
+        for name in order:
             elapsed = _timed(contenders[name])
             if index >= 0:
                 seconds[name].append(elapsed)

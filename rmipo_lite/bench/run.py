@@ -37,7 +37,8 @@ def run(
 ) -> Path:
     """Measure, print every row as it comes, and write them to `folder`/<what>.csv.
 
-    `quick` takes one small shape and one round: to see that everything runs.
+    `quick` takes one small shape and one round, to see that everything runs, and writes to
+    `folder`/quick: it is no measurement.
     """
     if torch.cuda.is_available():
         raise RuntimeError(
@@ -50,6 +51,8 @@ def run(
         for row in _rows(what, quick, pairs, tokenizer):
             say(line(row))
             rows.append(row)
+    if quick:
+        path = folder / "quick" / path.name  # never among the measurements
     records.write(path, rows)
     if what == "step" and not quick and not _keeps_memory():
         # The allocator reads its settings when a process starts.

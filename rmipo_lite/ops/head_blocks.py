@@ -9,9 +9,9 @@ direction, which the kernel rescales whenever the maximum rises. At the end
 
 A block is small enough to stay in the cache between its two products, and both products run with
 many more rows than whole rows of logits would leave memory for. Where the CPU multiplies bfloat16
-itself the products are bfloat16's (logits are rounded to it, as with any bfloat16 head on a CPU;
-sums, log-probs and directions are float32). Else 16-bit blocks of the weight are cast, once for
-both products.
+itself the products are bfloat16's: logits are rounded to it, as with any bfloat16 head on a CPU,
+and so is each block's share of a direction; sums, log-probs and the accumulated directions are
+float32. Else 16-bit blocks of the weight are cast, once for both products.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ class Blocks:
         row_ranges = even_slices(hidden.shape[0], _MOST_ROWS)
         rows = max((r.stop - r.start for r in row_ranges), default=1)
         columns = max(1, CPU_BLOCK_BYTES // (rows * dtype.itemsize))
+        if dtype != weight.dtype:  # a block of the weight is cast, and that copy stays small too
+            row_bytes = max(1, weight.shape[1]) * dtype.itemsize
+            columns = min(columns, max(1, CPU_BLOCK_BYTES // row_bytes))
         return Blocks(
             row_ranges=row_ranges,
             column_ranges=even_slices(weight.shape[0], columns),
@@ -102,7 +105,7 @@ def blocked_logps(
     logps = hidden.new_empty(num_rows, dtype=exact)
     directions = hidden.new_zeros((num_rows if with_directions else 0, width), dtype=exact)
     buffer = hidden.new_empty(blocks.most_rows * blocks.most_columns, dtype=blocks.dtype)
-    bias = None if bias is None else bias.to(blocks.dtype)
+    bias = None if bias is None else bias.to(blocks.dtype).contiguous()
     for rows in blocks.row_ranges:
         out = directions[rows] if with_directions else None
         sums = _Sums(target_ids[rows], exact)

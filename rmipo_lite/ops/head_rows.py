@@ -36,9 +36,12 @@ def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 def head_buffer_bytes(weight: Tensor) -> int:
-    """Bytes that `linear_logps` takes beside its arguments and its results."""
+    """Bytes that `linear_logps` takes beside its arguments and its results.
+
+    For a frozen head and the kernels; plain PyTorch and a trained head take more on the CPU.
+    """
     if weight.device.type == "cpu":
-        return CPU_BLOCK_BYTES
+        return 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
     rows = next(_chunks(_CHUNK_ROWS[1], weight.shape[0])).stop
     # logits in float32, and where the weight is of 16 bits their derivative in its dtype
     itemsize = 4 if weight.dtype.itemsize >= 4 else 6

@@ -217,6 +217,10 @@ def test_strided_views_equal_their_copies(impl: str) -> None:
         got = linear_logps(hidden, wide.T, ids, impl=impl)
         want = linear_logps(hidden.contiguous(), wide.T.contiguous(), ids.contiguous(), impl=impl)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    bias = torch.randn(30)[::2]
+    got = linear_logps(hidden, wide.T, ids, bias=bias, impl=impl)
+    want = linear_logps(hidden, wide.T, ids, bias=bias.contiguous(), impl=impl)
+    assert torch.equal(got, want)
 
 
 def test_inputs_are_not_written_and_threads_agree() -> None:
