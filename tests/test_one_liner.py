@@ -78,13 +78,19 @@ def test_twice_on_one_model_goes_on_with_one_adapter(tokenizer: Any, tmp_path: P
     )
 
 
-def test_what_the_run_changed_is_put_back(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [None, True])
+def test_what_the_run_changed_is_put_back(
+    checkpointing: bool | None, tokenizer: Any, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
     model.config.use_cache = True
     attention = model.config._attn_implementation
     side = tokenizer.padding_side
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    _train(model, tokenizer, tmp_path / "run")
+    _train(model, tokenizer, tmp_path / "run", gradient_checkpointing=checkpointing)
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+    assert not model.get_input_embeddings()._forward_hooks
+    assert not any("forward" in vars(module) for module in model.modules())
     assert not model.training
     assert model.config.use_cache is True
     assert model.config._attn_implementation == attention

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -160,9 +159,6 @@ def compile_flags(device_type: str) -> dict[str, list[str]]:
     """Flags of a device type's library by compiler, beside those that torch adds itself."""
     # Without the last two gcc leaves the loops with an exponential as they are: four times slower.
     vectorise = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        # gcc's default for an unnamed processor is half of what AVX-512 has.
-        vectorise.append("-mprefer-vector-width=512")
     shared = ["-O3", f"-DTORCH_TARGET_VERSION={_TARGET}"]
     if device_type == "cuda":
         shared.append("-DUSE_CUDA")
