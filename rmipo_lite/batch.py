@@ -141,23 +141,23 @@ def split_by_budget(
     """Cut a step's pairs into micro-steps of at most `max_tokens` tokens, the longest first.
 
     Pairs of similar length meet, so that padded rows hold little padding, and what doesn't fit the
-    memory shows at once. A pair that is longer than the budget alone gets a micro-step of its own:
-    it can't be cut further.
+    memory shows at once; inside a micro-step they keep the order they came in. A pair that alone is
+    longer than the budget gets a micro-step of its own: it can't be cut further.
     """
     length = packed_length if packing else padded_length
-    micro_steps: list[list[TokenizedPair]] = []
+    groups: list[list[int]] = []
     cost = 0
-    for pair in sorted(pairs, key=length, reverse=True):
-        # Padded, a row is as long as the first pair's; packed, every pair adds its own length.
-        first = pair if packing or not micro_steps else micro_steps[-1][0]
-        added = micro_step_tokens([first], packing)
-        if micro_steps and cost + added <= max_tokens:
-            micro_steps[-1].append(pair)
+    for index in sorted(range(len(pairs)), key=lambda i: length(pairs[i]), reverse=True):
+        # Padded, a row is as long as the group's longest pair; packed, each adds its own length.
+        widest = index if packing or not groups else groups[-1][0]
+        added = micro_step_tokens([pairs[widest]], packing)
+        if groups and cost + added <= max_tokens:
+            groups[-1].append(index)
             cost += added
         else:
-            micro_steps.append([pair])
-            cost = micro_step_tokens([pair], packing)
-    return micro_steps
+            groups.append([index])
+            cost = micro_step_tokens([pairs[index]], packing)
+    return [[pairs[index] for index in sorted(group)] for group in groups]
 
 
 def policy_input(pairs: Sequence[TokenizedPair], packing: bool, pad_id: int = 0) -> ModelInput:

@@ -230,7 +230,7 @@ def _restored(model: str | nn.Module) -> Iterator[None]:
     if not isinstance(model, str):
         config = causal_lm(model).config
         saved.append((config, "use_cache", getattr(config, "use_cache", None)))
-        hooked = hasattr(causal_lm(model), "_require_grads_hook")
+        hooks = set(causal_lm(model).get_input_embeddings()._forward_hooks)
         for module in model.modules():
             saved.append((module, "training", module.training))
             if isinstance(getattr(module, "gradient_checkpointing", None), bool):
@@ -243,13 +243,21 @@ def _restored(model: str | nn.Module) -> Iterator[None]:
     finally:
         for owner, name, value in saved:
             setattr(owner, name, value)
-        if (
-            not isinstance(model, str)
-            and not hooked
-            and hasattr(causal_lm(model), "_require_grads_hook")
-        ):
-            causal_lm(model).disable_input_require_grads()
+        if not isinstance(model, str):
+            _drop_input_hooks(causal_lm(model), hooks)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
         gc.collect()
+
+
+def _drop_input_hooks(base: PreTrainedModel, kept: set[int]) -> None:
+    """Take off the hooks that checkpointing put on the embeddings.
+
+    Trainer, peft and we each ask for one, and transformers remembers the last alone.
+    """
+    if not kept and hasattr(base, "_require_grads_hook"):
+        base.disable_input_require_grads()
+    hooks = base.get_input_embeddings()._forward_hooks
+    for key in [key for key in hooks if key not in kept]:
+        del hooks[key]

@@ -82,9 +82,10 @@ def _newest(rows: Sequence[Record]) -> Record | None:
 def _cell(row: Record | None) -> str:
     if row is None or isinstance(row.value, str):
         return "–"
+    digits = 2 if row.value >= 0.1 else 3
     if row.low == row.high:
-        return f"{row.value:.2f}"
-    return f"{row.value:.2f} ({row.low:.2f}–{row.high:.2f})"
+        return f"{row.value:.{digits}f}"
+    return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
 
 
 def write_table(readme: Path, rows: Sequence[Record]) -> None:
