@@ -8,8 +8,10 @@
 // 1 - p[target] is a sum of positive numbers and not a difference of nearly equal ones.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../checks.h"
 #include "vector_math.h"
@@ -54,33 +56,59 @@ RMIPO_INLINE A logit(const T* x, const T* bias, int64_t v, Transform<A> t) {
   return t.softcap > A(0) ? rmipo::soft(z, t.softcap) : z;
 }
 
+// Terms that are summed in A before they join a sum in double, and that are widened at a time.
+constexpr int64_t kTerms = 2048;
+
+// Logits [start, start + count) of a row in A: the row itself, or widened into `wide`. A loop that
+// mixes 16-bit and 32-bit elements is vectorised at half the width of one that doesn't.
 template <bool kPlain, typename T, typename A>
-RMIPO_INLINE A largest(const T* x, const T* bias, int64_t n, Transform<A> t, A start) {
-  A most = start;
+RMIPO_INLINE const A* widened(const T* x, const T* bias, int64_t start, int64_t count,
+                              Transform<A> t, A* wide) {
+  if constexpr (kPlain && std::is_same_v<T, A>) {
+    return x + start;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) wide[i] = logit<kPlain>(x, bias, start + i, t);
+    return wide;
+  }
+}
+
+template <bool kPlain, typename T, typename A>
+RMIPO_INLINE A largest(const T* x, const T* bias, int64_t n, Transform<A> t, A most) {
+  A wide[kTerms];
+  for (int64_t start = 0; start < n; start += kTerms) {
+    const int64_t count = std::min(kTerms, n - start);
+    const A* z = widened<kPlain>(x, bias, start, count, t, wide);
 #pragma omp simd reduction(max : most)
-  for (int64_t v = 0; v < n; ++v) {
-    const A z = logit<kPlain>(x, bias, v, t);
-    most = z > most ? z : most;
+    for (int64_t i = 0; i < count; ++i) most = z[i] > most ? z[i] : most;
   }
   return most;  // NaN is skipped here; the sum catches it
 }
 
 // Sum of exp(logit - most), and with kWrite exp(logit - most) * d logit / d product over x, less
-// the constant factor t.scale. Sums of 2048 terms in A, those in double.
+// the constant factor t.scale.
 template <bool kPlain, bool kWrite, typename T, typename A>
 RMIPO_INLINE double exponentials(T* x, const T* bias, int64_t n, Transform<A> t, A most) {
-  constexpr int64_t kTerms = 2048;
   const Transform<A> unscaled{A(1), t.softcap};
+  A wide[kTerms];
   double total = 0;
   for (int64_t start = 0; start < n; start += kTerms) {
-    const int64_t end = start + kTerms < n ? start + kTerms : n;
+    const int64_t count = std::min(kTerms, n - start);
+    const A* z = widened<kPlain>(x, bias, start, count, t, wide);
+    // In place where the row is of type A already.
+    A* e = wide;
+    if constexpr (kWrite && std::is_same_v<T, A>) e = x + start;
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t v = start; v < end; ++v) {
-      const A z = logit<kPlain>(x, bias, v, t);
-      const A e = exp_negative(z - most);
-      sum += e;
-      if (kWrite) store(x + v, kPlain ? e : e * unscaled.slope(z));
+    for (int64_t i = 0; i < count; ++i) {
+      const A logit_value = z[i];
+      const A term = exp_negative(logit_value - most);
+      sum += term;
+      if constexpr (kWrite) e[i] = kPlain ? term : term * unscaled.slope(logit_value);
+    }
+    if constexpr (kWrite && !std::is_same_v<T, A>) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) store(x + start + i, e[i]);
     }
     total += static_cast<double>(sum);
   }
