@@ -226,11 +226,9 @@ class PairStep:
         if self.args.uses_prior:
             prior = prior_of(pairs)
             num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
-        out = self._losses(token_logps, policy.cu_seqlens, prior, self.args)
+        out = loss.losses(token_logps, policy.cu_seqlens, prior, self.args)
         nll = loss.chosen_token_nll(token_logps, policy.cu_seqlens)
         return PairValues.of(out, policy.cu_seqlens), out.loss, nll, num_tokens
-
-    _losses = staticmethod(loss.losses)
 
     def _prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """The prior of a training step: from the cache where there is one."""

@@ -111,7 +111,7 @@ def test_the_head_floor_takes_our_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rounds_interleave_in_a_new_order_each_time() -> None:
     order: list[str] = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abcdef"}
-    seconds = rounds.interleave(runs, rounds=4, warmups=1)
+    seconds = rounds.interleave(runs, rounds=4)
     assert [len(times) for times in seconds.values()] == [4] * 6
     rounds_of = ["".join(order[i : i + 6]) for i in range(0, 30, 6)]
     assert all(sorted(names) == list("abcdef") for names in rounds_of)
@@ -166,6 +166,19 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     # Direction and gradient (1024 x 512 each) and the block of logits, and little more.
     least = 2 * 1024 * 512 * 4 + head_blocks.CPU_BLOCK_BYTES
     assert least * 0.9 < peak < 3 * least
+
+
+@pytest.mark.slow
+def test_memory_names_a_peer_that_is_absent() -> None:
+    from rmipo_lite.bench import memory
+
+    try:
+        peers.TrlChunkedStep(torch.nn.Identity())
+    except peers.Absent:
+        with pytest.raises(peers.Absent, match="trl"):
+            memory._in_child("step", "trl chunked head", 301, "fp32", 1)
+    else:
+        assert memory._in_child("step", "trl chunked head", 301, "fp32", 1)[0] > 0
 
 
 def test_the_readme_shows_what_the_rows_say() -> None:

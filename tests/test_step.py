@@ -172,7 +172,7 @@ class _Fault:
 PLACES = {
     "forward": (step_module, "scored_hidden", 1),
     "head": (head_blocks, "_add_product", 1),
-    "loss": (step_module.PairStep, "_losses", 1),
+    "loss": (step_module.loss, "losses", 1),
     "prior": (step_module, "scored_hidden", 2),
     "prior's head": (head_blocks.native, "fold_logits", 2),
     "head's backward": (head_module, "_scale_directions", 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,8 +56,6 @@ def _ours(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
 
 def _trl(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Run:
     """DPOTrainer's preparation alone: it needs nothing else of its trainer."""
-    if importlib.util.find_spec("trl") is None:
-        raise Absent("trl: not installed")
     trainer = peers.module("trl.trainer.dpo_trainer").DPOTrainer
     datasets = peers.module("datasets")
     prepare: Callable[..., Any] = trainer._prepare_dataset

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from rmipo_lite.bench import inputs, step
+from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, Summary, ratios, summarize
 from rmipo_lite.ops import linear_logps
@@ -33,9 +34,13 @@ def bench(cases: Sequence[tuple[int, str]] = CASES, draws: int = DRAWS) -> Itera
     """Peak bytes of every contender over the draws, and their ratio to the authors'."""
     for vocab_size, dtype in cases:
         peaks: dict[str, list[float]] = {}
-        for impl in CONTENDERS:
-            peaks[impl] = _in_child("step", impl, vocab_size, dtype, draws)
         shape = f"V={vocab_size}"
+        for impl in CONTENDERS:
+            try:
+                peaks[impl] = _in_child("step", impl, vocab_size, dtype, draws)
+            except Absent as reason:
+                value = f"absent: {reason}"
+                yield Record("memory", impl, shape, dtype, "peak above base", "MiB", value)
         for impl, values in peaks.items():
             mib = [value / 2**20 for value in values]
             yield Record("memory", impl, shape, dtype, "peak above base", "MiB", *summarize(mib))
@@ -70,20 +75,25 @@ def _in_child(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> 
     )
     if done.returncode:
         raise RuntimeError(f"memory of {impl}: {done.stderr.strip().splitlines()[-1]}")
-    values: list[float] = json.loads(done.stdout.splitlines()[-1])
+    values: list[float] | str = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(values, str):
+        raise Absent(values)
     return values
 
 
 # ---- in the child ------------------------------------------------------------------------------
 
 
-def _peaks(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> list[int]:
+def _peaks(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> list[int] | str:
+    """Peaks in bytes, or why this contender can't run here."""
     if kind == "head":
         return [_head_peak(vocab_size, inputs.DTYPES[dtype], count)]
     model = inputs.lora_llama(vocab_size, inputs.DTYPES[dtype])
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         contenders = step.Contenders(model, inputs.DTYPES[dtype], folder)
+        if impl in contenders.absent:
+            return contenders.absent[impl]
         # A tiny step first: what is loaded at first use isn't a step's.
         contenders.runs([inputs.tiny_pair(vocab_size)])[impl]()
         for seed in range(count):

@@ -153,14 +153,14 @@ def cut_cross_entropy_logps() -> Logps:
     return logps
 
 
-def liger_simpo(compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def liger_simpo() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """liger's chunked SimPO loss: hidden (2P, T, H), weight, labels (2P, T) -> loss ().
 
     Without torch.compile, which is liger's default: here it would be inductor's CPU code, which
     takes a minute to make and is not what liger is for.
     """
     loss = module("liger_kernel.chunked_loss").LigerFusedLinearSimPOLoss
-    chunked = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=compiled)
+    chunked = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=False)
 
     def simpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return chunked(weight, hidden, labels)[0]

@@ -25,17 +25,15 @@ class Summary(NamedTuple):
     high: float  # upper quartile
 
 
-def interleave(
-    contenders: Mapping[str, Run], rounds: int, warmups: int = 1, seed: int = 0
-) -> dict[str, list[float]]:
+def interleave(contenders: Mapping[str, Run], rounds: int, seed: int = 0) -> dict[str, list[float]]:
     """Seconds of each contender in each round.
 
     The order is drawn anew for every round, so that nobody always runs after the same neighbour.
-    The warm-up rounds pay for what is made once per shape.
+    A round before them isn't counted: it pays for what is made once per shape.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     shuffle = random.Random(seed).shuffle
-    for index in range(-warmups, rounds):
+    for index in range(-1, rounds):
         order = list(contenders)
         shuffle(order)
         for name in order:

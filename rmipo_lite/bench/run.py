@@ -16,7 +16,6 @@ from rmipo_lite.bench import records
 from rmipo_lite.bench.records import Record
 from rmipo_lite.display import say
 
-BENCHMARKS = ("head", "step", "memory", "data")
 # glibc keeps what is freed instead of handing it back, so that no step pays for fresh pages. The
 # authors' step gains most: it allocates gigabytes anew each time.
 _KEEPING = {

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from rmipo_lite import loss as loss_module
 from rmipo_lite import metrics
 from rmipo_lite.bench import inputs, peers
 from rmipo_lite.bench.authors import authors_step, pad_pairs
@@ -168,7 +167,7 @@ def bench_growth(rounds: int = 3) -> Iterator[Record]:
 
 
 def bench_overhead(rounds: int = 9) -> Iterator[Record]:
-    """Share of a step of about 1k tokens that is neither model nor operator: Python, logging."""
+    """Share of a step of about 1k tokens that is neither model, head nor backward pass."""
     model = inputs.lora_llama(32000, torch.float32)
     pairs = inputs.pairs_of_tokens(1000, 32000)
     shares = []
@@ -207,8 +206,7 @@ class _Stopwatch:
 
 
 def _watched(step: PairStep, inside: _Stopwatch) -> PairStep:
-    """A copy of the step whose model, head and loss run under the stopwatch."""
+    """A copy of the step whose model and head run under the stopwatch."""
     copy = PairStep(step.model, step.args, step.max_tokens, step.packing, autocast=step.autocast)
     copy._score = inside(copy._score)  # type: ignore[method-assign]
-    copy._losses = inside(loss_module.losses)
     return copy

@@ -16,7 +16,6 @@ float32. Else 16-bit blocks of the weight are cast, once for both products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,9 +83,9 @@ class Blocks:
         """Columns of the largest block."""
         return max(columns.stop - columns.start for columns in self.column_ranges)
 
-    def second_ranges(self, rows: int) -> Iterator[slice]:
+    def second_ranges(self, rows: int) -> list[slice]:
         """Ranges of the second product within a block of rows."""
-        return iter(even_slices(rows, self.second_rows))
+        return even_slices(rows, self.second_rows)
 
 
 def blocked_logps(
@@ -118,6 +117,7 @@ def blocked_logps(
             sums.fold(logits, columns, bias, logit_scale, logit_softcap, out)
             if out is not None:
                 _add_product(out, logits, weight_block, blocks)
+        sums.close()
         logps[rows] = sums.logps()
         if out is not None:
             sums.finish(out, weight, logit_scale, logit_softcap)
@@ -166,23 +166,26 @@ class _Sums:
             directions,
         )
 
+    def close(self) -> None:
+        """After the last block: the sum over all tokens, and which rows count."""
+        self.log_target = (self.target_logit - self.max).double()
+        self.total = torch.exp(self.log_target) + self.others
+        self.ignored = self.target_ids == IGNORED
+
     def logps(self) -> Tensor:
         """Log-probability of each row's target, 0 where ignored."""
-        target = torch.exp((self.target_logit - self.max).double())
-        logps = (self.target_logit - self.max).double() - torch.log(target + self.others)
-        return logps.masked_fill_(self.target_ids == IGNORED, 0.0).to(self.max.dtype)
+        logps = self.log_target - torch.log(self.total)
+        return logps.masked_fill_(self.ignored, 0.0).to(self.max.dtype)
 
     def finish(
         self, out: Tensor, weight: Tensor, logit_scale: float, logit_softcap: float | None
     ) -> None:
         """Turn the summed exponentials times weight into the directions, in place."""
-        ignored = self.target_ids == IGNORED
-        total = torch.exp((self.target_logit - self.max).double()) + self.others
-        slope = torch.full_like(total, logit_scale)
+        slope = torch.full_like(self.total, logit_scale)
         if logit_softcap is not None:
             slope *= 1 - (self.target_logit.double() / logit_softcap) ** 2
-        of_target = (slope * self.others / total).masked_fill_(ignored, 0.0)
-        of_others = (-logit_scale / total).masked_fill_(ignored, 0.0)
+        of_target = (slope * self.others / self.total).masked_fill_(self.ignored, 0.0)
+        of_others = (-logit_scale / self.total).masked_fill_(self.ignored, 0.0)
         out.mul_(of_others.to(out.dtype)[:, None])
         rows = weight.index_select(0, self.target_ids.clamp(min=0)).to(out.dtype)
         out.addcmul_(rows, of_target.to(out.dtype)[:, None])

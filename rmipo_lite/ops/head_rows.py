@@ -7,13 +7,11 @@ float32 (float64 for float64) whatever the input. On CUDA the product itself giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
-from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES
+from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, even_slices
 from rmipo_lite.ops.reference import accumulate_dtype
 
 # A chunk is as many rows as make about this many logits, within the range where a product still
@@ -26,13 +24,10 @@ _CHUNK_ROWS = (128, 256)
 _BLOCK_ELEMENTS = 2**22
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
     """Row ranges of nearly equal size."""
     smallest, largest = _CHUNK_ROWS
-    rows = min(max(_CHUNK_LOGITS // vocab_size, smallest), largest)
-    count = -(-num_rows // rows)
-    for i in range(count):
-        yield slice(num_rows * i // count, num_rows * (i + 1) // count)
+    return even_slices(num_rows, min(max(_CHUNK_LOGITS // vocab_size, smallest), largest))
 
 
 def head_buffer_bytes(weight: Tensor) -> int:
@@ -42,7 +37,7 @@ def head_buffer_bytes(weight: Tensor) -> int:
     """
     if weight.device.type == "cpu":
         return 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
-    rows = next(_chunks(_CHUNK_ROWS[1], weight.shape[0])).stop
+    rows = _chunks(_CHUNK_ROWS[1], weight.shape[0])[0].stop
     # logits in float32, and where the weight is of 16 bits their derivative in its dtype
     itemsize = 4 if weight.dtype.itemsize >= 4 else 6
     return rows * weight.shape[0] * itemsize
@@ -57,7 +52,7 @@ class Head:
         low_precision = hidden.dtype != self.exact
         self.mixed = low_precision and hidden.device.type == "cuda"
         self.cast = low_precision and not self.mixed
-        self.chunks = list(_chunks(hidden.shape[0], weight.shape[0]))
+        self.chunks = _chunks(hidden.shape[0], weight.shape[0])
         rows = max((c.stop - c.start for c in self.chunks), default=0)
         self.buffer = hidden.new_empty((rows, weight.shape[0]), dtype=self.exact)
         # On CUDA the second product needs its operand in the weight's dtype; elsewhere the
