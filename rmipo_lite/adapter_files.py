@@ -17,6 +17,14 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "training_config.json"
 
 
+def save_run(model: Any, tokenizer: Any, args: Any, folder: Path, state_dict: Any = None) -> None:
+    """Save weights, tokenizer and options as loose files of `folder`."""
+    save_weights(model, folder, state_dict)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_training_config(args, folder)
+
+
 def save_weights(model: Any, folder: Path, state_dict: Any = None) -> None:
     """Save the adapter of a PeftModel, or all weights of a PreTrainedModel, as safetensors.
 

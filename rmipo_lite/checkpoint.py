@@ -21,9 +21,14 @@ from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from rmipo_lite.adapter_files import load_adapter_weights, save_weights, write_training_config
+from rmipo_lite.adapter_files import (
+    load_adapter_weights,
+    save_run,
+    write_training_config,
+)
 from rmipo_lite.checkpoint_files import (
     CheckpointError,
+    files_put_in_place,
     newest_valid_checkpoint,
     read_manifest,
     rotate,
@@ -49,6 +54,9 @@ class SafeCheckpointing:
     """Mixin for `transformers.Trainer` (5.17 to 5.23); put it before Trainer in the bases.
 
     A subclass adds its own state with `extra_state` and takes it back with `load_extra_state`.
+
+    A save that fails (a full disk) is told and noted in `failed_saves`, and training goes on: the
+    weights are in memory, the earlier checkpoints are untouched, and the next save may succeed.
     """
 
     if TYPE_CHECKING:  # what the Trainer beside us provides
@@ -69,6 +77,7 @@ class SafeCheckpointing:
         _get_output_dir: Any
 
     _run_id: str = ""
+    failed_saves: list[str]
 
     def extra_state(self) -> dict[str, Any]:
         """What a subclass wants in the checkpoint, as JSON-like values."""
@@ -88,9 +97,11 @@ class SafeCheckpointing:
         """Train; `resume_from_checkpoint=True` takes the newest checkpoint that verifies.
 
         Raises CheckpointError when the given path doesn't verify, or with True when nothing in
-        `output_dir` does. A `GracefulInterrupt` among the callbacks is active during the call.
+        `output_dir` does; FloatingPointError rather than save weights that aren't finite. A
+        `GracefulInterrupt` among the callbacks is active during the call.
         """
         self._check_supported()
+        self.failed_saves = []
         folder = self._resolve_resume(resume_from_checkpoint)
         if folder is None:
             self._run_id = uuid.uuid4().hex
@@ -176,6 +187,24 @@ class SafeCheckpointing:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_supported()
+        self._refuse_to_save_bad_weights()
+        try:
+            self._write_checkpoint(trial)
+        except CheckpointError as error:
+            self.failed_saves.append(str(error))
+            say(f"WARNING: {error}. Training goes on and tries again at the next save")
+
+    def _refuse_to_save_bad_weights(self) -> None:
+        """A checkpoint of NaN would push the good ones out."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"stopped at step {self.state.global_step}: the trained weight {name} holds "
+                    "NaN or inf and is not saved; earlier checkpoints are untouched. Resume from "
+                    "the last one, with a lower learning_rate"
+                )
+
+    def _write_checkpoint(self, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -186,7 +215,7 @@ class SafeCheckpointing:
         with staged_checkpoint(
             target, step=step, run_id=self._run_id, resumable=resumable
         ) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            save_run(self._bare_model(), self.processing_class, self.args, folder)
             self._note_best_checkpoint(run_dir, target)
             if resumable:
                 self._save_optimizer_and_scheduler(str(folder))
@@ -237,12 +266,11 @@ class SafeCheckpointing:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        save_weights(model, folder, state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        write_training_config(self.args, folder)
+        with files_put_in_place(folder) as staged:
+            save_run(self._bare_model(), self.processing_class, self.args, staged, state_dict)
+
+    def _bare_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir), "optimizer", self.optimizer.state_dict())

@@ -7,7 +7,8 @@ or doesn't match it, isn't a checkpoint. Deleting renames away first, for the sa
 
 Hidden names, all holding the writer's process id: `.tmp-checkpoint-N-pid` is being written,
 `.old-checkpoint-N-pid` is the predecessor of the same step during the swap (and is put back if
-the swap never finished), `.trash-checkpoint-N-pid` is being deleted.
+the swap never finished), `.trash-checkpoint-N-pid` is being deleted. `.tmp-save-pid` holds loose
+files (the final adapter) on their way into the folder.
 """
 
 from __future__ import annotations
@@ -29,14 +30,21 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _FRESH_SECONDS = 600.0
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-_HIDDEN = re.compile(r"^\.(tmp|old|trash)-(checkpoint-\d+)-(\d+)$")
+_HIDDEN = re.compile(r"^\.(tmp|old|trash)-(checkpoint-\d+|save)-(\d+)$")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or can't be written; the message names file and reason."""
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's list of names is on the disk."""
     if os.name == "nt":  # Windows can't open a folder for syncing
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -73,8 +81,7 @@ def seal(folder: Path, *, step: int, run_id: str, resumable: bool) -> None:
     """
     listed: dict[str, dict[str, Any]] = {}
     for path in _files(folder):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
         name = path.relative_to(folder).as_posix()
         listed[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     content = {
@@ -90,7 +97,7 @@ def seal(folder: Path, *, step: int, run_id: str, resumable: bool) -> None:
         file.flush()
         os.fsync(file.fileno())
     for sub in {p.parent for p in _files(folder)} | {folder}:
-        _sync_folder(sub)
+        sync_folder(sub)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -228,8 +235,31 @@ def _publish(staged: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     staged.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def files_put_in_place(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write loose files into; at the end they are synced and moved to `folder`.
+
+    So a full disk, a kill or Ctrl-C while writing leaves what was there before, whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    staged = folder / f".tmp-save-{os.getpid()}"
+    staged.mkdir()
+    try:
+        yield staged
+        for path in _files(staged):
+            sync_file(path)
+        for path in _files(staged):
+            target = folder / path.relative_to(staged)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager

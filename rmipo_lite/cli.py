@@ -1,4 +1,4 @@
-"""The command `rmipo-lite`: train, demo, info, bench.
+"""The command `rmipo-lite`: train, demo, info, selftest, bench.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows the traceback),
 2 a wrong command line, 130 interrupted. Imports happen inside the commands, so that `--help`
@@ -35,7 +35,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{train,demo,info,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{train,demo,info,selftest,bench}")
     _add_train(commands, argv)
     demo = commands.add_parser(
         "demo", help="train the embedded tiny model; no network, about a minute", allow_abbrev=False
@@ -59,7 +59,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="one small shape: does it run?")
     bench.add_argument("--pairs", help="data: preference pairs (default: the demo's)")
     bench.add_argument("--tokenizer", help="data: folder of a tokenizer (default: the demo's)")
-    for command in (demo, info, bench):
+    for command in (demo, info, _add_selftest(commands), bench):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -108,6 +108,29 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
     add_config_options(train, show_all=show_all)
 
 
+def _add_selftest(commands: Any) -> argparse.ArgumentParser:
+    selftest: argparse.ArgumentParser = commands.add_parser(
+        "selftest",
+        help="try to lose a run (kills, full disks, bad numbers, bad rows) and count how often",
+        description="Run the reliability scorecard, a row per check; the exit code is 1 when a "
+        "trial was lost. No network, minutes; --quick takes less than one.",
+        allow_abbrev=False,
+    )
+    depth = selftest.add_mutually_exclusive_group()
+    for mode, text in (("quick", "under a minute"), ("soak", "every trial of the scorecard")):
+        depth.add_argument(
+            f"--{mode}", dest="mode", action="store_const", const=mode, default="default", help=text
+        )
+    selftest.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="the outcome as JSON, to FILE beside the table, or to standard output instead of it",
+    )  # fmt: skip
+    selftest.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    selftest.add_argument("--only", metavar="N,N", default="", help="these checks alone")
+    selftest.add_argument("--trial", type=int, metavar="INDEX", help="repeat one trial of --only")
+    return selftest
+
+
 def _train(given: dict[str, Any]) -> int:
     from rmipo_lite.cli_options import UsageError, read_options_file, read_values
 
@@ -124,6 +147,8 @@ def _train(given: dict[str, Any]) -> int:
     say(repr(result))
     if report:
         result.report(None if report is True else report)
+    if result.unsaved is not None:
+        return FAILED
     return OK if result.stopped_at_step is None else INTERRUPTED
 
 
@@ -139,6 +164,28 @@ def _info(given: dict[str, Any]) -> int:
 
     say(str(info()))
     return OK
+
+
+def _selftest(given: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from rmipo_lite.cli_options import UsageError
+    from rmipo_lite.selftest.run import as_json, selftest
+
+    try:
+        only = [int(word) for word in given["only"].split(",") if word]
+    except ValueError:
+        raise UsageError(f"selftest: --only wants numbers, got {given['only']!r}") from None
+    mode, seed, file = given["mode"], given["seed"], given["json"]
+    outcomes = selftest(mode, seed=seed, only=only, trial=given["trial"], show=file != "-",
+                        debug=given["debug"])  # fmt: skip
+    if file is not None:
+        text = as_json(outcomes, mode, seed)
+        if file == "-":
+            say(text)
+        else:
+            Path(file).write_text(text + "\n", encoding="utf-8")
+    return FAILED if any(outcome.lost for outcome in outcomes) else OK
 
 
 def _bench(given: dict[str, Any]) -> int:
@@ -190,13 +237,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(command, given)
 
 
-COMMANDS = {"train": _train, "demo": _demo, "info": _info, "bench": _bench}
+COMMANDS = {
+    "train": _train, "demo": _demo, "info": _info, "selftest": _selftest, "bench": _bench,
+}  # fmt: skip
 
 
 def _run(command: str, given: dict[str, Any]) -> int:
     from rmipo_lite.cli_options import UsageError
 
-    debug = given.pop("debug", False)
+    debug = given.get("debug", False)
+    if command != "selftest":  # whose failures are no exceptions here
+        given.pop("debug", None)
     try:
         return COMMANDS[command](given)
     except KeyboardInterrupt:

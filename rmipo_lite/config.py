@@ -127,6 +127,11 @@ class RMiPOConfig(TrainingArguments):
     max_dropped_in_a_row: int = _option(
         10, "Stop after this many optimizer steps in a row that dropped pairs as not finite."
     )
+    save_pair_values: bool = _option(
+        False,
+        "Write loss, log-probs, PMI and gamma of every pair of every step to pair_values.jsonl in "
+        "the run's folder, about 300 bytes a pair.",
+    )
 
     # transformers' own options with another default
     learning_rate: float = _option(1e-5, "Peak learning rate of the adapter (AdamW).")

@@ -57,6 +57,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def versions() -> dict[str, str]:
+    """Package -> version of everything a run depends on; "not installed" where missing."""
+    return {"rmipo_lite": __version__, "python": sys.version.split()[0]} | {
+        name: _version(name) for name in PACKAGES
+    }
+
+
 def _backend(device_type: str) -> str:
     from rmipo_lite.ops import native
 
@@ -110,10 +117,8 @@ def info() -> Environment:
 
     from rmipo_lite.ops import native
 
-    versions = {"rmipo_lite": __version__, "python": sys.version.split()[0]}
-    versions |= {name: _version(name) for name in PACKAGES}
     return Environment(
-        versions=versions,
+        versions=versions(),
         devices=[_cpu_line(), *(_cuda_lines() if torch.cuda.is_available() else [])],
         precision=_precision(),
         backends={

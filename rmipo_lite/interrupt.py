@@ -2,8 +2,9 @@
 
 An interrupt inside `optimizer.step` leaves part of the parameters updated (measured: 96 of 400),
 and such a state is neither the old one nor the new one. So the first SIGINT only sets a flag, and
-the run saves and stops when the step it is in has ended. A second SIGINT raises KeyboardInterrupt
-at once: the run ends there, and the last checkpoint is what is left.
+the run saves and stops when the step it is in has ended (an evaluation is cut short, a save goes to
+its end). A second SIGINT raises KeyboardInterrupt at once: the run ends there, and the last
+checkpoint is what is left.
 """
 
 from __future__ import annotations
@@ -65,11 +66,15 @@ class GracefulInterrupt(TrainerCallback):
         """Ask the run to save and stop when the current step has ended."""
         self.requested = True
 
+    def answered(self) -> None:
+        """The run has stopped as asked: the next Ctrl-C asks anew."""
+        self.requested = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.request()
-        say("Stopping: the run saves after this step. Press Ctrl-C again to stop at once.")
+        say("Stopping when this step, or this save, is whole. Ctrl-C again stops at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -61,6 +61,18 @@ def concat(parts: Sequence[PairValues]) -> PairValues:
     return PairValues(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
+def finite(values: PairValues) -> Tensor:
+    """(P,) bool: pairs whose loss and log-probs are numbers. A PMI may be undefined."""
+    numbers = torch.stack([values.loss, values.chosen_logps, values.rejected_logps])
+    return numbers.isfinite().all(0)
+
+
+def select(values: PairValues, mask: Tensor) -> PairValues:
+    """The pairs where the mask (P,) is true."""
+    names = PairValues.__dataclass_fields__
+    return PairValues(**{n: getattr(values, n)[mask] for n in names})
+
+
 def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
     """Means over all pairs of the parts, under trl's names where trl has one."""
     if not parts:

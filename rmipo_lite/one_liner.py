@@ -8,27 +8,25 @@ caller's model beside the adapter is put back.
 from __future__ import annotations
 
 import gc
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo_lite import loading
+from rmipo_lite.checkpoint import newest_valid_checkpoint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, Row, load_rows, split_holdout
 from rmipo_lite.display import say, show_progress
 from rmipo_lite.interrupt import GracefulInterrupt
-from rmipo_lite.model import causal_lm
 from rmipo_lite.result import TrainResult
+from rmipo_lite.surroundings import clear_frames, restored, unwrap_forward
 from rmipo_lite.tokenization import TokenizedPair, prepare_tokenizer, tokenize_rows
-from rmipo_lite.trainer import RMiPOTrainer, tokenization_options
+from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.trainer_setup import refuse_bad_weights, tokenization_options
 
 HOLDOUT_SHARE = 0.05
 HOLDOUT_AT_MOST = 200  # pairs
@@ -77,10 +75,33 @@ def train(
             names it, what is wanted and what came.
         FileExistsError: `output_dir` holds another run and `resume` isn't set.
     """
+    try:
+        return _train(
+            model, dataset, eval_dataset, tokenizer, output_dir, peft_config, quantization, resume,
+            config,
+        )  # fmt: skip
+    except BaseException as error:
+        clear_frames(error)
+        raise
+    finally:
+        gc.collect()  # trainer, optimizer and accelerator hold each other in circles
+
+
+def _train(
+    model: str | PreTrainedModel | PeftModel,
+    dataset: Any,
+    eval_dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_dir: str | Path | None,
+    peft_config: LoraConfig | str | None,
+    quantization: loading.Quantization | BitsAndBytesConfig,
+    resume: bool | str | Path,
+    config: dict[str, Any],
+) -> TrainResult:
     folder = _output_folder(model, output_dir, resume)
-    args = RMiPOConfig(output_dir=str(folder), **config)
-    rows, report = load_rows(dataset)
-    with _restored(model):
+    with restored(model):
+        args = RMiPOConfig(output_dir=str(folder), **config)
+        rows, report = load_rows(dataset)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
         train_pairs, eval_pairs = _pairs(rows, report, eval_dataset, tokenizer, args, loaded)
@@ -97,7 +118,14 @@ def train(
         )
         trainer.data_report = report
         show_progress(trainer)
-        return _run(trainer, eval_pairs, report, interrupt, folder, resume, _is_chat(rows))
+        with interrupt:
+            try:
+                return _run(trainer, eval_pairs, report, interrupt, folder, resume, _is_chat(rows))
+            except BaseException as error:
+                _tell_what_is_left(trainer, folder, error)
+                raise
+            finally:
+                unwrap_forward(trainer.model)
 
 
 def _run(
@@ -110,8 +138,11 @@ def _run(
     conversational: bool,
 ) -> TrainResult:
     before = trainer.evaluate() if eval_pairs else {}
+    if interrupt.requested:
+        raise KeyboardInterrupt  # before the first step there is nothing to save
     checkpoint = str(resume) if isinstance(resume, (str, Path)) else resume
     outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
+    interrupt.answered()
     after = trainer.evaluate() if eval_pairs else {}
     result = TrainResult(
         model=trainer.model,
@@ -131,8 +162,35 @@ def _run(
     warning = runaway_warning(before, after)
     if warning is not None:
         say(warning)
-    result.save(folder)
+    _save(result, folder)
     return result
+
+
+def _save(result: TrainResult, folder: Path) -> None:
+    """Save the result; where that fails, the result is returned all the same, and says so."""
+    try:
+        result.save(folder)
+    except (OSError, SafetensorError) as error:
+        result.unsaved = str(error)
+        say(
+            f"WARNING: the adapter could not be saved to {folder}: {error}. It is in memory: make "
+            "room and call result.save(folder)"
+        )
+
+
+def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException) -> None:
+    """Before a run ends with an error: save what is sound, and say where one can go on."""
+    if isinstance(error, Exception) and trainer.state.global_step > 0:
+        # An error comes before the optimizer's update, so the adapter is that of a whole step.
+        try:
+            refuse_bad_weights(trainer.model)
+            trainer.save_model(str(folder))
+            say(f"The weights as of step {trainer.state.global_step} are in {folder}")
+        except (OSError, SafetensorError, FloatingPointError, TypeError) as second:
+            say(f"The weights as of step {trainer.state.global_step} are not saved: {second}")
+    newest, _ = newest_valid_checkpoint(folder)
+    if newest is not None:
+        say(f"Stopped; resume=True, output_dir={str(folder)!r} goes on from {newest.name}")
 
 
 def runaway_warning(before: dict[str, float], after: dict[str, float]) -> str | None:
@@ -217,47 +275,3 @@ def _output_folder(
         count += 1
         folder = Path(f"{name}-{count}")
     return folder
-
-
-@contextmanager
-def _restored(model: str | nn.Module) -> Iterator[None]:
-    """Put back what a run changes beside the adapter.
-
-    Mode, dropout, use_cache, checkpointing, the hook on the embeddings, random state.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    saved: list[tuple[Any, str, Any]] = []
-    if not isinstance(model, str):
-        config = causal_lm(model).config
-        saved.append((config, "use_cache", getattr(config, "use_cache", None)))
-        hooks = set(causal_lm(model).get_input_embeddings()._forward_hooks)
-        for module in model.modules():
-            saved.append((module, "training", module.training))
-            if isinstance(getattr(module, "gradient_checkpointing", None), bool):
-                saved.append((module, "gradient_checkpointing", module.gradient_checkpointing))
-            for name in ("p", "attention_dropout", "attn_dropout", "dropout"):
-                if isinstance(module.__dict__.get(name), float):
-                    saved.append((module, name, getattr(module, name)))
-    try:
-        yield
-    finally:
-        for owner, name, value in saved:
-            setattr(owner, name, value)
-        if not isinstance(model, str):
-            _drop_input_hooks(causal_lm(model), hooks)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-        gc.collect()
-
-
-def _drop_input_hooks(base: PreTrainedModel, kept: set[int]) -> None:
-    """Take off the hooks that checkpointing put on the embeddings.
-
-    Trainer, peft and we each ask for one, and transformers remembers the last alone.
-    """
-    if not kept and hasattr(base, "_require_grads_hook"):
-        base.disable_input_require_grads()
-    hooks = base.get_input_embeddings()._forward_hooks
-    for key in [key for key in hooks if key not in kept]:
-        del hooks[key]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from rmipo_lite import plots, report
-from rmipo_lite.adapter_files import save_weights, write_training_config
+from rmipo_lite.adapter_files import save_run
+from rmipo_lite.checkpoint_files import files_put_in_place
 from rmipo_lite.display import printable, say
 from rmipo_lite.generation import Comparison, Prompt, generate_answers
 from rmipo_lite.model_card import metric_rows, model_card
@@ -46,6 +47,7 @@ class TrainResult:
         output_dir: the folder of the run.
         stopped_at_step: the step a Ctrl-C stopped the run at, None when it ran to its end.
         conversational: whether prompts are rendered by the chat template.
+        unsaved: why the adapter could not be saved at the end; None when it was.
     """
 
     model: Any
@@ -58,6 +60,7 @@ class TrainResult:
     output_dir: Path
     stopped_at_step: int | None = None
     conversational: bool = False
+    unsaved: str | None = None
     _samples: Comparison | None = field(default=None, init=False)
 
     # ---- text -----------------------------------------------------------------------------
@@ -72,9 +75,11 @@ class TrainResult:
     def headline(self) -> str:
         """The run in one line: steps, then accuracy and margin before -> after."""
         step = int(max((entry.get("step", 0) for entry in self.history), default=0))
-        parts = [
-            f"{step} steps" if self.stopped_at_step is None else f"stopped at step {step}, saved"
-        ]
+        parts = [f"{step} steps" if self.stopped_at_step is None else f"stopped at step {step}"]
+        if self.unsaved is not None:
+            parts.append("NOT SAVED")
+        elif self.stopped_at_step is not None:
+            parts.append("saved")
         for name, label in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
             after = self.metrics.get(f"eval_{name}")
             if after is None:
@@ -156,11 +161,9 @@ class TrainResult:
     def save(self, folder: str | Path) -> Path:
         """Save adapter (safetensors), tokenizer with its template, options and a model card."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, target)
-        self.tokenizer.save_pretrained(target)
-        write_training_config(self.args, target)
-        (target / "README.md").write_text(model_card(self), encoding="utf-8")
+        with files_put_in_place(target) as staged:
+            save_run(self.model, self.tokenizer, self.args, staged)
+            (staged / "README.md").write_text(model_card(self), encoding="utf-8")
         return target
 
     def merge(self, folder: str | Path | None = None) -> Any:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import base64
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, cuda_state in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda_state, device)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Whatever draws random numbers inside the block, the next number after it is the same."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

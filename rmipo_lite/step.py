@@ -51,6 +51,7 @@ class StepOutcome:
 
     loss: Tensor  # () mean over the pairs that counted, detached, sft term included
     values: list[PairValues] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of the pairs in `values`, in their order
     num_tokens: int = 0  # tokens read by the policy and the prior pass
     num_pairs: int = 0
     dropped: list[TokenizedPair] = field(default_factory=list)  # not finite, found one by one
@@ -79,6 +80,7 @@ class PairStep:
 
         Where none is, every gradient is left as None, which makes the optimizer's step do nothing.
         """
+        dropout = self._dropout_state()
         outcome = self._accumulate(pairs, backward)
         if self._is_finite(outcome):
             return outcome
@@ -89,9 +91,10 @@ class PairStep:
             finite = self._is_finite(self._accumulate([pair], backward))
             (good if finite else dropped).append(pair)
         self._clear_gradients()
-        if dropped and good:
+        if good:  # all of them, if what went wrong was no pair's fault and is over
+            self._set_dropout_state(dropout)
             outcome = self._accumulate(good, backward)
-        if not dropped or not good or not self._is_finite(outcome):
+        if not good or not self._is_finite(outcome):
             # Finite one by one and not together, or nothing left: the step as a whole is dropped.
             self._void_gradients()
             nothing = torch.zeros((), device=device_of(self.model))
@@ -100,12 +103,14 @@ class PairStep:
         return outcome
 
     @torch.no_grad()
-    def evaluate(self, pairs: Sequence[TokenizedPair]) -> Iterator[PairValues]:
-        """Per-pair values without a gradient, a micro-step at a time, the longest pairs first."""
-        for _, (values, *_) in self._in_parts(
+    def evaluate(
+        self, pairs: Sequence[TokenizedPair]
+    ) -> Iterator[tuple[list[TokenizedPair], PairValues]]:
+        """Pairs and their values without a gradient, micro-step by micro-step, longest first."""
+        for part, (values, *_) in self._in_parts(
             pairs, lambda part: self._forward(part, self._live_prior)
         ):
-            yield values
+            yield part, values
 
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> loss.CachedPriors:
@@ -151,6 +156,7 @@ class PairStep:
 
     def _accumulate(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         """Forward and backward over all pairs, from the start again where memory runs out."""
+        dropout = self._dropout_state()
         while True:
             try:
                 return self._accumulate_once(pairs, backward)
@@ -160,6 +166,7 @@ class PairStep:
                 failure = str(error)
             self._clear_gradients()
             self._make_room(self._running, failure)
+            self._set_dropout_state(dropout)
 
     def _make_room(self, failed: Sequence[TokenizedPair], failure: str) -> None:
         """Halve the micro-step that failed, or with a single pair turn checkpointing on.
@@ -211,6 +218,7 @@ class PairStep:
                 backward(micro_loss)
             outcome.loss += micro_loss.detach().to(outcome.loss.dtype)
             outcome.values.append(values)
+            outcome.rows += [pair.row for pair in part]
             outcome.num_tokens += num_tokens
         return outcome
 
@@ -282,6 +290,17 @@ class PairStep:
                 "is not the model's"
             )
         return all(results)
+
+    def _dropout_state(self) -> tuple[Tensor, Tensor | None]:
+        """The random numbers that dropout draws from, so that a step repeated is the same step."""
+        device = device_of(self.model)
+        on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return torch.get_rng_state(), on_card
+
+    def _set_dropout_state(self, state: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device_of(self.model))
 
     def _clear_gradients(self) -> None:
         for parameter in self.model.parameters():

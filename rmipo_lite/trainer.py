@@ -8,8 +8,9 @@ evaluation and metrics are means over pairs; checkpoints are verified and free o
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,22 +28,29 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from rmipo_lite import batch, loading, metrics
 from rmipo_lite.budget import plan_micro_steps
 from rmipo_lite.checkpoint import SafeCheckpointing
-from rmipo_lite.config import RMiPOConfig, TokenizationMode, TruncationMode
+from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, load_rows
 from rmipo_lite.display import say
-from rmipo_lite.model import causal_lm, disable_dropout
+from rmipo_lite.interrupt import GracefulInterrupt
+from rmipo_lite.metrics import PairValues
+from rmipo_lite.model import disable_dropout
+from rmipo_lite.run_log import RunLog
 from rmipo_lite.selfcheck import packing_problem
+from rmipo_lite.state_io import kept_random_state
 from rmipo_lite.step import PairStep, StepOutcome
-from rmipo_lite.tokenization import (
-    TokenizationOptions,
-    TokenizedPair,
-    prepare_tokenizer,
-    tokenize_rows,
+from rmipo_lite.tokenization import TokenizedPair, prepare_tokenizer, tokenize_rows
+from rmipo_lite.trainer_setup import (
+    is_tokenized,
+    prior_bos_id,
+    refuse_bad_weights,
+    refuse_several_devices,
+    tokenization_options,
+    whole_step_batches,
 )
 
 _ROWS_NAMED = 5  # dropped rows that one message names
@@ -80,7 +88,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     Attributes:
         data_report: what happened to the training rows, None for tokenised pairs.
-        dropped_pairs: pairs that training dropped as not finite: row, step and count.
+        run_log: what the steps did.
 
     Raises:
         ValueError, TypeError: arguments that don't fit together; the message says which.
@@ -101,7 +109,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = RMiPOConfig(loading.run_name(model)) if args is None else args
-        _refuse_several_devices(args)
+        refuse_several_devices(args)
         if processing_class is None:
             processing_class = loading.load_tokenizer(loading.name_of(model))
         if not isinstance(model, str) and quantization_config is not None:
@@ -114,6 +122,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             else model
         )
         loading.protect_4bit_on_cpu(loaded)
+        refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
         loaded = loading.attach_adapter(loaded, peft_config)
         if args.disable_dropout:
@@ -125,7 +134,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         eval_pairs = self._tokenized_eval(eval_dataset, args, loaded)
         super().__init__(
             model=loaded,
-            args=_whole_step_batches(args),
+            args=whole_step_batches(args),
             data_collator=_collate,
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
@@ -136,9 +145,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         self.add_callback(_LogLastStep())
         # Our batch has no num_items: the loss is a mean over pairs already.
         self.model_accepts_loss_kwargs = False
-        self.dropped_pairs: list[dict[str, int]] = []
-        self._window: list[StepOutcome] = []
-        self._num_tokens = 0
+        self.run_log = RunLog(self.args)
         self._dropped_in_a_row = 0
         self.pair_step = self._make_step(train_pairs or [])
 
@@ -149,7 +156,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     ) -> tuple[list[TokenizedPair] | None, DataReport | None]:
         if dataset is None:
             return None, None
-        if _is_tokenized(dataset):
+        if is_tokenized(dataset):
             return list(dataset), None
         rows, report = load_rows(dataset)
         options = tokenization_options(args, model)
@@ -190,6 +197,29 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     # ---- training -------------------------------------------------------------------------
 
+    @property
+    def dropped_pairs(self) -> list[dict[str, int]]:
+        """Pairs that training dropped as not finite: row and step."""
+        return self.run_log.dropped_pairs
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train from the start or from a checkpoint; see `SafeCheckpointing.train`.
+
+        Raises:
+            FloatingPointError: too many steps in a row had pairs that aren't finite, or a weight
+                isn't.
+        """
+        self.run_log.clear()
+        self._dropped_in_a_row = 0
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        mean_loss = output.metrics.get("train_loss", math.nan)
+        return output._replace(training_loss=mean_loss)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
@@ -199,8 +229,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         if self.args.prior == "cached" and self.args.uses_prior:
             self._fill_prior_cache()
         outcome = self.pair_step.train(pairs, self.accelerator.backward)
-        self._window.append(outcome)
-        self._num_tokens += outcome.num_tokens
+        self.run_log.add(self.state.global_step + 1, outcome)
         self._count_dropped(outcome)
         return outcome.loss.to(self.args.device)
 
@@ -215,11 +244,10 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             self._dropped_in_a_row = 0
             return
         step = self.state.global_step + 1
+        if not outcome.num_pairs:
+            refuse_bad_weights(self.model, f"stopped at step {step}: ")
         rows = [pair.row for pair in outcome.dropped]
-        self.dropped_pairs += [{"row": row, "step": step} for row in rows]
-        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (
-            " ..." if len(rows) > _ROWS_NAMED else ""
-        )
+        named = _named(rows)
         say(
             f"Step {step}: {len(rows)} pair(s) dropped, loss or gradient not finite (row {named}); "
             f"{len(self.dropped_pairs)} dropped so far"
@@ -246,7 +274,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, metrics.PairValues, None]:
         """(mean loss, per-pair values, None) of a batch; there are no labels and no logits."""
-        values = metrics.concat(list(self.pair_step.evaluate(inputs["pairs"])))
+        values = metrics.concat([values for _, values in self.pair_step.evaluate(inputs["pairs"])])
         return values.loss.mean(), values, None
 
     def evaluation_loop(
@@ -260,73 +288,86 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         """Means over all pairs of the dataset. Leaves mode and random state as they were."""
         was_training = self.model.training
         self.model.eval()
-        parts = []
+        parts: list[PairValues] = []
+        rows: list[int] = []
+        # A dataloader draws a seed for its workers, and dropout would go on from elsewhere.
+        with kept_random_state():
+            batches = list(dataloader)
         try:
-            for inputs in dataloader:
-                parts.append(self.prediction_step(self.model, inputs, True)[1])
+            for inputs in batches:
+                for pairs, values in self.pair_step.evaluate(inputs["pairs"]):
+                    parts.append(values)
+                    rows += [pair.row for pair in pairs]
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
+                if self._may_stop_evaluating():
+                    say(f"Evaluation stopped after {len(rows)} pairs: it has no numbers")
+                    return _evaluated({}, metric_key_prefix, 0)
         finally:
             self.model.train(was_training)
         if not parts:
             raise ValueError("eval_dataset: no pair to evaluate")
-        values = metrics.concat(parts)
-        named = {"loss": float(values.loss.mean()), **metrics.reduce(parts, self.args)}
-        return EvalLoopOutput(
-            predictions=np.empty(0),  # no logits are ever held
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in named.items()},
-            num_samples=len(values.loss),
+        return _evaluated(self._eval_numbers(parts, rows), metric_key_prefix, len(rows))
+
+    def _may_stop_evaluating(self) -> bool:
+        """Whether Ctrl-C asks for an end, and no choice of the best model hangs on the numbers."""
+        asked = any(
+            isinstance(callback, GracefulInterrupt) and callback.requested
+            for callback in self.callback_handler.callbacks
         )
+        return asked and self.args.metric_for_best_model is None
+
+    def _eval_numbers(self, parts: list[PairValues], rows: list[int]) -> dict[str, float]:
+        """Means over the pairs whose loss is a number; the others are named and counted."""
+        values = metrics.concat(parts)
+        is_finite = metrics.finite(values)
+        bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
+        if not bad:
+            return {"loss": float(values.loss.mean()), **metrics.reduce([values], self.args)}
+        say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {_named(bad)})")
+        counted = {"rmipo/dropped_pairs": float(len(bad))}
+        if len(bad) == len(rows):
+            return counted
+        values = metrics.select(values, is_finite)
+        numbers = metrics.reduce([values], self.args)
+        return {"loss": float(values.loss.mean()), **numbers, **counted}
 
     # ---- logging and state ----------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs since the last log line."""
-        if "loss" in logs and self._window:
-            logs = self._window_logs(logs)
-            self._window = []
+        if "loss" in logs:
+            logs = self.run_log.line(logs)
+        if "train_loss" in logs:
+            # In place: transformers returns the same dict. Its own mean counts dropped steps as 0.
+            mean_loss = self.run_log.mean_loss
+            if mean_loss is None:
+                del logs["train_loss"]
+            else:
+                logs["train_loss"] = mean_loss
         super().log(logs, start_time)
-
-    def _window_logs(self, logs: dict[str, float]) -> dict[str, float]:
-        counted = [outcome for outcome in self._window if outcome.num_pairs]
-        num_pairs = sum(outcome.num_pairs for outcome in counted)
-        logs = dict(logs)
-        if counted:
-            total = sum(outcome.loss * outcome.num_pairs for outcome in counted)
-            logs["loss"] = float(total) / num_pairs
-        else:
-            # Every pair since the last line was dropped: a zero here would look healthy.
-            del logs["loss"]
-        values = [part for outcome in counted for part in outcome.values]
-        logs |= metrics.reduce(values, self.args)
-        logs["num_tokens"] = float(self._num_tokens)
-        if self.dropped_pairs:
-            logs["rmipo/dropped_pairs"] = float(len(self.dropped_pairs))
-        return logs
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights, optimizer and random state (JSON)."""
         cache = self.pair_step.prior_cache
         return {
-            "num_tokens": self._num_tokens,
+            "step": int(self.state.global_step),
+            "run_log": self.run_log.state(),
             "max_tokens_per_microstep": self.pair_step.max_tokens,
             "packing": self.pair_step.packing,
             "checkpointing": self.pair_step.checkpointing,
-            "dropped_pairs": self.dropped_pairs,
             "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Go on with the settings and counts of the checkpoint."""
-        self._num_tokens = state["num_tokens"]
+        self.run_log.load_state(state["run_log"], self.args.device, state["step"])
         self.pair_step.max_tokens = state["max_tokens_per_microstep"]
         self.pair_step.packing = state["packing"]
         wanted = state.get("checkpointing") and self.args.checkpointing_is_open
         if wanted and not self.pair_step.checkpointing:
             self.pair_step.enable_checkpointing()
-        self.dropped_pairs = list(state["dropped_pairs"])
         cache = state["prior_cache"]
         if cache is not None:
             self.pair_step.prior_cache = {
@@ -334,61 +375,14 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             }
 
 
-def tokenization_options(args: RMiPOConfig, model: nn.Module) -> TokenizationOptions:
-    """The run's tokenisation, `max_length` clamped to the model's context (with one line)."""
-    config = causal_lm(model).config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    max_length = args.max_length
-    if context is not None and (max_length is None or max_length > context):
-        if max_length is not None:
-            say(f"max_length {max_length} is more than the model's context: {context} is used")
-        max_length = int(context)
-    return TokenizationOptions(
-        mode=cast(TokenizationMode, args.tokenization),
-        max_length=max_length,
-        max_prompt_length=args.max_prompt_length,
-        truncation_mode=cast(TruncationMode, args.truncation_mode),
-        chat_template=args.chat_template,
-        num_proc=args.dataset_num_proc,
+def _named(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:_ROWS_NAMED])) + (" ..." if len(rows) > _ROWS_NAMED else "")
+
+
+def _evaluated(numbers: dict[str, float], prefix: str, num_samples: int) -> EvalLoopOutput:
+    return EvalLoopOutput(
+        predictions=np.empty(0),  # no logits are ever held
+        label_ids=None,
+        metrics={f"{prefix}_{name}": value for name, value in numbers.items()},
+        num_samples=num_samples,
     )
-
-
-def prior_bos_id(args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token in front of a bare response, None for `prior_context="none"`.
-
-    Raises:
-        ValueError: "bos" with a tokenizer that has none.
-    """
-    if args.prior_context == "none":
-        return None
-    if tokenizer.bos_token_id is None:
-        raise ValueError(
-            "prior_context='bos' needs a tokenizer with a BOS token, and this one has none; use "
-            "prior_context='none'"
-        )
-    return int(tokenizer.bos_token_id)
-
-
-def _whole_step_batches(args: RMiPOConfig) -> RMiPOConfig:
-    """A copy whose dataloader batch is one optimizer step; the caller's own stays as it is."""
-    whole = copy.copy(args)
-    whole.per_device_train_batch_size = args.pairs_per_step
-    whole.gradient_accumulation_steps = 1
-    return whole
-
-
-def _is_tokenized(dataset: Any) -> bool:
-    return (
-        isinstance(dataset, Sequence)
-        and len(dataset) > 0
-        and all(isinstance(pair, TokenizedPair) for pair in dataset)
-    )
-
-
-def _refuse_several_devices(args: RMiPOConfig) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError(
-            f"one process on one device: this run has {args.world_size} processes and "
-            f"{args.n_gpu} GPUs visible. Start it without a launcher and set "
-            "CUDA_VISIBLE_DEVICES=0; several devices are refused until they are proven"
-        )

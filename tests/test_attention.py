@@ -13,7 +13,7 @@ from rmipo_lite.attention import ATTENTION_NAME, packed_attention
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.selfcheck import packing_problem
 from rmipo_lite.step import PairStep
-from tests.tiny import ARCHITECTURES, VOCAB, random_pairs, tiny_model
+from rmipo_lite.selftest.parts import ARCHITECTURES, VOCAB, random_pairs, tiny_model
 
 
 def _run(model: nn.Module, packing: bool, tmp_path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from rmipo_lite import checkpoint_files
 from rmipo_lite.checkpoint import (
@@ -203,8 +203,6 @@ def test_kill_during_a_save_leaves_a_valid_checkpoint_and_an_exact_resume(
 
 
 def _StopAt(step: int) -> Any:
-    from transformers import TrainerCallback
-
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step >= step
@@ -294,7 +292,7 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
     while True:
         calls["left"] = failures
         try:
-            trainer._save_checkpoint(trainer.model, None)
+            trainer._write_checkpoint(None)
             break
         except CheckpointError as error:
             text = str(error)
@@ -308,6 +306,42 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
     assert failures > 12
     calls["left"] = -1
     verify_checkpoint(tmp_path / "checkpoint-3")
+
+
+def test_a_failed_save_is_told_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = checkpoint_files.seal
+
+    def full(folder: Path, *, step: int, **rest: Any) -> None:
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        real(folder, step=step, **rest)
+
+    monkeypatch.setattr(checkpoint_files, "seal", full)
+    trainer = make_trainer(tmp_path / "a", max_steps=6)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "WARNING: checkpoint-4 could not be saved" in out
+    assert "MiB are free" in out
+    assert len(trainer.failed_saves) == 1
+    assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-2", "checkpoint-6"]
+    monkeypatch.setattr(checkpoint_files, "seal", real)
+    whole = make_trainer(tmp_path / "b", max_steps=6)
+    whole.train()
+    assert same_weights(adapter_weights(trainer), adapter_weights(whole))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:  # the fourth step, whose update has just been made
+                with torch.no_grad():
+                    next(p for p in kwargs["model"].parameters() if p.requires_grad).fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match="stopped at step 4: the trained weight .*lora_A"):
+        make_trainer(tmp_path, callbacks=[Spoil()]).train()
+    assert newest_valid_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
 
 
 def save_file_of_state_io() -> Any:

@@ -29,6 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise seen["error"]
         return SimpleNamespace(
             stopped_at_step=seen["stopped_at_step"],
+            unsaved=seen.get("unsaved"),
             report=lambda path: seen.update(report=path),
         )
 
@@ -140,6 +141,11 @@ def test_interrupts_are_130(calls: dict[str, Any], capsys: pytest.CaptureFixture
     calls["error"] = KeyboardInterrupt()
     assert main(["train", "m", "d"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_result_that_could_not_be_saved_is_1(calls: dict[str, Any]) -> None:
+    calls["unsaved"] = "No space left on device"
+    assert main(["train", "m", "d"]) == 1
 
 
 def test_no_command_prints_help_and_is_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,23 +10,28 @@ PACKAGE = ROOT / "rmipo_lite"
 
 # From the first room to the last. Names in one line may not import each other.
 ORDER = [
+    {"data_files", "model_files", "template_limits"},
     {"config", "display", "redaction", "data_report", "data_sources", "data_rows", "text_encoder",
      "authors_tokenization", "cli_options", "plots", "ops"},
     {"data", "state_io", "progress", "interrupt", "environment"},
     {"chat_templates", "checkpoint_files"},
+    {"row_tokens"},
     {"tokenization"},
     {"batch", "adapter_files", "generation"},
     {"attention", "checkpoint", "fused_lora"},
     {"model"},
     {"loss", "loading", "budget"},
-    {"metrics", "selfcheck"},
+    {"surroundings"},
+    {"metrics", "selfcheck", "trainer_setup"},
     {"step"},
+    {"run_log"},
     {"trainer"},
     {"model_card"},
     {"report"},
     {"result"},
     {"one_liner"},
     {"demo", "bench"},
+    {"selftest"},
     {"cli"},
 ]  # fmt: skip
 # Imported inside a function, at use: result -> report and model_card are drawn from a result.

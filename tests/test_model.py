@@ -17,7 +17,7 @@ from rmipo_lite.model import (
     scored_hidden,
 )
 from rmipo_lite.selfcheck import packing_problem
-from tests.tiny import VOCAB, random_pairs, tiny_model
+from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 
 
 def _both(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

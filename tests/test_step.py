@@ -19,7 +19,7 @@ from rmipo_lite.ops import head as head_module
 from rmipo_lite.ops import head_blocks
 from rmipo_lite.step import PairStep
 from tests.conftest import ROOT
-from tests.tiny import random_pairs, tiny_model
+from rmipo_lite.selftest.parts import random_pairs, tiny_model
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -75,10 +75,10 @@ def test_prior_context_bos_scores_the_first_token_too(tmp_path: Path) -> None:
     model, pairs = tiny_model(), random_pairs(2)
     step = _step(model, tmp_path, prior_context="bos")
     step.prior_bos_id = 1
-    values = metrics.concat(list(step.evaluate(pairs)))
+    values = metrics.concat([v for _, v in step.evaluate(pairs)])
     # Pair 1 has one-token responses, which without BOS have no prior.
     assert torch.isfinite(values.chosen_pmi).all()
-    bare = metrics.concat(list(_step(model, tmp_path).evaluate(pairs)))
+    bare = metrics.concat([v for _, v in _step(model, tmp_path).evaluate(pairs)])
     assert bare.chosen_pmi[1].isnan()
     assert bare.gamma[1] == pytest.approx(1.6)
 
@@ -88,7 +88,7 @@ def test_empty_prompt_of_bos_gives_no_gap(tmp_path: Path) -> None:
     pairs = [replace(pair, prompt_ids=[1]) for pair in random_pairs(3)]
     step = _step(tiny_model(), tmp_path, prior_context="bos")
     step.prior_bos_id = 1
-    values = metrics.concat(list(step.evaluate(pairs)))
+    values = metrics.concat([v for _, v in step.evaluate(pairs)])
     assert values.chosen_pmi.abs().max() < 1e-5
     assert values.pmi_gap.abs().max() < 1e-5
 
@@ -138,7 +138,7 @@ def test_nothing_finite_leaves_no_gradient(tmp_path: Path) -> None:
 
 def test_evaluation_has_no_gradient_and_the_same_values(tmp_path: Path) -> None:
     model, pairs = tiny_model(), random_pairs(4)
-    values = metrics.concat(list(_step(model, tmp_path).evaluate(pairs)))
+    values = metrics.concat([v for _, v in _step(model, tmp_path).evaluate(pairs)])
     assert all(p.grad is None for p in model.parameters())
     trained = metrics.concat(_step(model, tmp_path).train(pairs, _backward).values)
     torch.testing.assert_close(values.loss, trained.loss, atol=1e-6, rtol=0)
@@ -287,11 +287,11 @@ def test_evaluation_and_cached_priors_survive_it_too(
 ) -> None:
     model, pairs = tiny_model(), random_pairs(6)
     step = _step(model, tmp_path, prior="cached")
-    values = metrics.concat(list(step.evaluate(pairs)))
+    values = metrics.concat([v for _, v in step.evaluate(pairs)])
     cache = step.prior_means(pairs)
     fault = _Fault(step_module.scored_hidden, 2)
     monkeypatch.setattr(step_module, "scored_hidden", fault)
-    again = metrics.concat(list(step.evaluate(pairs)))
+    again = metrics.concat([v for _, v in step.evaluate(pairs)])
     assert fault.raised == 1
     torch.testing.assert_close(again.loss.sort()[0], values.loss.sort()[0], atol=1e-5, rtol=0)
     fault.at = fault.calls + 1
@@ -321,7 +321,7 @@ import resource, sys
 import torch
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.step import PairStep
-from tests.tiny import random_pairs, tiny_model
+from rmipo_lite.selftest.parts import random_pairs, tiny_model
 
 torch.set_num_threads(1)
 model = tiny_model(hidden_size=256, intermediate_size=1024, max_position_embeddings=1024)

@@ -1,0 +1,93 @@
+"""What the children of the survival checks run; every line begins with a word to wait for."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+import rmipo_lite
+from rmipo_lite.display import say
+from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_rows, word_tokenizer
+
+KILLED_STEPS = 12
+ASKED_STEPS = 10
+
+
+class Announce(TrainerCallback):
+    """Prints what has just been done, for the parent to aim at."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is about to run."""
+        say(f"begun {state.global_step + 1}.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update has been made; a save may follow."""
+        say(f"stepped {state.global_step}.")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is in its place."""
+        say(f"saved {state.global_step}.")
+
+
+def saving_run(folder: str) -> None:
+    """A run that saves after every step, to be killed."""
+    killed_trainer(Path(folder), callbacks=[Announce()]).train()
+    say("ended.")
+
+
+def killed_trainer(folder: Path, **options: Any) -> Any:
+    """The trainer of that run; five pairs, so that an epoch has a short last step."""
+    return tiny_trainer(
+        folder,
+        count=5,
+        max_steps=KILLED_STEPS,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        disable_dropout=False,
+        model=tiny_model(attention_dropout=0.1),
+        **options,
+    )
+
+
+def asked_run(folder: str, resume: bool) -> None:
+    """`train()` from start to end, to be interrupted; prints what it returned."""
+    say("started.")
+    result = asked_train(Path(folder), resume)
+    say(f"returned {result.stopped_at_step}; {result!r}")
+    handler = signal.getsignal(signal.SIGINT)
+    say(f"handler {handler is signal.default_int_handler}.")
+
+
+def asked_train(folder: Path, resume: bool) -> Any:
+    """`train()` on a tiny model, evaluating and saving on the way."""
+    import rmipo_lite.one_liner as one_liner
+
+    real = one_liner.show_progress
+
+    def announcing(trainer: Any) -> None:
+        real(trainer)
+        trainer.add_callback(Announce())
+
+    one_liner.show_progress = announcing
+    try:
+        return rmipo_lite.train(
+            tiny_model(),
+            word_rows(24),
+            tokenizer=word_tokenizer(),
+            output_dir=folder,
+            resume=resume,
+            max_steps=ASKED_STEPS,
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            save_steps=3,
+            eval_strategy="steps",
+            eval_steps=4,
+            logging_steps=1,
+            use_cpu=True,
+        )
+    finally:
+        one_liner.show_progress = real

@@ -1,0 +1,197 @@
+"""What a check is: a number of trials, each of which survives or is lost.
+
+A check is written as a loop:
+
+    def flipped_bits(trials: Trials) -> None:
+        whole = make_checkpoint(trials.folder)          # once
+        for trial in trials:
+            with trial:                                  # what raises in here is lost
+                place = trial.rng.randrange(...)         # the same for the same seed and index
+                trial.tried = f"bit {place}"             # told when the trial is lost
+                expect(found(place), "the flipped bit was not found")
+
+A trial depends on nothing but seed and index, so that one lost among ten thousand is repeated alone
+(`--only 7 --trial 41`). Fewer trials than the scorecard asks for are spread evenly over its
+indices: a check that goes through a table by index meets every part of it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+Mode = Literal["quick", "default", "soak"]
+_LONGEST_MESSAGE = 500  # characters of an error that are kept
+
+
+class Lost(AssertionError):
+    """What a trial was to prove does not hold."""
+
+
+def expect(holds: object, text: str) -> None:
+    """Lose the trial, with this text, unless `holds`."""
+    if not holds:
+        raise Lost(text)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A lost trial: which, what was tried, what came."""
+
+    trial: int
+    tried: str
+    message: str
+    where: str  # the traceback
+
+
+@dataclass
+class Trial:
+    """One trial, to be entered; exceptions in the block are noted and end it alone.
+
+    Attributes:
+        index: 0-based, below the number of trials of the whole scorecard.
+        rng: its own random numbers.
+        folder: an empty folder of its own, removed after the block.
+        tried: what this trial does, in words; set it before the risky part.
+    """
+
+    index: int
+    rng: random.Random
+    folder: Path
+    tried: str = ""
+    loss: Loss | None = None
+
+    def __enter__(self) -> Trial:
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        frames: TracebackType | None,
+    ) -> bool:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if error is None or not isinstance(error, Exception):
+            return False
+        name = "" if isinstance(error, Lost) else f"{type(error).__name__}: "
+        where = "".join(traceback.format_exception(error))
+        text = f"{name}{error}"[:_LONGEST_MESSAGE]
+        self.loss = Loss(self.index, self.tried, text, where)
+        # The traceback holds the trial's models; the loop goes on without them.
+        traceback.clear_frames(frames)
+        return True
+
+
+@dataclass
+class Trials:
+    """The trials of one check.
+
+    Attributes:
+        mode: how thorough the whole run is; for what scales otherwise than by trials.
+        folder: an empty folder of the check, removed after it.
+    """
+
+    number: int
+    seed: int
+    mode: Mode
+    folder: Path
+    indices: list[int]
+    done: int = 0
+    losses: list[Loss] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Trial]:
+        for index in self.indices:
+            rng = random.Random(f"{self.seed}/{self.number}/{index}")
+            trial = Trial(index, rng, self.folder / f"trial-{index}")
+            yield trial
+            self.done += 1
+            if trial.loss is not None:
+                self.losses.append(trial.loss)
+
+    def missing(self, error: Exception) -> None:
+        """Count every trial that was not reached as lost, because the check itself failed."""
+        where = "".join(traceback.format_exception(error))
+        text = f"the check itself failed: {type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
+        self.losses += [Loss(index, "", text, where) for index in self.indices[self.done :]]
+        self.done = len(self.indices)
+
+
+def always() -> str | None:
+    """Nothing is in the way of a check."""
+    return None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the scorecard.
+
+    Attributes:
+        number: its number there.
+        name: what is tried, in a few words.
+        soak: how many trials the scorecard asks for.
+        run: the loop over the trials.
+        quick: trials of `--quick`; 0 leaves the check out there.
+        least: trials of the default run, where a tenth would be too few to mean anything.
+        absent: why the check can't be run here, or None.
+    """
+
+    number: int
+    name: str
+    soak: int
+    run: Callable[[Trials], None]
+    quick: int = 1
+    least: int = 1
+    absent: Callable[[], str | None] = always
+
+    def trials(self, mode: Mode) -> list[int]:
+        """The indices that a mode tries, spread over all of them."""
+        counts = {
+            "quick": self.quick,
+            "default": min(self.soak, max(self.least, math.ceil(self.soak / 10))),
+            "soak": self.soak,
+        }
+        count = counts[mode]
+        return [place * self.soak // count for place in range(count)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check."""
+
+    number: int
+    name: str
+    trials: int
+    losses: list[Loss]
+    seconds: float
+    absent: str | None = None
+
+    @property
+    def lost(self) -> int:
+        """How many trials were lost."""
+        return len(self.losses)
+
+
+def carry_out(check: Check, trials: Trials) -> Outcome:
+    """Run one check to its end, whatever happens in it."""
+    start = time.perf_counter()
+    trials.folder.mkdir(parents=True)
+    try:
+        check.run(trials)
+    except Exception as error:
+        trials.missing(error)
+    finally:
+        shutil.rmtree(trials.folder, ignore_errors=True)
+    seconds = time.perf_counter() - start
+    return Outcome(check.number, check.name, trials.done, trials.losses, seconds)

@@ -1,0 +1,66 @@
+"""The log of a run: means over pairs that counted, recomputable from the file of pair values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmipo_lite.run_log import PAIR_VALUES_FILE
+from rmipo_lite.selftest.parts import random_pairs, tiny_trainer
+
+NAMES = {"loss": "loss", "logps/chosen": "chosen_logps", "rmipo/gamma": "gamma"}
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / PAIR_VALUES_FILE).read_text().splitlines()]
+
+
+def _logs(trainer: Any) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_log_lines_are_the_means_of_the_file(tmp_path: Path) -> None:
+    trainer = tiny_trainer(
+        tmp_path, save_pair_values=True, logging_steps=2, max_tokens_per_microstep=30, count=7
+    )
+    trainer.train()
+    pairs = _lines(tmp_path)
+    assert len(pairs) == 14  # 4 + 3 + 4 + 3: the short batch weighs by its pairs
+    for entry in _logs(trainer):
+        mine = [pair for pair in pairs if entry["step"] - 1 <= pair["step"] <= entry["step"]]
+        for name, key in NAMES.items():
+            mean = sum(pair[key] for pair in mine) / len(mine)
+            assert entry[name] == pytest.approx(mean, abs=1e-6)
+    undefined = [pair for pair in pairs if pair["chosen_pmi"] is None]
+    assert {pair["row"] for pair in undefined} == {1}  # its responses have one token
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_run_logs_the_same_lines(stop: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_pair_values": True, "logging_steps": 3, "max_steps": 7}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    whole = tiny_trainer(tmp_path, **options, **saving)
+    whole.train()
+    expected = _lines(tmp_path)
+    # Lines of steps that are about to run again, and one that was cut by a kill.
+    with (tmp_path / PAIR_VALUES_FILE).open("a") as file:
+        file.write('{"step": 7, "ro')
+    resumed = tiny_trainer(tmp_path, **options)
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    timeless = {"grad_norm", "num_tokens", *NAMES}
+    for ours, theirs in zip(_logs(resumed), _logs(whole), strict=True):
+        assert {n: ours[n] for n in timeless} == {n: theirs[n] for n in timeless}
+    assert _lines(tmp_path) == expected
+    assert output.training_loss == whole.state.log_history[-1]["train_loss"]
+
+
+def test_a_second_run_of_the_same_trainer_counts_from_zero(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, pairs=random_pairs(4), max_steps=1)
+    tokens = []
+    for _ in range(2):
+        trainer.train()
+        tokens.append(_logs(trainer)[-1]["num_tokens"])
+    assert tokens[0] == tokens[1]
