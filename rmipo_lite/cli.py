@@ -197,7 +197,8 @@ def _bench(given: dict[str, Any]) -> int:
     if what == "report":
         rows = report.read_all(folder)
         report.draw(folder / report.PLOT, rows)
-        report.write_table(folder.resolve().parent / "README.md", rows)
+        readme = folder.resolve().parent / "README.md"
+        report.put_between(readme, report.MARK, report.table(rows))
         say(report.table(rows))
         return OK
     files = {

@@ -22,6 +22,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, Row, load_rows, split_holdout
 from rmipo_lite.display import say, show_progress
 from rmipo_lite.interrupt import GracefulInterrupt
+from rmipo_lite.preflight import plan_run
 from rmipo_lite.result import TrainResult
 from rmipo_lite.surroundings import clear_frames, restored, unwrap_forward
 from rmipo_lite.tokenization import TokenizedPair, prepare_tokenizer, tokenize_rows
@@ -33,6 +34,9 @@ HOLDOUT_AT_MOST = 200  # pairs
 # Nats per token; a healthy run moves this by a few tenths, a model that has come to write one
 # letter over and over moved it by 3.5 (260K parameters, learning rate 1e-3, 300 steps).
 _RUNAWAY_NATS = 1.0
+# Of the held-out pairs, in how many the untrained model may prefer the rejected side.
+_REJECTED_SHARE = 0.6
+_LEAST_PAIRS_TO_JUDGE = 20
 
 
 def train(
@@ -140,6 +144,14 @@ def _run(
     before = trainer.evaluate() if eval_pairs else {}
     if interrupt.requested:
         raise KeyboardInterrupt  # before the first step there is nothing to save
+    warning = swapped_labels_warning(before, len(eval_pairs))
+    if warning is not None:
+        say(warning)
+    plan = plan_run(trainer, before.get("eval_runtime", 0.0))
+    for line in (str(plan), *plan.warnings):
+        say(line)
+    if interrupt.requested:
+        raise KeyboardInterrupt
     checkpoint = str(resume) if isinstance(resume, (str, Path)) else resume
     outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
     interrupt.answered()
@@ -158,6 +170,7 @@ def _run(
         output_dir=folder,
         stopped_at_step=interrupt.stopped_at_step,
         conversational=conversational,
+        plan=plan,
     )
     warning = runaway_warning(before, after)
     if warning is not None:
@@ -191,6 +204,23 @@ def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException
     newest, _ = newest_valid_checkpoint(folder)
     if newest is not None:
         say(f"Stopped; resume=True, output_dir={str(folder)!r} goes on from {newest.name}")
+
+
+def swapped_labels_warning(before: dict[str, float], pairs: int) -> str | None:
+    """What to say when the untrained model mostly prefers the rejected side, else None.
+
+    Args:
+        before: the metrics of the evaluation before training.
+        pairs: how many pairs they are means over; of too few nothing is said.
+    """
+    accuracy = before.get("eval_rewards/accuracies")
+    if accuracy is None or pairs < _LEAST_PAIRS_TO_JUDGE or accuracy >= 1 - _REJECTED_SHARE:
+        return None
+    return (
+        f"WARNING: before any training the model finds the rejected side likelier in "
+        f"{1 - accuracy:.0%} of {pairs} held-out pairs. Look at a few: if chosen and rejected are "
+        "swapped, rename the columns"
+    )
 
 
 def runaway_warning(before: dict[str, float], after: dict[str, float]) -> str | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from rmipo_lite.config import RMiPOConfig
     from rmipo_lite.data import DataReport
+    from rmipo_lite.preflight import Plan
 
 __all__ = ["Comparison", "TrainResult"]
 
@@ -47,6 +48,7 @@ class TrainResult:
         output_dir: the folder of the run.
         stopped_at_step: the step a Ctrl-C stopped the run at, None when it ran to its end.
         conversational: whether prompts are rendered by the chat template.
+        plan: what the run was expected to take, before its first step.
         unsaved: why the adapter could not be saved at the end; None when it was.
     """
 
@@ -60,6 +62,7 @@ class TrainResult:
     output_dir: Path
     stopped_at_step: int | None = None
     conversational: bool = False
+    plan: Plan | None = None
     unsaved: str | None = None
     _samples: Comparison | None = field(default=None, init=False)
 

@@ -17,6 +17,8 @@ from rmipo_lite.ops import head_blocks
 from tests.conftest import ROOT
 from tests.test_golden import BATCHES, _model, _read, _tokens
 
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
 
 @pytest.mark.parametrize("name", ["model_random", "model_sft"])
 def test_the_authors_step_gives_the_recorded_values(name: str) -> None:
@@ -186,7 +188,7 @@ def test_the_readme_shows_what_the_rows_say() -> None:
     rows = report.read_all(ROOT / "benchmarks")
     assert rows
     table = report.table(rows)
-    assert f"{report.BEGIN}\n{table}\n{report.END}" in (ROOT / "README.md").read_text()
+    assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text()
 
 
 def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks"
     records.write(folder / "step.csv", rows)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert main(["bench", "report", "--output_dir", str(folder)]) == 0
     text = readme.read_text()
     assert "| 1.50 (1.40–1.60) | – | step.csv |" in text
@@ -214,7 +216,7 @@ def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
 def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="wanted the markers"):
-        report.write_table(tmp_path / "README.md", [])
+        report.put_between(tmp_path / "README.md", report.MARK, "a table")
 
 
 def test_the_shapes_of_the_report_are_those_measured() -> None:

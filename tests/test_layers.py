@@ -26,6 +26,7 @@ ORDER = [
     {"step"},
     {"run_log"},
     {"trainer"},
+    {"preflight"},
     {"model_card"},
     {"report"},
     {"result"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rmipo_lite
-from rmipo_lite.one_liner import runaway_warning
+from rmipo_lite import one_liner, preflight
+from rmipo_lite.one_liner import runaway_warning, swapped_labels_warning
+from rmipo_lite.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 
 MODEL = REFERENCES / "model_sft"
@@ -195,3 +200,124 @@ def test_a_margin_won_by_forgetting_is_said(before: float, after: float, warns: 
     if warning is not None:
         assert "less likely, by 3.5 nats per token" in warning
     assert runaway_warning({}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "pairs", "warns"), [(0.35, 40, True), (0.35, 10, False), (0.45, 40, False)]
+)
+def test_swapped_labels_are_suspected(accuracy: float, pairs: int, warns: bool) -> None:
+    warning = swapped_labels_warning({"eval_rewards/accuracies": accuracy}, pairs)
+    assert (warning is not None) == warns
+    if warning is not None:
+        assert "the rejected side likelier in 65% of 40 held-out pairs" in warning
+    assert swapped_labels_warning({}, 100) is None
+
+
+def test_the_plan_is_told_before_and_kept(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _train(str(MODEL), tokenizer, tmp_path / "run", max_steps=20)
+    out = capsys.readouterr().out
+    plan = result.plan
+    assert plan is not None
+    assert plan.steps == 20
+    assert plan.seconds is not None
+    assert plan.seconds > 0
+    assert out.index("Plan: 20 steps of 8 pairs, about") < out.index("steps in")
+    # What the plan measured left no trace in the run.
+    without = _train(
+        str(MODEL), tokenizer, tmp_path / "a", max_steps=2, lr_scheduler_type="constant"
+    )
+    assert without.plan is not None
+    assert without.plan.seconds is None
+
+
+def test_a_plan_changes_nothing_in_the_run(tokenizer: Any, tmp_path: Path, monkeypatch) -> None:
+    options = {"max_steps": 20, "disable_dropout": False}
+    planned = _train(str(MODEL), tokenizer, tmp_path / "a", **options)
+    monkeypatch.setattr(preflight, "_LEAST_STEPS", 99)
+    unplanned = _train(str(MODEL), tokenizer, tmp_path / "b", **options)
+    losses = [[log["loss"] for log in r.history if "loss" in log] for r in (planned, unplanned)]
+    assert losses[0] == losses[1]
+
+
+def test_too_little_disk_is_said_before(
+    tokenizer: Any, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    _train(str(MODEL), tokenizer, tmp_path / "run", max_steps=1)
+    assert "1000 bytes are free: some saves will fail" in capsys.readouterr().out
+
+
+def test_a_result_that_cannot_be_saved_is_returned(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(self: Any, folder: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rmipo_lite.TrainResult, "save", full)
+        result = _train(str(MODEL), tokenizer, tmp_path / "run", max_steps=1)
+    assert "NOT SAVED" in repr(result)
+    assert "the adapter could not be saved" in capsys.readouterr().out
+    result.save(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "adapter_model.safetensors").is_file()
+
+
+def test_an_error_leaves_the_weights_of_the_last_step(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real = RMiPOTrainer.training_step
+
+    def failing(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 2:
+            raise RuntimeError("planted")
+        return real(self, *args)
+
+    monkeypatch.setattr(RMiPOTrainer, "training_step", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        _train(str(MODEL), tokenizer, tmp_path / "run", max_steps=4, save_steps=1)
+    out = capsys.readouterr().out
+    assert f"The weights as of step 2 are in {tmp_path / 'run'}" in out
+    assert "goes on from checkpoint-2" in out
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    kept = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)
+
+
+class _CtrlC(TrainerCallback):
+    """Presses Ctrl-C at the first batch of the n-th evaluation."""
+
+    def __init__(self, evaluation: int) -> None:
+        self._left = evaluation
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_ctrl_c_cuts_an_evaluation_short(
+    evaluation: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real = one_liner.show_progress
+
+    def with_ctrl_c(trainer: Any) -> None:
+        real(trainer)
+        trainer.add_callback(_CtrlC(evaluation))
+
+    monkeypatch.setattr(one_liner, "show_progress", with_ctrl_c)
+    handler = signal.getsignal(signal.SIGINT)
+    if evaluation == 1:  # before the first step: nothing was trained, nothing is written
+        with pytest.raises(KeyboardInterrupt):
+            _train(str(MODEL), tokenizer, tmp_path / "run")
+        assert not list((tmp_path / "run").glob("*"))
+    else:  # after the last one: the result is whole, only its numbers are missing
+        result = _train(str(MODEL), tokenizer, tmp_path / "run")
+        assert result.stopped_at_step is None
+        assert "eval_loss" not in result.metrics
+        assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert "Evaluation stopped after" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rmipo_lite.bench.records import Record, read
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+MARK = "benchmarks"
 PLOT = "benchmarks.png"
 
 
@@ -88,17 +88,18 @@ def _cell(row: Record | None) -> str:
     return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
 
 
-def write_table(readme: Path, rows: Sequence[Record]) -> None:
-    """Put the table between the README's two markers.
+def put_between(readme: Path, name: str, text: str) -> None:
+    """Put a table between a README's markers `<!-- name: begin -->` and `<!-- name: end -->`.
 
     Raises:
         ValueError: the README hasn't got them.
     """
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme}: wanted the markers {BEGIN} and {END}")
-    head, rest = text.split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    whole = readme.read_text(encoding="utf-8")
+    if begin not in whole or end not in whole:
+        raise ValueError(f"{readme}: wanted the markers {begin} and {end}")
+    head, rest = whole.split(begin)
+    readme.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def draw(path: Path, rows: Sequence[Record]) -> None:

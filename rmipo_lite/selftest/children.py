@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rmipo_lite.ops import native
+import torch
 
 _PRELOADED = ["rmipo_lite", "rmipo_lite.trainer", "rmipo_lite.one_liner"]
 _PATIENCE_S = 120.0  # no job takes a tenth of it
@@ -147,8 +147,7 @@ def _run(output: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as we
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The server has computed nothing, so this child may have threads as any new process.
-    native._process = os.getpid()
+    torch.set_num_threads(1)  # as in the parent: another number would round otherwise
     try:
         job(*args)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import signal
 import tempfile
 import time
 import warnings
@@ -13,16 +14,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from rmipo_lite.display import duration, say
 from rmipo_lite.environment import versions
+from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.selftest import (
+    alarms,
+    borders,
     building,
     data,
     evaluation,
     gpu,
     hostile,
+    lengths,
     memory,
+    mistakes,
     model,
     numerics,
     soak,
@@ -34,8 +43,8 @@ from rmipo_lite.selftest.children import ChildPool
 from rmipo_lite.selftest.scorecard import Check, Mode, Outcome, Trials, carry_out
 
 _MODULES = (
-    survival, soak, training, evaluation, data, numerics, model, building, memory, users, hostile,
-    gpu,
+    survival, soak, training, evaluation, data, borders, lengths, alarms, numerics, model, building,
+    memory, users, mistakes, hostile, gpu,
 )  # fmt: skip
 # What needs things that aren't shipped; continuous integration runs them as scripts.
 ELSEWHERE = {
@@ -81,7 +90,8 @@ def selftest(
         say(f"seed {seed}, {mode}; every trial depends on seed and index alone")
         say(_HEAD)
     # Children are forked from a process that has imported everything and computed nothing.
-    with ChildPool(), tempfile.TemporaryDirectory(prefix="rmipo-selftest-") as folder:
+    scratch = tempfile.TemporaryDirectory(prefix="rmipo-selftest-")
+    with _one_thread(), ChildPool(), scratch as folder:
         for check in checks:
             outcome = _one(check, mode, seed, trial, Path(folder))
             outcomes.append(outcome)
@@ -120,6 +130,17 @@ def _one(check: Check, mode: Mode, seed: int, trial: int | None, folder: Path) -
 
 
 @contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the package and its libraries print out of the table."""
     disabled = logging.root.manager.disable
@@ -128,6 +149,8 @@ def _quiet() -> Iterator[None]:
     try:
         with (
             warnings.catch_warnings(),
+            # Ctrl-C is meant for the scorecard here, not for the run that it tries.
+            mock.patch.object(GracefulInterrupt, "_on_signal", signal.default_int_handler),
             contextlib.redirect_stdout(sink),
             contextlib.redirect_stderr(sink),
         ):

@@ -1,0 +1,60 @@
+"""The README's table of what is promised, with the counts of a run of the scorecard.
+
+rmipo-lite selftest --soak --json benchmarks/selftest.json
+python -m rmipo_lite.selftest.promises benchmarks/selftest.json README.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rmipo_lite.bench.report import put_between
+
+MARK = "selftest"
+# What a user is promised, and the checks that try to break it.
+PROMISES: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("A run killed, interrupted or out of disk resumes bit for bit", (1, 5, 13, 14, 44)),
+    ("A damaged checkpoint is found and named, the one before is used", (7,)),
+    ("NaN and inf change no weight; their pair is dropped, named, counted", (2, 21)),
+    ("Every row is kept, dropped or refused with its reason", (3, 37, 40)),
+    ("Prompt, answer, BOS and end of turn lie where they belong", (8, 10, 11)),
+    ("The numbers are the method's, and those of float64", (4, 12, 22, 24, 31)),
+    ("No pair sees its company, its padding or its split", (6, 20, 23, 25, 32)),
+    ("Wrong calls of the kernels raise; none ends the process", (15, 19, 41)),
+    ("Without kernels, compiler or cache it trains all the same", (17, 18)),
+    ("Your model, tokenizer, process and memory are as before", (27, 28)),
+    ("The log adds up, evaluation changes nothing", (29, 30)),
+    ("Warned of before: swapped labels, length bias, time, memory, disk", (38, 39)),
+    ("No code of a stranger runs, no secret is written, output fits its place", (34, 35, 36)),
+)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown of the promises from the scorecard's JSON."""
+    checks = {check["number"]: check for check in content["checks"] if check["absent"] is None}
+    lines = ["| promise | checks | trials | lost |", "|---|---|---|---|"]
+    for promise, numbers in PROMISES:
+        own = [checks[number] for number in numbers if number in checks]
+        trials, lost = sum(c["trials"] for c in own), sum(c["lost"] for c in own)
+        named = ", ".join(str(check["number"]) for check in own)
+        lines.append(f"| {promise} | {named} | {trials:,} | {lost} |")
+    versions = content["versions"]
+    lines.append("")
+    lines.append(
+        f"{content['total']} (`rmipo-lite selftest --{content['mode']}`, seed {content['seed']}, "
+        f"{content['date']}, torch {versions['torch']}, transformers {versions['transformers']})."
+    )
+    return "\n".join(lines)
+
+
+def main(scorecard: str, readme: str) -> None:
+    """Write the table of a scorecard into a README."""
+    content = json.loads(Path(scorecard).read_text(encoding="utf-8"))
+    put_between(Path(readme), MARK, table(content))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""Malformed rows and containers: the checks hold, and find what is planted in the package."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rmipo_lite import data, data_files, data_rows
+from rmipo_lite.selftest.bad_rows import KINDS, tools
+
+
+def test_every_kind_is_met_by_a_tenth_of_the_trials() -> None:
+    assert math.gcd(len(KINDS) + 1, 10) == 2  # 24 kinds: halved, which the next line makes up for
+    assert {index % (len(KINDS) + 1) for index in range(1000)} == set(range(len(KINDS) + 1))
+
+
+def test_malformed_rows(try_check) -> None:
+    assert [loss.message for loss in try_check(3, *range(60)).losses] == []
+
+
+def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(data_rows, "_is_given", lambda value: False)
+    return KINDS.index(tools)
+
+
+def _surrogates_pass(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(data_rows, "_checked_text", lambda text, column: text)
+    return 3
+
+
+def _columns_unnamed(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(data, "_nearest", lambda wanted, names: None)
+    return len(KINDS)
+
+
+@pytest.mark.parametrize("plant", [_nothing_given, _surrogates_pass, _columns_unnamed])
+def test_a_fault_in_reading_rows_is_found(
+    plant, try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = plant(monkeypatch)
+    size = len(KINDS) + 1
+    assert try_check(3, index, index + size, index + 2 * size).lost == 3
+
+
+def test_containers(try_check) -> None:
+    assert [loss.message for loss in try_check(40, 0, 6).losses] == []
+
+
+def test_a_container_that_changes_the_order_is_found(
+    try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = data_files.transpose
+    monkeypatch.setattr("rmipo_lite.data_sources.transpose", lambda columns: real(columns)[::-1])
+    (loss,) = try_check(40, 1).losses
+    assert loss.message == "other pairs than from a list"

@@ -1,0 +1,51 @@
+"""Surroundings and memory after train(): the checks hold, and find what is left behind."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from rmipo_lite import one_liner, surroundings
+
+
+def test_surroundings_are_as_before(try_check) -> None:
+    assert [loss.message for loss in try_check(27, 0, 2, 3).losses] == []
+
+
+@pytest.mark.slow
+def test_memory_is_flat(try_check) -> None:
+    assert [loss.message for loss in try_check(28, 0, 1, 2).losses] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "index", "message"),
+    [
+        ("_drop_input_hooks", 3, "model"),
+        ("set_random_state", 0, "random"),
+        ("_restore_environment", 0, "environment"),
+        ("detach_adapter", 2, "model"),
+    ],
+)
+def test_what_is_not_put_back_is_lost(
+    fault: str, index: int, message: str, try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surroundings, fault, lambda *_: None)
+    monkeypatch.setenv("RMIPO_LITE_TEST", "before")
+    real = one_liner.show_progress
+
+    def changing(trainer) -> None:
+        os.environ["RMIPO_LITE_TEST"] = "changed by the run"
+        real(trainer)
+
+    monkeypatch.setattr(one_liner, "show_progress", changing)
+    losses = try_check(27, index).losses
+    assert len(losses) == 1
+    assert message in losses[0].message
+
+
+@pytest.mark.slow
+def test_frames_that_are_kept_are_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(one_liner, "clear_frames", kept.append)
+    assert "live tensors" in try_check(28, 2).losses[0].message

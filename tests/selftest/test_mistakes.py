@@ -1,0 +1,44 @@
+"""Mistakes and alarms: the checks hold, and find what is planted in the package."""
+
+from __future__ import annotations
+
+import pytest
+
+from rmipo_lite import data, data_report, one_liner
+from rmipo_lite.selftest.mistakes import MISTAKES
+
+NAMES = [mistake.what for mistake in MISTAKES]
+
+
+def test_every_mistake_is_told(try_check) -> None:
+    assert len(NAMES) == 40
+    assert [(loss.tried, loss.message) for loss in try_check(37, *range(0, 40, 2)).losses] == []
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda *_: "dataset: columns found are wrong",  # no way out
+        lambda *_: "dataset: columns found 'question' rename_columns" + " and so on" * 60,
+        lambda *_: {}["rename_columns"],  # a library's own error
+    ],
+)
+def test_a_message_that_falls_short_is_found(
+    say, try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_wrong_columns", say)
+    assert try_check(37, NAMES.index("other column names")).lost == 1
+
+
+def test_alarms(try_check) -> None:
+    assert [loss.message for loss in try_check(38, 0, 1, 2).losses] == []
+
+
+def test_alarms_that_are_silent_or_false_are_found(
+    try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_liner, "swapped_labels_warning", lambda *_: None)
+    monkeypatch.setattr(data_report, "LENGTH_BIAS_SHARE", 0.3)
+    lost = {loss.trial: loss.message for loss in try_check(38, 0, 2).losses}
+    assert "no word of it" in lost[0]
+    assert "a false alarm" in lost[2]
