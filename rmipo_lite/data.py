@@ -13,29 +13,33 @@ from __future__ import annotations
 import difflib
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.data_rows import Dropped, Refused, normalise
-from rmipo_lite.data_sources import Broken, read_records
+from rmipo_lite.data_files import Broken
+from rmipo_lite.data_report import DataReport, printable
+from rmipo_lite.data_rows import Dropped, Identical, Refused, normalise
+from rmipo_lite.data_sources import read_records
 
 __all__ = ["DataReport", "Row", "load_rows", "split_holdout"]
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 COLUMNS = ("prompt", "chosen", "rejected")
 COLUMNS_READ = {*COLUMNS, "tools"}  # tools only to refuse them by name
+COLUMNS_NAMED = 20  # columns that the error about wrong ones names
 MIN_PAIRS_TO_HOLD_OUT = 8  # fewer pairs are too few to lose any
 # What other people call these columns; only for naming the rename in an error.
 ALIASES = {
-    "prompt": "question instruction input query user context problem source post ask human",
-    "chosen": "good preferred better winner win positive pos accepted accept best response_j "
-    "chosen_response response_chosen answer_chosen output_chosen correct",
-    "rejected": "bad dispreferred worse loser lose negative neg reject worst response_k "
-    "rejected_response response_rejected answer_rejected output_rejected incorrect wrong",
+    "prompt": "question instruction input query user context problem source post ask human x",
+    "chosen": "good preferred better winner win won positive pos accepted accept best response_j "
+    "correct yw",
+    "rejected": "bad dispreferred unpreferred worse loser lose lost negative neg reject worst "
+    "response_k incorrect wrong yl",
 }
+NEGATIONS = {"non", "not", "less", "un", "dis"}  # non_preferred is a name of the rejected side
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,9 @@ class Row:
     rejected: str | list[Message]
 
 
-def load_rows(dataset: Any, *, split: str = "train") -> tuple[list[Row], DataReport]:
+def load_rows(
+    dataset: Any, *, split: str = "train", argument: str = "dataset"
+) -> tuple[list[Row], DataReport]:
     """Read any preference dataset.
 
     Args:
@@ -56,6 +62,7 @@ def load_rows(dataset: Any, *, split: str = "train") -> tuple[list[Row], DataRep
             `datasets.Dataset`, `DatasetDict`, `IterableDataset`; list of dicts; dict of lists;
             pandas DataFrame; any finite iterable of dicts.
         split: which split of a dataset that has several.
+        argument: what the caller calls it, for errors.
 
     Returns:
         The usable rows in order, and the report, for which kept + dropped + refused == total.
@@ -64,23 +71,28 @@ def load_rows(dataset: Any, *, split: str = "train") -> tuple[list[Row], DataRep
         ValueError: no rows, wrong columns, an unreadable file, or no usable row at all.
         FileNotFoundError: a path that does not exist.
     """
-    source, records = read_records(dataset, split)
-    if not records:
-        raise ValueError(f"dataset: {source} has no rows")
-    report = DataReport(source=source, total=len(records))
-    _check_columns(records, report)
+    try:
+        source, records = read_records(dataset, split)
+        if not records:
+            raise ValueError(f"dataset: {source} has no rows, wanted at least one pair")
+        report = DataReport(source=source, total=len(records), argument=argument)
+        _check_columns(records, report)
+    except (ValueError, FileNotFoundError) as error:
+        if argument == "dataset":
+            raise
+        raise type(error)(argument + str(error).removeprefix("dataset")) from error
     rows: list[Row] = []
     seen: set[tuple[str, str, str]] = set()
     for index, record in enumerate(records):
         try:
             if isinstance(record, Broken):
-                raise Refused(record.reason, record.example)
+                raise Refused("row", record.wanted, record.got, record.where)
             row = Row(index, *normalise(record))
         except Refused as problem:
             report.refuse(index, problem.reason, problem.example)
         except Dropped as problem:
-            report.drop(index, problem.reason)
-            report.identical_pairs += problem.identical
+            report.drop(index, problem.reason, problem.example)
+            report.identical_pairs += isinstance(problem, Identical)
         else:
             rows.append(row)
             _count_texts(row, seen, report)
@@ -112,11 +124,12 @@ def nothing_left(report: DataReport) -> str:
     """The message for a dataset without one usable row: the three most frequent reasons."""
     reasons = {**report.refused, **report.dropped}
     lines = [
-        f"  {tally.count} rows: {reason}" + (f" ({tally.example})" if tally.example else "")
+        f"  {tally.count} rows ({tally.first_rows()}): {printable(reason)}"
+        + (f" ({tally.example})" if tally.example else "")
         for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].count)[:3]
     ]
     return (
-        f"dataset: no usable row among the {report.total} of {report.source}:\n"
+        f"{report.argument}: no usable row among the {report.total} of {report.source}:\n"
         + "\n".join(lines)
         + "\nWanted rows with prompt, chosen and rejected: texts, or message lists "
         '[{"role": "user", "content": "..."}].'
@@ -157,8 +170,10 @@ def _wrong_columns(found: list[str], missing: list[str]) -> str:
         name = _nearest(wanted, [name for name in free if name not in renames])
         if name is not None:
             renames[name] = wanted
+    named = ", ".join(repr(name[:60]) for name in found[:COLUMNS_NAMED])
+    more = f", ... ({len(found)} in all)" if len(found) > COLUMNS_NAMED else ""
     message = (
-        f"dataset: columns found {found}, wanted ['prompt', 'chosen', 'rejected'] "
+        f"dataset: columns found [{named}{more}], wanted ['prompt', 'chosen', 'rejected'] "
         "(prompt may be missing when chosen and rejected are whole conversations); "
         f"missing {missing}."
     )
@@ -169,16 +184,37 @@ def _wrong_columns(found: list[str], missing: list[str]) -> str:
 
 
 def _nearest(wanted: str, names: list[str]) -> str | None:
-    aliases = [wanted, *ALIASES[wanted].split()]
+    """The column that most likely is the wanted one, by its name; None where none looks like it."""
+    aliases = _aliases(wanted)
     lowered = {name.lower().strip(): name for name in reversed(names)}
     for alias in aliases:
         if alias in lowered:
             return lowered[alias]
-    for name in names:
-        if any(alias in name.lower() for alias in aliases if len(alias) > 4):
-            return name
+    negated = _aliases("chosen") if wanted == "rejected" else []
+    for alias in (*aliases, *negated):
+        for name in names:
+            if alias in _words(name) and _meaning(_words(name)) == wanted:
+                return name
     close = difflib.get_close_matches(wanted, list(lowered), n=1, cutoff=0.6)
     return lowered[close[0]] if close else None
+
+
+def _aliases(column: str) -> list[str]:
+    return [column, *ALIASES[column].split()]
+
+
+def _words(name: str) -> set[str]:
+    """The words of snake_case and camelCase."""
+    return set(re.findall("[a-z0-9]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+
+
+def _meaning(words: set[str]) -> str:
+    """Which column a name of these words is: answer_correct is chosen, non_preferred rejected."""
+    if words & set(_aliases("rejected")):
+        return "rejected"
+    if words & set(_aliases("chosen")):
+        return "rejected" if words & NEGATIONS else "chosen"
+    return "prompt"
 
 
 Pair = TypeVar("Pair")

@@ -2,18 +2,19 @@
 
 Every row ends in exactly one of three places: kept, dropped (a sound row that cannot teach
 anything: an empty answer, an identical pair) or refused (a faulty row: a number where text
-belongs). The three counts add up to the input, and every reason keeps the numbers of its first
-rows, so that a user can go and look. The report holds no texts but short examples.
+belongs). The three counts add up to the input, and every reason keeps the numbers of its rows, so
+that a user can go and look. The report holds no texts but short examples.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-ROWS_KEPT_PER_REASON = 20  # row numbers stored for each reason; all rows are counted
+ROWS_SHOWN = 5  # row numbers that are printed for each reason; the report holds all of them
 EXAMPLE_CHARS = 300  # longest example text stored with a reason
 LENGTH_BIAS_SHARE = 0.6  # above it the length of the chosen side is a warning
 REFUSED_SHARE = 0.5  # above it the refused rows stand first among the warnings
@@ -28,18 +29,36 @@ def printable(text: str, limit: int = EXAMPLE_CHARS) -> str:
 
 @dataclass
 class Tally:
-    """How often one reason occurred, the first rows it occurred in, and an example."""
+    """How often one reason occurred, in which rows, and an example."""
 
     count: int = 0
-    rows: list[int] = field(default_factory=list)  # 0-based, at most ROWS_KEPT_PER_REASON
+    # First and last row of every run of neighbours: a reason that a whole file has is one of them.
+    ranges: list[tuple[int, int]] = field(default_factory=list)
     example: str = ""
 
     def add(self, row: int, example: str = "") -> None:
-        """Count one more row; keep its number while there is room."""
+        """Count one more row and note its 0-based number."""
         self.count += 1
-        if len(self.rows) < ROWS_KEPT_PER_REASON:
-            self.rows.append(row)
+        if self.ranges and self.ranges[-1][1] == row - 1:
+            self.ranges[-1] = (self.ranges[-1][0], row)
+        else:
+            self.ranges.append((row, row))
         self.example = self.example or printable(example)
+
+    def numbers(self) -> Iterator[int]:
+        """The 0-based numbers of its rows, in the order they were met."""
+        for first, last in self.ranges:
+            yield from range(first, last + 1)
+
+    @property
+    def rows(self) -> list[int]:
+        """All of `numbers()`."""
+        return list(self.numbers())
+
+    def first_rows(self) -> str:
+        """The first numbers as text."""
+        shown = ", ".join(map(str, itertools.islice(self.numbers(), ROWS_SHOWN)))
+        return shown + (", ..." if self.count > ROWS_SHOWN else "")
 
 
 @dataclass
@@ -47,6 +66,7 @@ class DataReport:
     """What became of every row, and how long the texts are. Lengths are in tokens."""
 
     source: str = ""
+    argument: str = "dataset"  # what the caller calls it
     total: int = 0  # rows that came in
     kept: int = 0
     dropped: dict[str, Tally] = field(default_factory=dict)  # sound, but nothing to learn from
@@ -139,7 +159,15 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values, the shares and warnings included."""
+        tallies = {
+            kind: {
+                reason: {"count": tally.count, "rows": tally.rows, "example": tally.example}
+                for reason, tally in reasons.items()
+            }
+            for kind, reasons in (("dropped", self.dropped), ("refused", self.refused))
+        }
         return asdict(self) | {
+            **tallies,
             "share_truncated": self.share_truncated,
             "share_chosen_longer": self.share_chosen_longer,
             "warnings": self.warnings,
@@ -195,7 +223,5 @@ class DataReport:
 
 
 def _tally_line(reason: str, tally: Tally) -> str:
-    shown = ", ".join(str(row) for row in tally.rows[:5])
-    more = ", ..." if tally.count > 5 else ""
     example = f"; e.g. {tally.example}" if tally.example else ""
-    return f"{tally.count}: {reason} (rows {shown}{more}){example}"
+    return f"{tally.count}: {printable(reason)} (rows {tally.first_rows()}){example}"

@@ -13,34 +13,52 @@ The forms people publish, and what becomes of them:
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 Message = dict[str, str]
 Side = str | list[Message]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_NAMED = 8  # roles or keys that an example names
 
 
-class Refused(Exception):
-    """A faulty row: a fixed reason, and an example that may quote the row."""
+_TEXT_OR_MESSAGES = "text or a message list"
+_TEXT_MESSAGE = 'messages {"role": text, "content": text}'
+_PROMPT = "a prompt column, or conversations with at least one turn before the answer"
 
-    def __init__(self, reason: str, example: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
+
+class _NotKept(Exception):
+    """Why a row goes no further: which columns, what was wanted there, what came instead.
+
+    These three are the same for every row with the same trouble, since rows are counted by them;
+    `example` may quote the row.
+    """
+
+    def __init__(self, columns: str, wanted: str, got: str, example: str = "") -> None:
+        self.reason = f"{columns}: wanted {wanted}, got {got}"
         self.example = example
+        super().__init__(self.reason)
 
 
-class Dropped(Exception):
+class Refused(_NotKept):
+    """A faulty row."""
+
+
+class Dropped(_NotKept):
     """A sound row that teaches nothing."""
 
-    def __init__(self, reason: str, identical: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.identical = identical
+
+class Identical(Dropped):
+    """Two responses that are, or have become, the same."""
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__("chosen and rejected", "two different responses", "identical ones" + where)
 
 
 def normalise(record: Any) -> tuple[Side, Side, Side]:
@@ -51,21 +69,23 @@ def normalise(record: Any) -> tuple[Side, Side, Side]:
         Dropped: an empty response, or chosen equal to rejected.
     """
     if not isinstance(record, Mapping):
-        raise Refused(f"the row is {_kind(record)}, wanted a dict with prompt, chosen, rejected")
+        raise Refused("row", "a dict with prompt, chosen and rejected", _kind(record))
     if _is_given(record.get("tools")):
-        raise Refused("the row has tools, which are not supported")
+        raise Refused("tools", "nothing (tools are not supported)", _kind(record["tools"]))
     chosen, rejected = _side(record, "chosen"), _side(record, "rejected")
     if type(chosen) is not type(rejected):
-        raise Refused("chosen and rejected are of different kinds, one text and one a message list")
+        raise Refused(
+            "chosen and rejected", "two texts or two message lists", "one text and one message list"
+        )
     if "prompt" in record:
         prompt, chosen, rejected = _explicit(_side(record, "prompt"), chosen, rejected)
     else:
         prompt, chosen, rejected = _implicit(chosen, rejected)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not _text(side).strip():
-            raise Dropped(f"empty {name} response")
+            raise Dropped(name, "a response", "an empty or blank one")
     if chosen == rejected:
-        raise Dropped("chosen and rejected are identical", identical=True)
+        raise Identical
     return prompt, chosen, rejected
 
 
@@ -79,7 +99,9 @@ def _explicit(prompt: Side, chosen: Side, rejected: Side) -> tuple[Side, Side, S
     if len(chosen) > 1 or len(rejected) > 1:
         inside, chosen, rejected = _implicit(chosen, rejected)
         if not _agrees(prompt, inside):
-            raise Refused("the prompt column and the conversations in chosen and rejected disagree")
+            raise Refused(
+                "prompt", "the prompt that the conversations in chosen and rejected hold", "another"
+            )
         return inside, chosen, rejected
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -101,8 +123,15 @@ def _implicit(chosen: Side, rejected: Side) -> tuple[Side, Side, Side]:
     assert isinstance(chosen, list)
     assert isinstance(rejected, list)
     if chosen[:-1] != rejected[:-1]:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
         raise Refused(
-            "chosen and rejected have different prompts: they differ before the last turn"
+            "chosen and rejected",
+            "conversations that differ in the last turn alone",
+            "different prompts",
+            f"{len(chosen)} and {len(rejected)} turns, the first difference in turn {at}",
         )
     return _checked(chosen[:-1], chosen[-1:], rejected[-1:])
 
@@ -111,13 +140,12 @@ def _checked(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[Side, Side, Side]:
     if not prompt:
-        raise Refused("no prompt: wanted at least one message before the response")
+        raise Refused("prompt", _PROMPT, "none")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if len(side) != 1 or side[0]["role"] != "assistant":
-            roles = ", ".join(message["role"] for message in side)
-            raise Refused(f"the last turn of {name} is not one assistant message", f"roles {roles}")
+            raise Refused(name, "one assistant message as its last turn", "another", roles(side))
     if prompt[-1]["role"] == "assistant":
-        raise Refused("the prompt ends with an assistant message, wanted a user message last")
+        raise Refused("prompt", "a user message last", "an assistant message", roles(prompt))
     return prompt, chosen, rejected
 
 
@@ -126,8 +154,7 @@ def _transcript(text: str) -> list[Message]:
     pieces = _TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n"))
     if len(pieces) == 1 or pieces[0].strip():
         raise Refused(
-            "no prompt: wanted a prompt column, message lists, or transcripts that begin with "
-            "'\\n\\nHuman: '"
+            "prompt", "a prompt column, or transcripts that begin with '\\n\\nHuman: '", "none"
         )
     turns = zip(pieces[1::2], pieces[2::2], strict=True)
     return [{"role": _ROLES[who], "content": content.strip()} for who, content in turns]
@@ -135,35 +162,33 @@ def _transcript(text: str) -> list[Message]:
 
 def _side(record: Mapping[str, Any], column: str) -> Side:
     if column not in record:
-        raise Refused(f"the row has no {column!r}")
+        raise Refused(column, _TEXT_OR_MESSAGES, "nothing (the row has no such key)", _keys(record))
     value = record[column]
-    if isinstance(value, str):
-        _check_text(value, column)
-        return str(value)
-    if hasattr(value, "tolist") and not isinstance(value, Mapping):
+    if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()  # pandas reads lists from parquet as numpy arrays
+    if isinstance(value, str):
+        return _checked_text(value, column)
     if isinstance(value, list | tuple):
         return [_message(message, column) for message in value]
-    raise Refused(f"{column} is {_kind(value)}, wanted text or a message list")
+    raise Refused(column, _TEXT_OR_MESSAGES, _kind(value))
 
 
 def _message(message: Any, column: str) -> Message:
     if not isinstance(message, Mapping):
-        raise Refused(
-            f"{column} is a list of {_kind(message)}, wanted text or a list of messages "
-            '{"role", "content"}'
-        )
-    if message.get("tool_calls"):
-        raise Refused(f"a message in {column} has tool calls, which are not supported")
-    role, content = message.get("role"), message.get("content")
+        raise Refused(column, f"text, or a list of {_TEXT_MESSAGE}", f"a list of {_kind(message)}")
+    if _is_given(message.get("tool_calls")):
+        raise Refused(column, _TEXT_MESSAGE, "tool calls, which are not supported")
+    role: Any = message.get("role")
+    content: Any = message.get("content")
+    if isinstance(content, np.ndarray):
+        content = content.tolist()
     if isinstance(content, list | tuple) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        keys = ", ".join(str(key) for key in message)
-        raise Refused(f"a message in {column} without text in role and content", f"keys {keys}")
-    _check_text(content, column)
-    _check_text(role, column)
-    return {"role": role, "content": content}
+    for name, value in (("role", role), ("content", content)):
+        if not isinstance(value, str):
+            got = f"a message whose {name} is {_kind(value)}" if name in message else f"no {name}"
+            raise Refused(column, _TEXT_MESSAGE, got, _keys(message))
+    return {"role": _checked_text(role, column), "content": _checked_text(content, column)}
 
 
 def _is_text_part(part: Any) -> bool:
@@ -174,33 +199,55 @@ def _is_text_part(part: Any) -> bool:
     )
 
 
-def _check_text(text: str, column: str) -> None:
+def _checked_text(text: str, column: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Refused(
-            f"{column} holds a lone surrogate or a byte that is not UTF-8",
+            column,
+            "text",
+            "a lone surrogate or a byte that is not UTF-8",
             f"character {error.start}: {text[error.start]!a}",
         ) from None
+    return str(text)  # numpy's texts are a class of their own
 
 
 def _text(side: Side) -> str:
     return side if isinstance(side, str) else "".join(message["content"] for message in side)
 
 
+def roles(messages: Sequence[Message]) -> str:
+    """Who speaks, for an example."""
+    named = ", ".join(message["role"] for message in messages[:_NAMED])
+    return f"roles {named}" + (", ..." if len(messages) > _NAMED else "")
+
+
+def _keys(record: Mapping[Any, Any]) -> str:
+    named = ", ".join(str(key)[:40] for key in itertools.islice(record, _NAMED))
+    return f"keys {named or 'none'}" + (", ..." if len(record) > _NAMED else "")
+
+
 def _is_given(value: Any) -> bool:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """Whether a column that is mostly empty holds something: no None, NaN, empty list or text."""
+    if _is_missing(value):
         return False
     return len(value) > 0 if hasattr(value, "__len__") else True
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN of any width, and pandas' NA and NaT."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "None"
-    if isinstance(value, float) and math.isnan(value):
+    if _is_missing(value):
         return "NaN (an empty cell)"
     if isinstance(value, bool):
         return "a truth value"
     if isinstance(value, int | float):
         return f"a number ({type(value).__name__})"
-    return f"a {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"

@@ -1,7 +1,8 @@
 """From a name or folder to a model that can be trained: precision, 4-bit weights, LoRA.
 
-Weights load in the precision they are computed in, never silently in fp32; adapter weights are
-fp32. An adapter is attached once: a model that already carries one goes on with it.
+Nothing that comes with a model is run, neither pickles nor code (`model_files`). Weights load in
+the precision they are computed in, never silently in fp32; adapter weights are fp32. An adapter is
+attached once: a model that already carries one goes on with it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,24 @@ from transformers import (
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import causal_lm
+from rmipo_lite.model_files import (
+    ADAPTER_CONFIG,
+    base_of_adapter,
+    check_model_folder,
+    existing_folder,
+    told,
+)
 
 Quantization = Literal["auto", "none", "4bit"]
 
 # Of the free memory, what weights may take before "auto" goes to 4 bits: the rest is for
 # activations, the adapter and its optimizer.
 _WEIGHTS_SHARE = 0.6
+
+_LONGEST_NAME = 80  # bytes of a model's name in a folder's, which may have 255 in all
+
+# Spelled out, since transformers asks on standard input where nothing is said.
+_NO_CODE = {"trust_remote_code": False}
 
 # Where the model itself remembers its PeftModel, so that a second train() on the same object goes
 # on with that adapter. In __dict__: nn.Module would register it as a child of itself.
@@ -40,7 +53,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model name or folder (no remote code).
 
     Raises:
-        ValueError: the model was made in memory, so nobody knows its tokenizer.
+        ValueError: the model was made in memory, so nobody knows its tokenizer, or none could be
+            loaded.
         FileNotFoundError: a path where there is no folder.
     """
     if not name:
@@ -48,8 +62,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             "tokenizer: this model was made in memory and names no folder to load a tokenizer "
             "from; pass one (tokenizer= of train(), processing_class= of RMiPOTrainer)"
         )
-    _require_folder(name)
-    return AutoTokenizer.from_pretrained(name)
+    place = str(existing_folder(name) or name)
+    way_out = "Pass one: tokenizer= of train(), processing_class= of RMiPOTrainer"
+    with told("tokenizer", name, way_out):
+        return AutoTokenizer.from_pretrained(place, **_NO_CODE)
 
 
 def load_model(
@@ -62,29 +78,27 @@ def load_model(
     A folder that holds an adapter loads its base model too, and the adapter goes on training.
 
     Raises:
-        OSError: nothing by that name or folder.
+        ValueError: the weights are pickled, it comes with code, or it could not be loaded.
+        FileNotFoundError: a path where there is no model's folder.
     """
-    _require_folder(name)
-    if (Path(name) / "adapter_config.json").is_file():
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-        base = load_model(base_name, args, quantization_config)
-        return PeftModel.from_pretrained(base, name, is_trainable=True)
-    kwargs: dict[str, Any] = {"dtype": weight_dtype(args)}
+    folder = existing_folder(name)
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        base = load_model(base_of_adapter(folder), args, quantization_config)
+        with told("adapter", name, "Is its base the model it was trained on?"):
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    if folder is not None:
+        check_model_folder(folder)
+        name = str(folder)
+    kwargs: dict[str, Any] = {"dtype": weight_dtype(args), "use_safetensors": True, **_NO_CODE}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if torch.cuda.is_available() and not args.use_cpu:
         # One card: "auto" would spread the layers over all of them, and the head with them.
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    with told("model", name, "Wanted a causal language model: a folder, or a hub name"):
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     protect_4bit_on_cpu(model)
     return model
-
-
-def _require_folder(name: str) -> None:
-    """Say that a path isn't there, where the hub's client would call it a malformed repo id."""
-    is_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or Path(name).is_file()
-    if is_path and not Path(name).is_dir():
-        raise FileNotFoundError(f"model: there is no folder {name!r} (seen from {Path.cwd()})")
 
 
 def weight_dtype(args: RMiPOConfig) -> torch.dtype:
@@ -129,7 +143,8 @@ def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:
 def _too_large(name: str, args: RMiPOConfig) -> bool:
     if not torch.cuda.is_available() or args.use_cpu:
         return False
-    config = AutoConfig.from_pretrained(name)
+    with told("model", name, "Wanted a causal language model: a folder, or a hub name"):
+        config = AutoConfig.from_pretrained(existing_folder(name) or name, **_NO_CODE)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
     weight_bytes = sum(p.numel() for p in shell.parameters()) * weight_dtype(args).itemsize
@@ -167,18 +182,21 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
 
     Raises:
         ValueError: the model carries adapter layers that belong to no known PeftModel, or the
-            argument is none of the above.
+            argument is none of the above or fits no layer of the model.
     """
-    if isinstance(peft_config, str) and peft_config not in ("auto", "new"):
-        raise ValueError(
-            f"peft_config must be 'auto', 'new', None or a peft config, got {peft_config!r}"
-        )
+    known = (
+        peft_config in ("auto", "new")
+        if isinstance(peft_config, str)
+        else (peft_config is None or isinstance(peft_config, PeftConfig))
+    )
+    if not known:
+        shown = repr(peft_config)[:80]
+        raise ValueError(f"peft_config must be 'auto', 'new', None or a peft config, got {shown}")
     adapted = _adapted(model)
     if adapted is not None and (peft_config is None or peft_config == "auto"):
         _make_trainable(adapted)
         return adapted
-    base = model if adapted is None else adapted.unload()
-    causal_lm(base).__dict__.pop(_ADAPTED, None)
+    base = model if adapted is None else detach_adapter(adapted)
     if peft_config is None:
         return base
     config = default_lora() if isinstance(peft_config, str) else peft_config
@@ -189,9 +207,27 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         # and says which way round gpt2 keeps its weights, which it then sees to itself
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-        adapted = get_peft_model(base, config)
+        try:
+            adapted = get_peft_model(base, config)
+        except ValueError as error:
+            raise ValueError(f"peft_config: {error} {_linear_layers(base)}") from error
     causal_lm(adapted).__dict__[_ADAPTED] = adapted
     return adapted
+
+
+def _linear_layers(model: nn.Module) -> str:
+    """What `target_modules` could have been, for an error."""
+    named = model.named_modules()
+    names = sorted({name.rpartition(".")[2] for name, m in named if isinstance(m, nn.Linear)})
+    return f"The model's linear layers are called {', '.join(names[:20])}" if names else ""
+
+
+def detach_adapter(model: nn.Module) -> nn.Module:
+    """Take the adapter off, without merging it; the plain model that is left."""
+    adapted = _adapted(model)
+    base: nn.Module = model if adapted is None else adapted.unload()
+    vars(causal_lm(base)).pop(_ADAPTED, None)
+    return base
 
 
 def _adapted(model: nn.Module) -> PeftModel | None:
@@ -228,4 +264,5 @@ def run_name(model: str | nn.Module) -> str:
     name = name_of(model)
     last = Path(name.rstrip("/")).name or "model"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".")
-    return f"rmipo-{safe[:80] or 'model'}"
+    short = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return f"rmipo-{short or 'model'}"

@@ -6,8 +6,11 @@ not that nothing needs tuning and not that the result beats other methods.
 
 from __future__ import annotations
 
+import html
+import json
 from typing import TYPE_CHECKING, Any
 
+from rmipo_lite.display import printable
 from rmipo_lite.redaction import redact, redact_text
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ def metric_rows(result: TrainResult) -> list[tuple[str, str, str]]:
         if name.endswith(("runtime", "per_second")) or name == "epoch":
             continue
         before = result.metrics_before.get(name)
-        rows.append((name, "" if before is None else f"{before:.4f}", f"{value:.4f}"))
+        rows.append((printable(name), "" if before is None else f"{before:.4f}", f"{value:.4f}"))
     return rows
 
 
@@ -63,6 +66,16 @@ def _code(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def _name(text: str) -> str:
+    """A name as inline code, which ends at no character of the name and holds no markup."""
+    return "`" + " ".join(printable(text).replace("`", "'").split()) + "`"
+
+
+def _cell(text: str) -> str:
+    """A text in a table: no column ends in it, and no tag begins."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
 def model_card(result: TrainResult) -> str:
     """The card as Markdown with the front matter that hubs read."""
     base = redact_text(result.base_model_name)
@@ -70,18 +83,18 @@ def model_card(result: TrainResult) -> str:
     steps = result.history[-1].get("step", 0) if result.history else 0
     stopped = "" if result.stopped_at_step is None else " (stopped early, on request)"
     rows = metric_rows(result)
-    table = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in rows)
+    table = "\n".join(f"| {_cell(name)} | {before} | {after} |" for name, before, after in rows)
     options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result.args).items())
     front = ["library_name: peft", "tags:", "- preference-optimization", "- lora", "- rmipo_lite"]
-    if base and "\n" not in base:
-        front.insert(0, f"base_model: {base!r}")
+    if base:
+        front.insert(0, f"base_model: {json.dumps(base)}")  # which YAML reads, whatever is in it
     return "\n".join(
         [
             "---",
             *front,
             "---",
             "",
-            f"# Adapter for {base or 'a local model'}",
+            f"# Adapter for {_name(base) if base else 'a local model'}",
             "",
             f"Trained with rmipo_lite by {method}, for {steps} optimizer steps{stopped}.",
             "",

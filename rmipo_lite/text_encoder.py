@@ -4,8 +4,9 @@ Three things go wrong when a response is tokenised alone. The tokenizer may put 
 call here is made without special tokens, and BOS is put in front of prompts alone, once, if and
 only if the tokenizer itself adds one. A sentencepiece-like tokenizer takes the response for the
 beginning of a text and puts a space mark in front: such a tokenizer is found by trying, and its
-responses are tokenised behind an anchor (a newline) whose ids are then taken off. And a huge text
-takes minutes: texts are cut by characters before they are tokenised.
+responses are tokenised behind an anchor (a newline) whose ids are then taken off; a response that
+merges with it gets another one. And a huge text takes minutes: texts are cut by characters before
+they are tokenised.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 CHARS_PER_TOKEN = 64  # a text is cut to max_length times this; ordinary tokens hold 2 to 6
 BATCH_TEXTS = 1000  # texts in one call of the tokenizer
-ANCHORS = ("", "\n", " ", ":")  # tried in this order
+ANCHORS = ("", "\n", " ", ":", ".", "x")  # tried in this order
 _PROBES = ("world", " world", "\nworld", "1", "é", "  x")
 
 
@@ -58,6 +59,11 @@ class TextEncoder:
         front = self.bos_ids
         return [ids if ids[: len(front)] == front else front + ids for ids in self.encode(texts)]
 
+    def front(self, prompt: list[int]) -> list[int]:
+        """What a prompt keeps when it is cut: its BOS, put there by the tokenizer or a template."""
+        bos = [self.tokenizer.bos_token_id]
+        return self.bos_ids or (bos if prompt[:1] == bos else [])
+
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every response as they stand behind other text."""
         if not self.anchor:
@@ -65,9 +71,23 @@ class TextEncoder:
         size = len(self._anchor_ids)
         anchored = self.encode([self.anchor + text for text in texts])
         return [
-            ids[size:] if ids[:size] == self._anchor_ids else self.encode([text])[0]
+            ids[size:] if ids[:size] == self._anchor_ids else self._behind_another(text)
             for ids, text in zip(anchored, texts, strict=True)
         ]
+
+    def _behind_another(self, text: str) -> list[int]:
+        """Ids of a response that merges with the anchor: another newline behind a newline."""
+        for anchor in ANCHORS[1:]:
+            front, ids = self.encode([anchor, anchor + text])
+            if ids[: len(front)] == front and self._joins(ids[len(front) :], text):
+                return ids[len(front) :]
+        return self.encode([text])[0]
+
+    def _joins(self, ids: list[int], text: str) -> bool:
+        """Whether these ids, behind those of another text, say the joined text."""
+        front = self.encode(["Hello"])[0]
+        joined = self.tokenizer.decode(front + ids, clean_up_tokenization_spaces=False)
+        return bool(joined == "Hello" + text)
 
     def has_special_text(self, text: str) -> bool:
         """Whether user text holds the text of a control token."""
@@ -94,12 +114,8 @@ class TextEncoder:
         """The first anchor with which prompt and response decode to their joined text."""
         for anchor in ANCHORS:
             self.anchor, self._anchor_ids = anchor, self.encode([anchor])[0] if anchor else []
-            front = self.encode(["Hello"])[0]
-            joined = [
-                self.tokenizer.decode(front + ids, clean_up_tokenization_spaces=False)
-                for ids in self.responses(_PROBES)
-            ]
-            if joined == ["Hello" + probe for probe in _PROBES]:
+            probed = self.responses(_PROBES)
+            if all(self._joins(ids, probe) for ids, probe in zip(probed, _PROBES, strict=True)):
                 return
         self.anchor, self._anchor_ids = "", []  # no tokenizer of exact text (word-level, BERT)
 

@@ -103,7 +103,7 @@ def test_a_response_cut_to_nothing_is_dropped(tokenizer: Any) -> None:
     report = DataReport(total=2, kept=2)
     options = TokenizationOptions(mode="authors", max_length=64, max_prompt_length=64)
     assert [pair.row for pair in tokenize_rows(rows, tokenizer, options, report)] == [0]
-    assert report.dropped["no response token left after truncation"].rows == [1]
+    assert [tally.rows for tally in report.dropped.values()] == [[1]]
 
 
 def test_message_rows_render_prompt_and_answer_apart(tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rmipo_lite import chat_templates
+from rmipo_lite import template_limits
 from rmipo_lite.data import load_rows
 from rmipo_lite.data_report import DataReport
 from rmipo_lite.tokenization import (
@@ -92,16 +92,57 @@ def test_answers_with_their_own_thinking_replace_the_inserted_one(tokenizer: Any
     assert report.template_rewritten == 1
 
 
+def test_a_prompt_without_words_is_no_fault(tokenizer: Any) -> None:
+    record = chat()
+    record["prompt"][-1]["content"] = " "
+    (pair,), _ = run([record], tokenizer, SIMPLE)
+    assert decoded(pair, tokenizer)[0] == "user: ;A:"
+
+
+def test_rows_that_need_a_template_are_refused_among_rows_that_need_none(tokenizer: Any) -> None:
+    text = {"prompt": "Hi", "chosen": " a", "rejected": " b"}
+    pairs, report = run([text, chat(), text], tokenizer, None)
+    assert [pair.row for pair in pairs] == [0, 2]
+    ((reason, tally),) = report.refused.items()
+    assert reason.startswith("prompt: wanted a conversation that the chat template takes")
+    assert tally.example == "roles user: LookupError: the tokenizer has no chat template"
+
+
+def test_an_empty_thought_before_the_answers_own_is_refused(tokenizer: Any) -> None:
+    doubles = HEAD + "<think></think>{{ m['content'] }}</s>" + TAIL
+    pairs, report = run([chat(), chat("<think>hm</think>yes", "no")], tokenizer, doubles)
+    assert [pair.row for pair in pairs] == [0]
+    ((reason, tally),) = report.refused.items()
+    assert reason.startswith("chosen: wanted a chat template that leaves an answer's own <think>")
+    assert "<think></think><think>hm" in tally.example
+
+
+def test_a_template_that_opens_the_thinking_keeps_answers_that_think(tokenizer: Any) -> None:
+    opens = HEAD + "{{ m['content'] }}</s>" + TAIL.replace("A:{% endif", "A:<think>{% endif")
+    thoughts = ("<think>so</think>yes", "<think>hm</think>no")
+    pairs, report = run([chat(*thoughts), chat()], tokenizer, opens)
+    assert decoded(pairs[0], tokenizer) == (
+        "user:Hi;A:<think>",
+        "so</think>yes</s>",
+        "hm</think>no</s>",
+    )
+    assert [tally.rows for tally in report.refused.values()] == [[1]]
+
+
 def test_stripped_whitespace_is_counted_and_can_make_a_pair_identical(tokenizer: Any) -> None:
     pairs, report = run([chat(), chat(" yes", "no"), chat("yes", " yes")], tokenizer, STRIPS)
     assert len(pairs) == 2
     assert report.template_stripped == 1
-    assert report.dropped["chosen and rejected are identical after the chat template"].rows == [2]
+    assert [t.rows for r, t in report.dropped.items() if "identical ones after the chat" in r] == [
+        [2]
+    ]
     assert report.identical_pairs == 1
 
 
 def test_template_that_rewrites_the_prompt_is_refused_with_both_texts(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="writes the prompt differently") as caught:
+    with pytest.raises(
+        ValueError, match="wanted a chat template that writes it the same before an answer"
+    ) as caught:
         run([chat()], tokenizer, NO_PREFIX)
     assert "'user:Hi;A:' against 'user:Hi;B:yes</s>'" in str(caught.value)
 
@@ -109,23 +150,88 @@ def test_template_that_rewrites_the_prompt_is_refused_with_both_texts(tokenizer:
 def test_template_that_raises_names_row_and_roles(tokenizer: Any) -> None:
     pairs, report = run([chat(), chat(system="S"), chat()], tokenizer, REFUSES + SIMPLE)
     assert [pair.row for pair in pairs] == [0, 2]
-    tally = report.refused["the chat template refuses the conversation"]
+    ((reason, tally),) = report.refused.items()
+    assert (
+        reason == "prompt: wanted a conversation that the chat template takes, got one it refuses"
+    )
     assert tally.rows == [1]
     assert "system, user" in tally.example
     assert "no system" in tally.example
 
 
 def test_template_that_drops_the_answer_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="does not write the answer"):
+    with pytest.raises(
+        ValueError, match="wanted a chat template that writes the answer, got one that doesn't"
+    ):
         run([chat()], tokenizer, SILENT)
 
 
 def test_hostile_template_ends_in_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_templates, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(template_limits, "RENDER_SECONDS", 0.3)
     start = time.monotonic()
     with pytest.raises(ValueError, match="took more than"):
         run([chat()], tokenizer, HANGS)
     assert time.monotonic() - start < 20
+
+
+def test_authors_tokenisation_has_the_same_limit(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_limits, "RENDER_SECONDS", 0.3)
+    options = TokenizationOptions(
+        mode="authors", max_length=64, max_prompt_length=32, chat_template=HANGS
+    )
+    rows, report = load_rows([chat()])
+    with pytest.raises(ValueError, match="took more than"):
+        tokenize_rows(rows, tokenizer, options, report)
+
+
+def test_a_refused_prompt_does_not_shift_the_texts_of_the_next_row(tokenizer: Any) -> None:
+    options = TokenizationOptions(
+        mode="authors", max_length=64, max_prompt_length=32, chat_template=REFUSES + SIMPLE
+    )
+    alone, among = ([chat("a", "b")], [chat(system="S"), chat("a", "b")])
+    ids = []
+    for records in (alone, among):
+        rows, report = load_rows(records)
+        (pair,) = tokenize_rows(rows, tokenizer, options, report)
+        ids.append((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("bomb", ["{{ 'a' * 10**0 }}", "{{ 10 ** 10 ** 9 }}", "{% set x = 2**9 %}"])
+def test_powers_are_refused_before_anything_is_rendered(tokenizer: Any, bomb: str) -> None:
+    with pytest.raises(ValueError, match=r"line 1 uses the operator \*\*"):
+        run([chat()], tokenizer, bomb + SIMPLE)
+
+
+def test_stars_before_keywords_are_no_power(tokenizer: Any) -> None:
+    keywords = "{% set names = {'a': 1} %}{{ dict(**names) and '' }}{{ dict(b=2, **names) and '' }}"
+    assert len(run([chat()], tokenizer, keywords + SIMPLE)[0]) == 1
+
+
+@pytest.mark.skipif(not template_limits.LIMITS_MEMORY, reason="memory isn't limited on Windows")
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ 'a' * 999999999 * 9 }}",
+        "{% for i in range(90000) %}{{ 'a' * 1000000 }}{% endfor %}",
+    ],
+)
+def test_a_template_that_eats_memory_ends(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, bomb: str
+) -> None:
+    monkeypatch.setattr(template_limits, "RENDER_BYTES", 2**29)
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match=r"took more than 0\.5 GiB"):
+        run([chat()], tokenizer, bomb + SIMPLE)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_template_that_is_no_jinja_is_called_that(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="chat_template: line 1 is not Jinja"):
+        run([chat()], tokenizer, "{% for m in messages %}")
 
 
 def test_no_template_names_the_way_out(tokenizer: Any) -> None:
@@ -136,6 +242,13 @@ def test_no_template_names_the_way_out(tokenizer: Any) -> None:
 def test_text_that_is_no_template_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="got 'chatml'"):
         prepare_tokenizer(tokenizer, "chatml")
+    with pytest.raises(ValueError, match="got '7'"):
+        prepare_tokenizer(tokenizer, 7)  # type: ignore[arg-type]
+
+
+def test_a_name_is_no_tokenizer() -> None:
+    with pytest.raises(TypeError, match=r"tokenizer: wanted a tokenizer, .* got str"):
+        prepare_tokenizer("gpt2", None)  # type: ignore[arg-type]
 
 
 def test_text_rows_stay_text_under_a_template(tokenizer: Any) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 
-from rmipo_lite import data_rows, data_sources
+from rmipo_lite import data_files, data_rows
 from rmipo_lite.data import DataReport, Row, load_rows, split_holdout
 
 ROWS = [
@@ -212,32 +214,51 @@ def test_prompt_that_looks_like_a_transcript_stays_text() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "none": ({"chosen": None}, "chosen is None"),
-    "integer": ({"prompt": 3}, r"prompt is a number \(int\)"),
-    "nan": ({"rejected": math.nan}, "rejected is NaN"),
-    "true": ({"rejected": True}, "rejected is a truth value"),
-    "bytes": ({"prompt": b"x"}, "prompt is a bytes"),
-    "dict": ({"prompt": {"a": "b"}}, "prompt is a dict"),
-    "list of texts": ({"chosen": ["a"], "rejected": ["b"]}, "chosen is a list of a str"),
-    "kinds differ": ({"chosen": [assistant("a")]}, "of different kinds"),
-    "surrogate": ({"chosen": "a\ud800"}, "lone surrogate"),
+    "none": ({"chosen": None}, "chosen: wanted .*, got None$"),
+    "integer": ({"prompt": 3}, r"prompt: wanted .*, got a number \(int\)"),
+    "nan": ({"rejected": math.nan}, "rejected: wanted .*, got NaN"),
+    "true": ({"rejected": True}, "rejected: .* got a truth value"),
+    "bytes": ({"prompt": b"x"}, "prompt: .* got a value of type bytes"),
+    "dict": ({"prompt": {"a": "b"}}, "prompt: .* got a value of type dict"),
+    "list of texts": (
+        {"chosen": ["a"], "rejected": ["b"]},
+        "chosen: .* got a list of a value of type str",
+    ),
+    "kinds differ": (
+        {"chosen": [assistant("a")]},
+        "chosen and rejected: wanted two texts or two message lists",
+    ),
+    "surrogate": ({"chosen": "a\ud800"}, "chosen: wanted text, got a lone surrogate"),
     "no role": (
         {"chosen": [{"from": "gpt", "value": "a"}], "rejected": [assistant("b")]},
-        "without text in role and content",
+        "chosen: wanted messages .*, got no role",
     ),
     "no content": (
         {"chosen": [{"role": "assistant", "content": None}], "rejected": [assistant("b")]},
-        "without text in role and content",
+        "got a message whose content is None",
     ),
-    "tools": ({"tools": [{"name": "f"}]}, "tools"),
-    "user answers": ({"chosen": [USER], "rejected": [assistant("b")]}, "not one assistant"),
+    "tools": ({"tools": [{"name": "f"}]}, "tools: wanted nothing"),
+    "tool calls": (
+        {
+            "chosen": [{**assistant("a"), "tool_calls": np.array([1, 2])}],
+            "rejected": [assistant("b")],
+        },
+        "chosen: .* got tool calls",
+    ),
+    "nan of numpy": ({"rejected": np.float32("nan")}, "rejected: .* got NaN"),
+    "missing of pandas": ({"prompt": pd.NA}, "prompt: .* got NaN"),
+    "tensor-like": ({"chosen": np.array([1, 2])}, "got a list of a number"),
+    "user answers": (
+        {"chosen": [USER], "rejected": [assistant("b")]},
+        "chosen: wanted one assistant message as its last turn",
+    ),
     "prefilled": (
         {"prompt": [assistant("x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
-        "prompt ends with an assistant",
+        "prompt: wanted a user message last",
     ),
     "disagree": (
         {"chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]},
-        "disagree",
+        "prompt: wanted the prompt that the conversations",
     ),
 }
 
@@ -257,16 +278,17 @@ def test_rows_of_other_types_and_missing_keys_are_refused() -> None:
     rows, report = load_rows([ROWS[0], None, [1], {"prompt": "a", "chosen": "b"}])
     assert len(rows) == 1
     assert report.refused_count == 3
-    assert "the row has no 'rejected'" in report.refused
+    wanted = "text or a message list, got nothing (the row has no such key)"
+    assert report.refused[f"rejected: wanted {wanted}"].example == "keys prompt, chosen"
 
 
 def test_prompts_that_differ_inside_conversations_are_refused() -> None:
     other = {"role": "user", "content": "Hello"}
     good = {"chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]}
     bad = {"chosen": [USER, assistant("a")], "rejected": [other, assistant("b")]}
-    assert list(load_rows([good, bad])[1].refused) == [
-        "chosen and rejected have different prompts: they differ before the last turn"
-    ]
+    ((reason, tally),) = load_rows([good, bad])[1].refused.items()
+    assert reason.startswith("chosen and rejected: wanted conversations that differ in the last")
+    assert tally.example == "2 and 2 turns, the first difference in turn 0"
 
 
 def test_drops() -> None:
@@ -280,9 +302,9 @@ def test_drops() -> None:
     )
     assert len(rows) == 1
     assert {reason: tally.rows for reason, tally in report.dropped.items()} == {
-        "empty chosen response": [1],
-        "empty rejected response": [2],
-        "chosen and rejected are identical": [3],
+        "chosen: wanted a response, got an empty or blank one": [1],
+        "rejected: wanted a response, got an empty or blank one": [2],
+        "chosen and rejected: wanted two different responses, got identical ones": [3],
     }
     assert report.identical_pairs == 1
 
@@ -292,6 +314,18 @@ def test_duplicates_and_repeated_prompts_are_counted_and_kept() -> None:
     echo = {"prompt": prompt, "chosen": prompt + " yes", "rejected": prompt + " no"}
     _, report = load_rows([ROWS[0], ROWS[0], echo])
     assert (report.kept, report.duplicate_rows, report.responses_repeating_prompt) == (3, 1, 1)
+
+
+def test_an_empty_tools_column_is_none_at_all() -> None:
+    rows, _ = load_rows([{**ROWS[0], "tools": nothing} for nothing in (None, pd.NA, math.nan, [])])
+    assert len(rows) == 4
+
+
+def test_texts_of_numpy_become_plain_texts() -> None:
+    record = {name: np.str_(text) for name, text in ROWS[0].items()}
+    ((row,), _) = load_rows([record, {**record, "prompt": np.array("Hi")}][:1])
+    assert type(row.prompt) is str
+    assert load_rows([{**record, "prompt": np.array("Hi")}])[0][0].prompt == "Hi"
 
 
 # ---- the dataset as a whole -----------------------------------------------------------------
@@ -310,6 +344,16 @@ def test_duplicates_and_repeated_prompts_are_counted_and_kept() -> None:
         (("prompt", "chosen_response", "rejected_response"), '"rejected_response": "rejected"'),
         (("prompt", "winner", "loser"), '"winner": "chosen", "loser": "rejected"'),
         (("prompt", "choosen", "rejected"), '{"choosen": "chosen"}'),
+        (("x", "yw", "yl"), '{"x": "prompt", "yw": "chosen", "yl": "rejected"}'),
+        (
+            ("prompt", "incorrect_answer", "correct_answer"),
+            '{"correct_answer": "chosen", "incorrect_answer": "rejected"}',
+        ),
+        (
+            ("prompt", "non_preferred", "preferred"),
+            '{"preferred": "chosen", "non_preferred": "rejected"}',
+        ),
+        (("userPrompt", "goodAnswer", "badAnswer"), '"goodAnswer": "chosen", "badAnswer"'),
     ],
 )
 def test_wrong_columns_name_the_rename(names: tuple[str, ...], rename: str) -> None:
@@ -328,14 +372,24 @@ def test_wrong_columns_name_the_rename(names: tuple[str, ...], rename: str) -> N
         ({"prompt": ["a"], "chosen": ["b", "c"], "rejected": ["d"]}, "unequal length"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "lists of equal length"),
         ([{"chosen": "a", "rejected": "b"}], "missing \\['prompt'\\]"),
-        ([{**ROWS[0], "chosen": None}] * 3, "3 rows: chosen is None"),
+        (
+            [{**ROWS[0], "chosen": None}] * 3,
+            r"3 rows \(0, 1, 2\): chosen: wanted text or a message list, got None",
+        ),
         ([None, None], "no usable row among the 2"),
+        ([{f"column {i}": "a" for i in range(1000)}], r"'column 19', \.\.\. \(1000 in all\)"),
         (datasets.DatasetDict(a=datasets.Dataset.from_list(ROWS), b=None), r"dataset\['a'\]"),
     ],
 )
 def test_structural_trouble_is_a_value_error(dataset: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_rows(dataset)
+
+
+def test_errors_name_the_argument(tmp_path: Path) -> None:
+    for dataset in ([], [{"a": "b"}], tmp_path / "a.jsonl", [{**ROWS[0], "chosen": 3}]):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"^eval_dataset: "):
+            load_rows(dataset, argument="eval_dataset")
 
 
 def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
@@ -350,6 +404,8 @@ def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
 
 # ---- hostile files --------------------------------------------------------------------------
 
+LINE = "row: wanted a line that holds one JSON object"
+
 
 def test_broken_lines_cost_themselves_alone(tmp_path: Path) -> None:
     good = lines_of(ROWS[:1])[0]
@@ -361,23 +417,96 @@ def test_broken_lines_cost_themselves_alone(tmp_path: Path) -> None:
     rows, report = load_rows(path)
     assert [row.index for row in rows] == [0, 5]
     assert {reason: tally.example[:6] for reason, tally in report.refused.items()} == {
-        "a line that is not JSON": "line 2",
-        "a line that is not UTF-8": "line 3",
-        "a line nested too deep": "line 4",
+        f"{LINE}, got one that is not JSON": "line 2",
+        f"{LINE}, got one that is not UTF-8": "line 3",
+        f"{LINE}, got one nested too deep": "line 4",
+        f"{LINE}, got one with a key twice": "line 5",
     }
-    assert report.refused["a line that is not JSON"].rows == [1, 4]
 
 
 def test_a_line_over_the_limit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 1000)
     good = lines_of(ROWS[:1])[0]
     rows, report = load_rows(write_lines(tmp_path / "a.jsonl", [good, b"x" * 5000, good]))
     assert [row.index for row in rows] == [0, 2]
-    assert report.refused["a line longer than 1000 bytes"].example == "line 2"
+    assert report.refused[f"{LINE}, got one longer than 1000 bytes"].example == "line 2"
+
+
+def test_a_document_in_one_long_line_is_no_long_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    assert len(load_rows(tmp_path / "a.json")[0]) == 5
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 100 bytes; split it"):
+        load_rows(tmp_path / "a.json")
+
+
+def test_a_list_in_the_first_line_costs_that_line_alone(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b'["x"]', *lines_of(ROWS)])
+    assert [row.index for row in load_rows(path)[0]] == [1, 2, 3, 4, 5]
+    table = json.dumps({"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}).encode()
+    path = write_lines(tmp_path / "b.jsonl", [table, *lines_of(ROWS)])
+    assert [row.index for row in load_rows(path)[0]] == [1, 2, 3, 4, 5]
+
+
+def test_a_key_twice_in_a_document_costs_that_row_alone(tmp_path: Path) -> None:
+    twice = '{"prompt":"a","prompt":"b","chosen":"c","rejected":"d"}'
+    (tmp_path / "a.json").write_text(f"[{json.dumps(ROWS[0])},{twice}]")
+    rows, report = load_rows(tmp_path / "a.json")
+    assert [row.index for row in rows] == [0]
+    assert list(report.refused) == ["row: wanted a JSON object, got one with a key twice"]
+
+
+def test_a_csv_row_with_an_unquoted_comma_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b,c\na,yes, or no,c\n")
+    rows, report = load_rows(tmp_path / "a.csv")
+    assert [row.index for row in rows] == [0]
+    ((reason, tally),) = report.refused.items()
+    assert reason == "row: wanted 3 cells, as many as the header, got more"
+    assert tally.example == "row 1 has 4: a comma outside quotes?"
+
+
+def test_a_csv_line_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "a" * 1000)
+    with pytest.raises(ValueError, match="a line longer than 100 characters"):
+        load_rows(tmp_path / "a.csv")
+
+
+def test_parquet_that_expands_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 10_000)
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{**ROWS[0], "chosen": "x" * 500}] * 3000).to_parquet(path)
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", path.stat().st_size)
+    with pytest.raises(ValueError, match="expands to more than"):
+        load_rows(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "x" * 5000, '{"prompt": "a"}\n', "~no-such-user/a", "\ud800"]
+)
+def test_what_no_file_can_be_called(name: str) -> None:
+    with pytest.raises((FileNotFoundError, ValueError), match="dataset: "):
+        load_rows(name)
+
+
+def test_a_saved_dataset_names_no_files_outside(tmp_path: Path) -> None:
+    folder = _saved_dict(tmp_path)
+    state = folder / "train" / "state.json"
+    state.write_text(state.read_text().replace("data-00000", "../../data-00000"))
+    with pytest.raises(ValueError, match="wanted a name inside the folder"):
+        load_rows(folder)
+
+
+def test_columns_that_can_be_read_once(tmp_path: Path) -> None:
+    rows, _ = load_rows({name: iter([row[name] for row in ROWS]) for name in ROWS[0]})
+    assert len(rows) == 5
 
 
 def test_gzip_bomb_and_cut_gzip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_sources, "GZIP_FREE_BYTES", 10_000)
+    monkeypatch.setattr(data_files, "GZIP_FREE_BYTES", 10_000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"0" * 10_000_000))
     with pytest.raises(ValueError, match="expands to more than 200 times"):
@@ -425,10 +554,14 @@ def test_report_is_readable_json_able_and_escaped() -> None:
     assert json.loads(json.dumps(report.to_dict()))["refused"]["a reason"]["rows"] == [1, 2]
 
 
-def test_row_numbers_are_capped_and_counts_are_not() -> None:
-    _, report = load_rows(ROWS + [{**ROWS[0], "chosen": None}] * 100)
-    tally = report.refused["chosen is None, wanted text or a message list"]
-    assert (tally.count, len(tally.rows)) == (100, 20)
+def test_every_row_is_named_and_the_line_stays_short() -> None:
+    faulty = {**ROWS[0], "chosen": None}
+    _, report = load_rows(ROWS + [faulty] * 100 + ROWS + [faulty])
+    ((reason, tally),) = report.refused.items()
+    assert tally.rows == [*range(5, 105), 110]
+    assert tally.ranges == [(5, 104), (110, 110)]
+    assert report.to_dict()["refused"][reason]["rows"] == tally.rows
+    assert f"101: {reason} (rows 5, 6, 7, 8, 9, ...)" in str(report)
 
 
 def test_check_finds_a_lost_row() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from torch import nn
 
 from rmipo_lite import loading
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.selftest.parts import random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.step import PairStep
-from tests.tiny import random_pairs, tiny_model
 
 
 def _trainable(model: nn.Module) -> int:
@@ -64,10 +66,18 @@ def test_layers_of_an_unknown_adapter_are_refused() -> None:
 
 
 def test_unknown_word_for_the_adapter() -> None:
+    for wrong in ("fresh", {"r": 8}, 7):
+        with pytest.raises(
+            ValueError, match="peft_config must be 'auto', 'new', None or a peft config, got"
+        ):
+            loading.attach_adapter(tiny_model(), wrong)  # type: ignore[arg-type]
+
+
+def test_layers_that_the_model_has_not_are_told_with_those_it_has() -> None:
     with pytest.raises(
-        ValueError, match="peft_config must be 'auto', 'new', None or a peft config"
+        ValueError, match=r"peft_config: .*'query'.* are called down_proj, .*q_proj"
     ):
-        loading.attach_adapter(tiny_model(), "fresh")
+        loading.attach_adapter(tiny_model(), LoraConfig(target_modules=["query"]))
 
 
 def test_an_adapter_folder_goes_on_training(tmp_path: Path) -> None:
@@ -153,6 +163,10 @@ def test_every_lora_tensor_has_a_gradient_after_an_evaluation(
         ("..", "rmipo-model"),
         ("x" * 300, "rmipo-" + "x" * 80),
         ("we ird\x00name", "rmipo-we-ird-name"),
+        ("\U00020000" * 300, "rmipo-" + "\U00020000" * 20),  # 80 bytes
+        ("../../x", "rmipo-x"),
+        ("/etc/passwd", "rmipo-passwd"),
+        ("...hidden", "rmipo-hidden"),
     ],
 )
 def test_run_names_stay_in_their_folder(name: str, wanted: str) -> None:
@@ -160,9 +174,139 @@ def test_run_names_stay_in_their_folder(name: str, wanted: str) -> None:
     assert re.fullmatch(r"[\w.-]+", loading.run_name(name))
 
 
-@pytest.mark.parametrize("name", ["./nope", "../a/b", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize(
+    "name",
+    ["./nope", "../a/b", "/no/such/folder", "a/b/c", "a\x00b", "x" * 5000, "~no-such-user/a"],
+)
 def test_a_missing_folder_is_called_that(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="model: there is no folder"):
         loading.load_model(name, RMiPOConfig(str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="model: there is no folder"):
         loading.load_tokenizer(name)
+
+
+# ---- folders from strangers -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` (a model) and `adapter` (an adapter on it)."""
+    root = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(root / "base")
+    word_tokenizer().save_pretrained(root / "base")
+    base = loading.load_model(str(root / "base"), RMiPOConfig(str(root / "run")))
+    loading.attach_adapter(base, "auto").save_pretrained(root / "adapter")
+    return root
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.marker,)
+
+
+def edited(folder: Path, file: str, **changes: object) -> Path:
+    path = folder / file
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(content | changes))
+    return folder
+
+
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_pickled_weights_are_refused_unread(what: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / what, tmp_path / what)
+    (file,) = folder.glob("*.safetensors")
+    file.unlink()
+    args = RMiPOConfig(str(tmp_path / "run"))
+    with pytest.raises((FileNotFoundError, ValueError), match=r"no weights: wanted .*safetensors"):
+        loading.load_model(str(folder), args)
+    name = {"base": "pytorch_model.bin", "adapter": "adapter_model.bin"}[what]
+    torch.save(Bomb(tmp_path / "marker"), folder / name)
+    with pytest.raises(ValueError, match=rf"as a pickle alone \({name}\)"):
+        loading.load_model(str(folder), args)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/x/y.safetensors", "model.bin"])
+def test_shards_outside_the_folder_are_refused(shard: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    edited(folder, "model.safetensors.index.json", weight_map={"lm_head.weight": shard})
+    with pytest.raises(ValueError, match=r"wanted \*\.safetensors files beside it"):
+        loading.load_model(str(folder), RMiPOConfig(str(tmp_path / "run")))
+
+
+def test_code_of_a_folder_is_not_run_and_nobody_is_asked(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    maps = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    edited(folder, "config.json", model_type="own", auto_map=maps)
+    with pytest.raises(ValueError, match=r"code of its own, which is never run .* pass the object"):
+        loading.load_model(str(folder), RMiPOConfig(str(tmp_path / "run")))
+    edited(
+        folder,
+        "tokenizer_config.json",
+        tokenizer_class="T",
+        auto_map={"AutoTokenizer": [None, "code.T"]},
+    )
+    with pytest.raises(ValueError, match=r"tokenizer: .* comes with code of its own"):
+        loading.load_tokenizer(str(folder))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"base_model_name_or_path": "{adapter}"}, "is an adapter itself; merge that one first"),
+        ({"base_model_name_or_path": "../no"}, "there is no folder '../no'"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "asks for Megatron's layers"),
+    ],
+)
+def test_an_adapters_own_file_is_read_with_care(
+    changes: dict[str, object], message: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    words = {k: str(folder) if v == "{adapter}" else v for k, v in changes.items()}
+    edited(folder, "adapter_config.json", **words)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        loading.load_model(str(folder), RMiPOConfig(str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_broken_adapter_config_is_named(content: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json (is not readable JSON|holds no)"):
+        loading.load_model(str(folder), RMiPOConfig(str(tmp_path / "run")))
+
+
+def test_what_a_library_says_is_cut_short(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(
+        ValueError, match=r"model: .* could not be loaded \(SafetensorError"
+    ) as told:
+        loading.load_model(str(folder), RMiPOConfig(str(tmp_path / "run")))
+    assert len(str(told.value)) < 500
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        loading.load_model(str(tmp_path / "none"), RMiPOConfig(str(tmp_path / "run")))
+    with pytest.raises(ValueError, match=r"tokenizer: .* Pass one: tokenizer= of train"):
+        loading.load_tokenizer(str(tmp_path / "none"))
+
+
+def test_a_folder_may_be_named_from_home(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(saved))
+    assert loading.load_model("~/base", RMiPOConfig(str(tmp_path / "run"))) is not None
+    assert loading.load_tokenizer("~/base").eos_token == "</s>"

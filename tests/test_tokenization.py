@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rmipo_lite.data import Row, load_rows
 from rmipo_lite.data_report import DataReport
+from rmipo_lite.selftest.encoders import sentencepiece_like
 from rmipo_lite.text_encoder import TextEncoder
 from rmipo_lite.tokenization import (
     TokenizationOptions,
@@ -109,6 +110,16 @@ def test_sentencepiece_response_has_no_space_mark(shared: Path) -> None:
     assert tokenizer.decode(pair.prompt_ids[1:] + pair.rejected_ids[:-1]) == "Hello there"
 
 
+@pytest.mark.parametrize("response", ["\nworld", "\n\n", "  x", ": y", ":", "...", "x"])
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_a_response_that_merges_with_the_anchor_has_no_space_mark(
+    model: Any, response: str
+) -> None:
+    tokenizer = sentencepiece_like(model)
+    (pair,), _ = run([pair_of("Hello", response + "1", " there")], tokenizer)
+    assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids[:-1]) == "Hello" + response + "1"
+
+
 def test_both_sides_share_one_prompt_where_the_tokens_would_merge(tokenizer: Any) -> None:
     # "The answ" + "er" is one token "er" over the border when encoded together.
     (pair,), _ = run([pair_of("It is a tru", "th universally", "!!")], tokenizer)
@@ -144,6 +155,13 @@ def test_one_bos_where_one_is_used(
     assert pair.prompt_ids.count(0) == expected
     assert pair.prompt_ids[:1] == [0] or not expected
     assert 0 not in pair.chosen_ids
+
+
+def test_bos_of_the_template_stays_when_the_prompt_is_cut(tokenizer: Any) -> None:
+    record = chat("yes", "no", "word " * 100)
+    (pair,), _ = run([record], tokenizer, chat_template=WITH_BOS, max_length=20)
+    assert pair.prompt_ids.count(0) == 1
+    assert pair.prompt_ids[0] == 0
 
 
 def test_bos_in_the_users_text_is_not_doubled(tokenizer: Any) -> None:
@@ -229,7 +247,9 @@ def test_identical_after_truncation_is_dropped(tokenizer: Any) -> None:
         [pair_of(), pair_of(chosen=same + " a", rejected=same + " b")], tokenizer, max_length=32
     )
     assert [pair.row for pair in pairs] == [0]
-    assert report.dropped["chosen and rejected are identical after truncation"].rows == [1]
+    assert [t.rows for r, t in report.dropped.items() if r.endswith("ones after truncation")] == [
+        [1]
+    ]
     assert report.identical_pairs == 1
 
 
@@ -255,7 +275,7 @@ def test_one_token_responses_stay(tokenizer: Any) -> None:
 
 
 def test_nothing_left_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="control tokens alone"):
+    with pytest.raises(ValueError, match="got control or unknown tokens alone"):
         run([pair_of(chosen="</s>")], tokenizer)
 
 

@@ -67,8 +67,21 @@ RMIPO_INLINE const A* widened(const T* x, const T* bias, int64_t start, int64_t 
   if constexpr (kPlain && std::is_same_v<T, A>) {
     return x + start;
   } else {
+    // A pass for each part: a choice inside one loop would keep the vectoriser out.
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) wide[i] = logit<kPlain>(x, bias, start + i, t);
+    for (int64_t i = 0; i < count; ++i) wide[i] = load(x[start + i]);
+    if constexpr (!kPlain) {
+      if (bias != nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) wide[i] += load(bias[start + i]);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) wide[i] *= t.scale;
+      if (t.softcap > A(0)) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) wide[i] = rmipo::soft(wide[i], t.softcap);
+      }
+    }
     return wide;
   }
 }
@@ -89,22 +102,29 @@ RMIPO_INLINE A largest(const T* x, const T* bias, int64_t n, Transform<A> t, A m
 // the constant factor t.scale.
 template <bool kPlain, bool kWrite, typename T, typename A>
 RMIPO_INLINE double exponentials(T* x, const T* bias, int64_t n, Transform<A> t, A most) {
-  const Transform<A> unscaled{A(1), t.softcap};
-  A wide[kTerms];
+  A wide[kTerms], terms[kTerms];
   double total = 0;
   for (int64_t start = 0; start < n; start += kTerms) {
     const int64_t count = std::min(kTerms, n - start);
     const A* z = widened<kPlain>(x, bias, start, count, t, wide);
     // In place where the row is of type A already.
-    A* e = wide;
+    A* e = terms;
     if constexpr (kWrite && std::is_same_v<T, A>) e = x + start;
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; ++i) {
-      const A logit_value = z[i];
-      const A term = exp_negative(logit_value - most);
+      const A term = exp_negative(z[i] - most);
       sum += term;
-      if constexpr (kWrite) e[i] = kPlain ? term : term * unscaled.slope(logit_value);
+      if constexpr (kWrite) e[i] = term;
+    }
+    if constexpr (kWrite && !kPlain) {
+      if (t.softcap > A(0)) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+          const A bent = z[i] / t.softcap;
+          e[i] *= A(1) - bent * bent;
+        }
+      }
     }
     if constexpr (kWrite && !std::is_same_v<T, A>) {
 #pragma omp simd
@@ -198,7 +218,8 @@ void fold_rows(Tensor& logits, const Tensor& target_ids, int64_t first_id,
         if (u != nullptr) std::memset(row, 0, static_cast<size_t>(n) * sizeof(T));
         continue;
       }
-      const A factor = fold_row(row, b, n, ids[r] - first_id, t, u != nullptr, r, seen);
+      const int64_t target = ids[r] < first_id ? -1 : ids[r] - first_id;
+      const A factor = fold_row(row, b, n, target, t, u != nullptr, r, seen);
       if (u == nullptr || factor == A(1)) continue;
       A* row_u = u + rmipo::row_offset(r, u_stride, 0);
       for (int64_t h = 0; h < width; ++h) row_u[h] *= factor;
@@ -219,6 +240,7 @@ void fold_logits(Tensor logits, Tensor target_ids, int64_t first_id, std::option
   const auto exact = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(logits.dim() == 2, kOp, ": logits must have shape (rows, columns), got ",
                   logits.dim(), " dimensions");
+  STD_TORCH_CHECK(first_id >= 0, kOp, ": first_id must be at least 0, got ", first_id);
   const int64_t rows = logits.size(0), columns = logits.size(1);
   rmipo::check_matrix(kOp, "logits", logits, rows, columns, logits);
   rmipo::check_vector(kOp, "target_ids", target_ids, rows, ScalarType::Long, logits);

@@ -91,9 +91,12 @@ def compiler() -> list[str]:
         BuildError: there is none.
     """
     if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
-        if not shutil.which(command[0]):
-            raise BuildError(f"the compiler {command[0]!r} of $CXX was not found")
+        try:
+            command = shlex.split(os.environ["CXX"])
+        except ValueError as error:
+            raise BuildError(f"$CXX is no command: {error}") from error
+        if not command or not shutil.which(command[0]):
+            raise BuildError(f"the compiler {''.join(command[:1])!r} of $CXX was not found")
         return command
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
@@ -178,6 +181,18 @@ def static_cuda_runtime(root: Path) -> list[str]:
     raise BuildError(f"the CUDA toolkit in {root} has no libcudart_static.a")
 
 
+def require_tools(device_type: str) -> None:
+    """Refuse what would fail for want of a tool, before anybody is told to wait for it.
+
+    Raises:
+        BuildError: no compiler, ninja or toolkit.
+    """
+    compiler()
+    ninja_path()
+    if device_type == "cuda":
+        static_cuda_runtime(cuda_home())
+
+
 def build(device_type: str, folder: Path, architectures: str = "") -> Path:
     """Compile a device type's library inside `folder`, which exists, and return its path.
 
@@ -227,8 +242,8 @@ def _run_child(arguments: dict[str, Any], environment: dict[str, str]) -> None:
     command = [sys.executable, "-P", "-W", "ignore", __file__]
     try:
         done = subprocess.run(
-            command, input=json.dumps(arguments), env=environment, capture_output=True, text=True,
-            timeout=_COMPILE_LIMIT_S, check=False,
+            command, input=json.dumps(arguments), env=environment, capture_output=True,
+            encoding="utf-8", errors="replace", timeout=_COMPILE_LIMIT_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the compilation could not run: {error}") from error

@@ -3,6 +3,37 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+
+def require_dense(op: str, **named: object) -> None:
+    """Raise unless every argument is a tensor of the ordinary, strided kind.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: a sparse one.
+    """
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise ValueError(f"{op}: {name} must be dense, got layout {value.layout}")
+
+
+def require_memory(op: str, **named: Tensor | None) -> None:
+    """Raise for a tensor whose memory was given away, as sharding does with weights.
+
+    torch's own operators end the process on one. Only where tensors are real: not under a trace.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in named.items():
+        if value is not None and value.numel() and not value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{op}: {name} must hold its values, got a tensor of shape {tuple(value.shape)} "
+                "whose memory was freed (is it sharded?)"
+            )
 
 
 def require(

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native
-from rmipo_lite.ops.checks import refuse_second_derivative
+from rmipo_lite.ops.checks import refuse_second_derivative, require_memory
 from rmipo_lite.ops.head_blocks import blocked_logps
 from rmipo_lite.ops.head_checks import check_head, check_ids
 from rmipo_lite.ops.head_rows import Head, row_work
 from rmipo_lite.ops.loss import Impl
-from rmipo_lite.ops.reference import accumulate_dtype
+from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
 
 _VALUE, _DIRECTION, _RECOMPUTE = range(3)
 
@@ -81,6 +81,9 @@ def _linear_logps(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Logps (N,) and the directions u (N, H), or an empty (0, H) where mode doesn't want them."""
+    require_memory(
+        "linear_logps", hidden=hidden, weight=weight, target_ids=target_ids, bias=bias
+    )  # fmt: skip
     if hidden.device.type == "cpu":
         check_ids(target_ids, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
@@ -161,6 +164,8 @@ def _recompute_backward(
     """Gradients of hidden, weight and bias (empty without one), accumulated in float32."""
     with torch.autocast(hidden.device.type, enabled=False):
         use_native = native.use_native(impl, hidden.device)
+        # A row that nothing asks for is passed over as an ignored one is.
+        target_ids = target_ids.masked_fill(grad_logps == 0, IGNORED)
         head = Head(hidden, weight)
         grad_hidden = torch.empty_like(hidden, dtype=head.exact)
         grad_weight = torch.zeros_like(weight, dtype=head.exact)
@@ -181,7 +186,7 @@ def _recompute_backward(
             )
             assert grads is not None
             head.times_weight(grads, grad_hidden[rows])
-            head.add_weight_grad(grads, rows, grad_weight)
+            head.add_weight_grad(grads, rows, target_ids, grad_weight)
             if bias is not None:
                 grad_bias += grads.sum(0, dtype=head.exact)
         dtype = hidden.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops.checks import require
+from rmipo_lite.ops.checks import require, require_dense
 from rmipo_lite.ops.reference import IGNORED
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,13 +19,14 @@ def check_head(
     logit_softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """Refuse arguments of the wrong dtype, rank, shape or device.
+    """Refuse arguments of the wrong kind, dtype, rank, shape or device.
 
     Raises:
-        TypeError: a dtype.
+        TypeError: no tensor, or of the wrong dtype.
         ValueError: anything else.
     """
     op = "linear_logps"
+    require_dense(op, hidden=hidden, weight=weight, target_ids=target_ids)
     if hidden.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}"
@@ -49,6 +50,7 @@ def check_head(
     require(op, "weight", "be on the device of hidden", hidden.device, weight.device)
     require(op, "target_ids", "be on the device of hidden", hidden.device, target_ids.device)
     if bias is not None:
+        require_dense(op, bias=bias)
         require(op, "bias", "have the dtype of hidden", hidden.dtype, bias.dtype, TypeError)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(

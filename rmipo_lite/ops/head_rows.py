@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, even_slices
-from rmipo_lite.ops.reference import accumulate_dtype
+from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
 
 # A chunk is as many rows as make about this many logits, within the range where a product still
 # runs at full speed and the buffer stays small (128 MiB in float32). Below 128 rows the products
@@ -82,12 +82,16 @@ class Head:
         for block in self.blocks:
             out.addmm_(grads[:, block], self.weight[block].to(self.exact))
 
-    def add_weight_grad(self, grads: Tensor, rows: slice, out: Tensor) -> None:
-        """Out (V, H) += grads.T @ hidden, in float32."""
+    def add_weight_grad(self, grads: Tensor, rows: slice, target_ids: Tensor, out: Tensor) -> None:
+        """Out (V, H) += grads.T @ hidden, in float32, over the rows that aren't ignored.
+
+        Their derivative is zero, but 0 * NaN would be NaN in every weight.
+        """
+        hidden = self.hidden[rows].masked_fill((target_ids[rows] == IGNORED)[:, None], 0.0)
         if self.mixed:
-            out += torch.mm(grads.T, self.hidden[rows], out_dtype=self.exact)
+            out += torch.mm(grads.T, hidden, out_dtype=self.exact)
         else:
-            out.addmm_(grads.T, self.hidden[rows].to(self.exact))
+            out.addmm_(grads.T, hidden.to(self.exact))
 
 
 def row_work(

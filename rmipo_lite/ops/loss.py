@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
-from rmipo_lite.ops.checks import refuse_second_derivative, require
+from rmipo_lite.ops.checks import refuse_second_derivative, require, require_dense, require_memory
 from rmipo_lite.ops.loss_checks import check_borders, check_options, check_prior, check_sequences
 from rmipo_lite.ops.reference import LOSSES, PairOptions, PairParts
 
@@ -139,6 +139,7 @@ def rmipo_loss(
         "chosen_prior_logps": chosen_prior_logps,
         "rejected_prior_logps": rejected_prior_logps,
     }
+    require_dense("rmipo_loss", **named)
     pairs = chosen_logps.shape[0] if chosen_logps.dim() == 1 else None
     dtype = torch.float32
     for name, value in named.items():
@@ -199,6 +200,13 @@ def _pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = PairOptions(
         loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
+    )
+    require_memory(
+        "pair_loss",
+        token_logps=token_logps,
+        cu_seqlens=cu_seqlens,
+        prior_token_logps=prior_token_logps,
+        prior_cu_seqlens=prior_cu_seqlens,
     )
     if token_logps.device.type == "cpu":
         check_borders("cu_seqlens", cu_seqlens, token_logps.shape[0], may_be_empty=False)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops.checks import require
+from rmipo_lite.ops.checks import require, require_dense
 from rmipo_lite.ops.reference import SMOOTHED, PairOptions
 
 
@@ -44,6 +44,7 @@ def check_sequences(prefix: str, token_logps: Tensor, cu_seqlens: Tensor) -> Non
         ValueError: anything else.
     """
     name, borders = f"{prefix}token_logps", f"{prefix}cu_seqlens"
+    require_dense("pair_loss", **{name: token_logps, borders: cu_seqlens})
     if token_logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"pair_loss: {name} must be float32 or float64, got {token_logps.dtype}")
     if cu_seqlens.dtype != torch.int32:

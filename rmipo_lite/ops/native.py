@@ -5,9 +5,11 @@ cache, and else it is compiled into the cache (seconds on the CPU). Whatever is 
 PyTorch reference does the work and one line says what is missing: `status` has it.
 
 The cache is `$RMIPO_LITE_CACHE`, else `~/.cache/rmipo_lite`, keyed by sources, torch, CUDA and
-architecture. A build happens in a private folder and is renamed into place with its hash beside
-it, under a file lock that the system drops when its holder dies; a half-written or foreign file is
-therefore never loaded, and no lock outlives a killed build.
+architecture. A build happens in a private folder, is loaded there, and is renamed into place with
+its hash beside it, under a file lock that the system drops when its holder dies: a half-written
+file is never loaded, no lock outlives a killed build, and what such a build leaves behind is
+removed by the next one. A library counts as ours when its kernels are registered, not because it
+loads.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import threading
@@ -33,7 +36,12 @@ from rmipo_lite.ops import build
 from rmipo_lite.ops.reference import PairOptions, PairParts
 
 _LOCK_LIMIT_S = 300.0  # longer than any build; then the reference does the work
+_SILENCE_S = 2.0  # who waits longer than this for another process's build says so
 _PACKAGE = Path(__file__).resolve().parent.parent
+_KERNELS = {
+    "cpu": ("row_logps", "fold_logits", "pair_losses"),
+    "cuda": ("row_logps", "pair_losses"),
+}
 _LOSS_TYPES = ("rmipo", "simpo", "hinge", "simper")  # order of LossType in csrc/pair_math.h
 
 
@@ -102,10 +110,7 @@ def use_native(impl: str, device: torch.device) -> bool:
     Raises:
         RuntimeError: impl is native and there are none.
     """
-    global _process
-    if os.getpid() != _process:  # a forked child: the parent's thread pool isn't there any more
-        _process = os.getpid()
-        torch.set_num_threads(1)
+    _notice_fork()
     if impl == "torch":
         return False
     found = status(device.type)
@@ -122,8 +127,20 @@ def use_native(impl: str, device: torch.device) -> bool:
     return found.available
 
 
+def _notice_fork() -> None:
+    """In a forked child: work in one thread, and don't wait for a thread that held the lock.
+
+    The parent's thread pool and its other threads don't exist there.
+    """
+    global _process, _lock
+    if os.getpid() != _process:
+        _process, _lock = os.getpid(), threading.Lock()
+        torch.set_num_threads(1)
+
+
 def status(device_type: str) -> BackendStatus:
     """Load a device type's kernels, building them if need be, and say how that went."""
+    _notice_fork()
     with _lock:
         if device_type not in _statuses:
             _statuses[device_type] = _load(device_type)
@@ -137,14 +154,14 @@ def cache_dir() -> Path:
 
 def _load(device_type: str) -> BackendStatus:
     try:
-        if device_type not in ("cpu", "cuda"):
+        if device_type not in _KERNELS:
             raise build.BuildError(f"there are no kernels for {device_type}")
         if sys.platform != "linux":
             raise build.BuildError(f"it is built for Linux only, not {sys.platform}")
         if device_type == "cuda" and not torch.cuda.is_available():
             raise build.BuildError("torch sees no CUDA device")
         prebuilt = _PACKAGE / build.library_name(device_type)
-        if _matches(prebuilt, build.source_hash()) and _opens(prebuilt):
+        if _matches(prebuilt, build.source_hash()) and _opens(prebuilt, device_type):
             return BackendStatus(True, "prebuilt", str(prebuilt), None)
         return _load_cached(device_type)
     except (build.BuildError, OSError, RuntimeError) as error:
@@ -152,67 +169,112 @@ def _load(device_type: str) -> BackendStatus:
         return BackendStatus(False, None, None, text[0] if text else type(error).__name__)
 
 
+def cached_library(device_type: str) -> Path:
+    """Where the cache keeps a device type's library of these sources, for this torch.
+
+    Raises:
+        BuildError: the sources are absent.
+    """
+    parts = (
+        device_type, build.source_hash(), torch.__version__, str(torch.version.cuda),
+        platform.machine(), _architectures(device_type),
+    )  # fmt: skip
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
+    return cache_dir() / key / build.library_name(device_type)
+
+
+def _architectures(device_type: str) -> str:
+    """What to compile for: the card that is here, and PTX for what comes after it."""
+    if device_type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}+PTX"
+
+
 def _load_cached(device_type: str) -> BackendStatus:
-    architectures = ""
-    if device_type == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        architectures = f"{major}.{minor}+PTX"
-    sources = build.source_hash()
-    parts = (sources, torch.__version__, str(torch.version.cuda), platform.machine())
-    key = hashlib.sha256("|".join((device_type, *parts, architectures)).encode()).hexdigest()[:24]
-    cache = cache_dir()
-    target = cache / key / build.library_name(device_type)
-    if _matches(target) and _opens(target):
+    target = cached_library(device_type)
+    cache, key = target.parent.parent, target.parent.name
+    if _matches(target) and _opens(target, device_type):
         return BackendStatus(True, "cached", str(target), None)
-    cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _file_lock(cache / f"{key}.lock"):
-        if _matches(target) and _opens(target):  # another process built it meanwhile
+        if _matches(target) and _opens(target, device_type):  # another process built it meanwhile
             return BackendStatus(True, "cached", str(target), None)
-        sys.stderr.write(f"rmipo_lite: compiling the {device_type} kernels, once\n")
-        sys.stderr.flush()
-        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
-            built = build.build(device_type, Path(folder), architectures)
+        build.require_tools(device_type)
+        _tell(f"compiling the {device_type} kernels, once")
+        for leftover in cache.glob(f"build-{key}-*"):  # of a killed build: the lock is ours
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f"build-{key}-") as folder:
+            built = build.build(device_type, Path(folder), _architectures(device_type))
+            # From here, not from its place: the loader takes a path it has met for the library it
+            # loaded from it, whatever has been put there since.
+            _open(built, device_type)
             target.parent.mkdir(exist_ok=True)
-            record = built.with_suffix(".sha256")
-            build.write_record(built, sources)
+            build.write_record(built, build.source_hash())
             os.replace(built, target)
-            os.replace(record, target.with_suffix(".sha256"))
-    torch.ops.load_library(str(target))
+            os.replace(built.with_suffix(".sha256"), target.with_suffix(".sha256"))
     return BackendStatus(True, "built", str(target), None)
+
+
+def _tell(text: str) -> None:
+    """One line for whoever waits; a closed standard error costs the line and nothing else."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"rmipo_lite: {text}\n")
+        sys.stderr.flush()
 
 
 def _matches(library: Path, sources: str | None = None) -> bool:
     """Whether a library is whole, by the hash beside it, and of these sources where given."""
     try:
-        want = library.with_suffix(".sha256").read_text().split()
-        return want[:1] == [build.file_hash(library)] and (sources is None or want[1:] == [sources])
+        record = library.with_suffix(".sha256").read_text(errors="replace").split()
+        want = record[:1] == [build.file_hash(library)]
+        return want and (sources is None or record[1:] == [sources])
     except OSError:
         return False
 
 
-def _opens(library: Path) -> bool:
-    """Load a library; False where it was made for another system or another torch."""
+def _opens(library: Path, device_type: str) -> bool:
+    """Load a library; False where it is of another system or another torch, or isn't ours."""
     try:
-        torch.ops.load_library(str(library))
-    except OSError:
+        _open(library, device_type)
+    except (OSError, build.BuildError):
         return False
     return True
+
+
+def _open(library: Path, device_type: str) -> None:
+    """Load a library.
+
+    Raises:
+        OSError: it was made for another system or another torch.
+        BuildError: it loads and doesn't bring the kernels.
+    """
+    torch.ops.load_library(str(library))
+    for name in _KERNELS[device_type]:
+        op = f"rmipo_lite::{name}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()):
+            raise build.BuildError(f"{library} loads but has no kernel {name} for {device_type}")
 
 
 @contextlib.contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
     """Hold an advisory lock, which the system releases when the process dies."""
-    deadline = time.monotonic() + _LOCK_LIMIT_S
+    started = time.monotonic()
+    told = False
     with path.open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - started
+                if waited > _LOCK_LIMIT_S:
                     raise build.BuildError(
                         f"another process has held {path} for {_LOCK_LIMIT_S:.0f} s"
                     ) from None
+                if waited > _SILENCE_S and not told:
+                    told = True
+                    _tell("waiting for another process that compiles the kernels")
                 time.sleep(0.1)
         yield
 

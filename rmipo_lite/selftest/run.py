@@ -22,15 +22,23 @@ from rmipo_lite.display import duration, say
 from rmipo_lite.environment import versions
 from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.selftest import (
+    abuse,
+    addresses,
     alarms,
+    autograd,
     borders,
     building,
     data,
+    determinism,
     evaluation,
+    extremes,
+    forks,
     gpu,
+    heads,
     hostile,
     lengths,
     memory,
+    method,
     mistakes,
     model,
     numerics,
@@ -43,8 +51,9 @@ from rmipo_lite.selftest.children import ChildPool
 from rmipo_lite.selftest.scorecard import Check, Mode, Outcome, Trials, carry_out
 
 _MODULES = (
-    survival, soak, training, evaluation, data, borders, lengths, alarms, numerics, model, building,
-    memory, users, mistakes, hostile, gpu,
+    survival, soak, training, evaluation, data, borders, lengths, alarms, numerics, extremes,
+    autograd, determinism, method, abuse, model, heads, building, forks, memory, users, mistakes,
+    hostile, gpu, addresses,
 )  # fmt: skip
 # What needs things that aren't shipped; continuous integration runs them as scripts.
 ELSEWHERE = {

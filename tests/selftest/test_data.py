@@ -11,8 +11,7 @@ from rmipo_lite.selftest.bad_rows import KINDS, tools
 
 
 def test_every_kind_is_met_by_a_tenth_of_the_trials() -> None:
-    assert math.gcd(len(KINDS) + 1, 10) == 2  # 24 kinds: halved, which the next line makes up for
-    assert {index % (len(KINDS) + 1) for index in range(1000)} == set(range(len(KINDS) + 1))
+    assert math.gcd(len(KINDS) + 1, 10) == 1
 
 
 def test_malformed_rows(try_check) -> None:
