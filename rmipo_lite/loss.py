@@ -32,6 +32,8 @@ def losses(
 ) -> PairLossOutput:
     """Loss and its parts for every pair, with the run's options."""
     prior_logps, prior_cu_seqlens = (None, None) if prior is None else prior
+    if prior_logps is not None:  # a cached or an empty one is float32, whatever the model is
+        prior_logps = prior_logps.to(token_logps.dtype)
     return pair_loss(
         token_logps,
         cu_seqlens,

@@ -111,7 +111,7 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0) -> Plan:
         evaluations = _times(args.eval_strategy, args.eval_steps, trainer, steps)
         seconds = steps * step_seconds + evaluations * eval_seconds
     parts = batch.split_by_budget(longest, step.max_tokens, step.packing)
-    disk, folder = _disk(trainer, steps), _nearest_folder(Path(args.output_dir))
+    disk, folder = _disk(trainer, steps), _nearest_folder(Path(str(args.output_dir)))
     return Plan(
         steps=steps,
         pairs_per_step=size,

@@ -38,7 +38,7 @@ class RunLog:
     def __init__(self, args: RMiPOConfig) -> None:
         self._args = args
         self._pair_file = (
-            Path(args.output_dir) / PAIR_VALUES_FILE if args.save_pair_values else None
+            Path(str(args.output_dir)) / PAIR_VALUES_FILE if args.save_pair_values else None
         )
         self.clear()
 

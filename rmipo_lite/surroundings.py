@@ -131,7 +131,7 @@ def unwrap_forward(model: nn.Module) -> None:
     if getattr(original, "__func__", None) is type(model).forward:
         del model.forward
     else:  # someone else's own wrapper was there before
-        model.forward = original  # type: ignore[method-assign]
+        model.forward = original
 
 
 def clear_frames(error: BaseException) -> None:

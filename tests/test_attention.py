@@ -12,8 +12,8 @@ from rmipo_lite import batch
 from rmipo_lite.attention import ATTENTION_NAME, packed_attention
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.selfcheck import packing_problem
-from rmipo_lite.step import PairStep
 from rmipo_lite.selftest.parts import ARCHITECTURES, VOCAB, random_pairs, tiny_model
+from rmipo_lite.step import PairStep
 
 
 def _run(model: nn.Module, packing: bool, tmp_path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

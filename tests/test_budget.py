@@ -16,8 +16,8 @@ from rmipo_lite.budget import (
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.loading import attach_adapter
 from rmipo_lite.model import scored_hidden
-from rmipo_lite.step import PairStep
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
+from rmipo_lite.step import PairStep
 
 
 def _args(tmp_path: Path, **options: object) -> RMiPOConfig:

@@ -17,9 +17,10 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.loading import attach_adapter
 from rmipo_lite.ops import head as head_module
 from rmipo_lite.ops import head_blocks
-from rmipo_lite.step import PairStep
-from tests.conftest import ROOT
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
+from rmipo_lite.step import PairStep
+from rmipo_lite.tokenization import TokenizedPair
+from tests.conftest import ROOT
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -69,6 +70,16 @@ def test_cached_prior_equals_live_while_the_policy_stands_still(tmp_path: Path) 
     torch.testing.assert_close(
         (after.chosen_pmi - before)[defined], moved_by[defined], atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_float64_model_with_no_prior_token_at_all(cached: bool, tmp_path: Path) -> None:
+    pairs = [TokenizedPair(0, [1, 5], [7], [8])]
+    step = _step(tiny_model().double(), tmp_path)
+    step.prior_cache = step.prior_means(pairs) if cached else None
+    outcome = step.train(pairs, lambda loss: loss.backward())
+    assert outcome.values[0].gamma.tolist() == [1.6]
+    assert outcome.loss.isfinite()
 
 
 def test_prior_context_bos_scores_the_first_token_too(tmp_path: Path) -> None:

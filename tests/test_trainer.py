@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from rmipo_lite import step as step_module
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.trainer import RMiPOTrainer
 from rmipo_lite.trainer_setup import prior_bos_id
 from tests.conftest import REFERENCES
-from rmipo_lite.selftest.parts import random_pairs, tiny_model
 
 MODEL = REFERENCES / "model_sft"
 

@@ -12,6 +12,10 @@ many more rows than whole rows of logits would leave memory for. Where the CPU m
 itself the products are bfloat16's: logits are rounded to it, as with any bfloat16 head on a CPU,
 and so is each block's share of a direction; sums, log-probs and the accumulated directions are
 float32. Else 16-bit blocks of the weight are cast, once for both products.
+
+A bfloat16 product sums over a multiple of 32 elements: with another number oneDNN reads on into the
+next row and multiplies what it finds by zero, so that a NaN there becomes one here (measured with
+AMX). An odd width, and the last columns of a vocabulary, are therefore multiplied in float32.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
 # Measured on two Sapphire Rapids cores: both products of 1024 rows by 4096 columns run 13 % (fp32)
 # and 18 % (bf16) faster than those of 256 rows by 32k. Fewer rows take more columns.
 _MOST_ROWS, CPU_BLOCK_BYTES = 1024, 2**24
+# What bfloat16 products sum over, elements: the length of a tile's row.
+_TILE = 32
 # bfloat16's second product runs fastest 256 rows at a time (oneDNN's choice of kernel).
 _BF16_SECOND_ROWS = 256
 
@@ -46,6 +52,14 @@ def even_slices(count: int, most: int) -> list[slice]:
     return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
+def _tiled_slices(count: int, most: int, tile: int) -> list[slice]:
+    """As `even_slices`, in multiples of `tile`, and what is left of them at the end."""
+    whole = count // tile
+    parts = even_slices(whole, max(1, most // tile))
+    ranges = [slice(part.start * tile, part.stop * tile) for part in parts]
+    return ranges + ([slice(whole * tile, count)] if count % tile else [])
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How a head's products are cut: ranges of rows and of vocabulary columns."""
@@ -53,13 +67,19 @@ class Blocks:
     row_ranges: list[slice]
     column_ranges: list[slice]
     second_rows: int  # rows of the second product at a time
-    dtype: torch.dtype  # of the products' operands
+    dtype: torch.dtype  # of the products' operands, save in a last range that is no multiple of 32
+    exact: torch.dtype  # of the operands there, and of sums
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor) -> Blocks:
         """The blocks for hidden (N, H) and weight (V, H)."""
-        low_precision = hidden.dtype == torch.bfloat16 and multiplies_bfloat16()
-        dtype = torch.bfloat16 if low_precision else accumulate_dtype(hidden.dtype)
+        exact = accumulate_dtype(hidden.dtype)
+        low_precision = (
+            hidden.dtype == torch.bfloat16
+            and multiplies_bfloat16()
+            and hidden.shape[1] % _TILE == 0
+        )
+        dtype = torch.bfloat16 if low_precision else exact
         row_ranges = even_slices(hidden.shape[0], _MOST_ROWS)
         rows = max((r.stop - r.start for r in row_ranges), default=1)
         columns = max(1, CPU_BLOCK_BYTES // (rows * dtype.itemsize))
@@ -68,10 +88,16 @@ class Blocks:
             columns = min(columns, max(1, CPU_BLOCK_BYTES // row_bytes))
         return Blocks(
             row_ranges=row_ranges,
-            column_ranges=even_slices(weight.shape[0], columns),
+            column_ranges=_tiled_slices(weight.shape[0], columns, _TILE if low_precision else 1),
             second_rows=_BF16_SECOND_ROWS if low_precision else _MOST_ROWS,
             dtype=dtype,
+            exact=exact,
         )
+
+    def dtype_of(self, columns: slice) -> torch.dtype:
+        """Of the products' operands for a range of columns."""
+        tiled = (columns.stop - columns.start) % _TILE == 0
+        return self.dtype if self.dtype != torch.bfloat16 or tiled else self.exact
 
     @property
     def most_rows(self) -> int:
@@ -99,22 +125,25 @@ def blocked_logps(
 ) -> tuple[Tensor, Tensor]:
     """Logps (N,) and directions (N, H), or (0, H) without; ids are checked by the caller."""
     blocks = Blocks.of(hidden, weight)
-    exact = accumulate_dtype(hidden.dtype)
+    exact = blocks.exact
     num_rows, width = hidden.shape
     logps = hidden.new_empty(num_rows, dtype=exact)
     directions = hidden.new_zeros((num_rows if with_directions else 0, width), dtype=exact)
     buffer = hidden.new_empty(blocks.most_rows * blocks.most_columns, dtype=blocks.dtype)
-    bias = None if bias is None else bias.to(blocks.dtype).contiguous()
     for rows in blocks.row_ranges:
         out = directions[rows] if with_directions else None
         sums = _Sums(target_ids[rows], exact)
         chunk = hidden[rows].to(blocks.dtype)
         for columns in blocks.column_ranges:
-            weight_block = weight[columns].to(blocks.dtype)
+            dtype = blocks.dtype_of(columns)
+            weight_block = weight[columns].to(dtype)
             shape = (len(chunk), len(weight_block))
             logits = buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(chunk, weight_block.T, out=logits)
-            sums.fold(logits, columns, bias, logit_scale, logit_softcap, out)
+            if dtype != blocks.dtype:  # the few columns that are left at the end
+                logits = hidden.new_empty(shape, dtype=dtype)
+            torch.mm(chunk.to(dtype), weight_block.T, out=logits)
+            some = None if bias is None else bias[columns].to(dtype).contiguous()
+            sums.fold(logits, columns.start, some, logit_scale, logit_softcap, out)
             if out is not None:
                 _add_product(out, logits, weight_block, blocks)
         sums.close()
@@ -126,7 +155,7 @@ def blocked_logps(
 
 def _add_product(out: Tensor, exponentials: Tensor, weight_block: Tensor, blocks: Blocks) -> None:
     """Out (C, H) += exponentials (C, B) @ weight_block (B, H), accumulated in out's dtype."""
-    if out.dtype == blocks.dtype:
+    if out.dtype == weight_block.dtype:
         out.addmm_(exponentials, weight_block)
         return
     for part in blocks.second_ranges(len(out)):
@@ -146,7 +175,7 @@ class _Sums:
     def fold(
         self,
         logits: Tensor,
-        columns: slice,
+        first_id: int,
         bias: Tensor | None,
         logit_scale: float,
         logit_softcap: float | None,
@@ -156,8 +185,8 @@ class _Sums:
         native.fold_logits(
             logits,
             self.target_ids,
-            columns.start,
-            None if bias is None else bias[columns],
+            first_id,
+            bias,
             logit_scale,
             logit_softcap,
             self.max,

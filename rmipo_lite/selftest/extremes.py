@@ -49,9 +49,10 @@ def _fill(values: Tensor, mask: Tensor, kind: str, rng: random.Random) -> Tensor
 
 def _ignored_rows(trial: Trial) -> None:
     rng, kind = trial.rng, trial.rng.choice(_GARBAGE)
-    case = random_head(rng)
+    case = random_head(rng, least_rows=2)
     ids = case.target_ids.clone()
     ids[torch.rand(len(ids), generator=seeded(rng)) < 0.4] = IGNORED
+    ids[rng.randrange(len(ids))] = IGNORED
     case.target_ids = ids
     case.mode = rng.choice(("direction", "recompute"))
     trial.tried = f"{kind} in {int((ids == IGNORED).sum())} ignored rows of {case}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite import step as step_module
+from rmipo_lite.model import scored_hidden
 from rmipo_lite.tokenization import TokenizedPair
 from rmipo_lite.trainer import RMiPOTrainer
 
@@ -52,7 +53,7 @@ class Poison:
     def __enter__(self) -> Poison:
         pair_step = self._trainer.pair_step
         self._forward = pair_step._forward
-        self._hidden = step_module.scored_hidden
+        self._hidden = scored_hidden
         self._stack.enter_context(mock.patch.object(pair_step, "_forward", self._in_forward))
         self._stack.enter_context(mock.patch.object(step_module, "scored_hidden", self._in_hidden))
         return self

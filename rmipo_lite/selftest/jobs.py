@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from transformers import TrainerCallback
 
 import rmipo_lite
-from rmipo_lite.display import say
+from rmipo_lite import one_liner
+from rmipo_lite.display import say, show_progress
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_rows, word_tokenizer
 
 KILLED_STEPS = 12
@@ -64,16 +66,12 @@ def asked_run(folder: str, resume: bool) -> None:
 
 def asked_train(folder: Path, resume: bool) -> Any:
     """`train()` on a tiny model, evaluating and saving on the way."""
-    import rmipo_lite.one_liner as one_liner
-
-    real = one_liner.show_progress
 
     def announcing(trainer: Any) -> None:
-        real(trainer)
+        show_progress(trainer)
         trainer.add_callback(Announce())
 
-    one_liner.show_progress = announcing
-    try:
+    with mock.patch.object(one_liner, "show_progress", announcing):
         return rmipo_lite.train(
             tiny_model(),
             word_rows(24),
@@ -89,5 +87,3 @@ def asked_train(folder: Path, resume: bool) -> Any:
             logging_steps=1,
             use_cpu=True,
         )
-    finally:
-        one_liner.show_progress = real

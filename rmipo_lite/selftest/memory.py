@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import rmipo_lite
-from rmipo_lite import one_liner
 from rmipo_lite import step as step_module
-from rmipo_lite.model import causal_lm
+from rmipo_lite.loading import detach_adapter
+from rmipo_lite.model import causal_lm, read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
 from rmipo_lite.selftest.parts import tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
@@ -117,7 +117,7 @@ def _returns(trial: Trial, model: Any, tokenizer: Any, options: dict[str, Any]) 
     )
     expect(abs(before - after) < 1e-6, "the new adapter does not begin as the first one began")
     # What stays by contract is the adapter; without it the model is the caller's again.
-    one_liner.loading.detach_adapter(model)
+    detach_adapter(model)
     for parameter in model.parameters():
         expect(not parameter.requires_grad, "a base weight is trained beside the adapter")
         parameter.requires_grad_(True)
@@ -230,7 +230,7 @@ def _kernels() -> Callable[[], None]:
 
 def _one_run(folder: Path, fails: bool) -> None:
     """A run whose model and result go out of reach, as a notebook cell's do when it runs again."""
-    real = step_module.read_head
+    real = read_head
     calls = 0
 
     def failing(model: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import head_blocks, linear_logps, native
+from rmipo_lite.ops import linear_logps, native
 from rmipo_lite.ops.head_blocks import Blocks
 from rmipo_lite.ops.loss import Impl
 from rmipo_lite.ops.reference import IGNORED
@@ -97,10 +97,9 @@ class HeadCase:
     def rounds_logits(self) -> bool:
         """Whether the logits are what a bfloat16 product gives."""
         return (
-            self.hidden.dtype == torch.bfloat16
-            and self.impl == "native"
+            self.impl == "native"
             and self.mode != "recompute"
-            and head_blocks.multiplies_bfloat16()
+            and Blocks.of(self.hidden, self.weight).dtype == torch.bfloat16
         )
 
     def products(self) -> Tensor:
@@ -114,21 +113,22 @@ class HeadCase:
         products = torch.empty(len(self.hidden), len(self.weight), dtype=torch.float64)
         for rows in blocks.row_ranges:
             for columns in blocks.column_ranges:
-                part = torch.mm(self.hidden[rows], self.weight[columns].T)
+                dtype = blocks.dtype_of(columns)
+                part = torch.mm(self.hidden[rows].to(dtype), self.weight[columns].to(dtype).T)
                 products[rows, columns] = part.double()
         return products
 
 
-def random_head(rng: random.Random) -> HeadCase:
+def random_head(rng: random.Random, least_rows: int = 0) -> HeadCase:
     """A head of any shape, dtype, layout and mode."""
     generator = seeded(rng)
     dtype = rng.choice(DTYPES)
     if rng.random() < 0.04:
         rows, vocab = rng.choice(_LARGE)
-        width = rng.choice((4, 8))
+        width = rng.choice((4, 8, 32))
     else:
-        rows = rng.choice((0, 1, 2, 3, 17, 40, 300))
-        vocab, width = rng.choice(_VOCABULARIES), rng.choice((1, 3, 16, 24, 64))
+        rows = max(least_rows, rng.choice((0, 1, 2, 3, 17, 40, 300)))
+        vocab, width = rng.choice(_VOCABULARIES), rng.choice((1, 3, 16, 24, 32, 64))
     layout = rng.choice(LAYOUTS)
     spread = rng.choice((0.1, 1.0, 4.0))  # of the logits
     hidden = torch.randn(rows, width, generator=generator) * spread / width**0.5

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmipo_lite.config import RMiPOConfig
@@ -16,7 +17,7 @@ from rmipo_lite.trainer import RMiPOTrainer
 
 VOCAB = 97
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -30,7 +31,7 @@ _COMMON = {
 }
 
 # Windows of 8 are shorter than the pairs below, so a window that is not honoured shows.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _COMMON,
     "mistral": {**_COMMON, "sliding_window": 8},
     "qwen2": _COMMON,
@@ -141,15 +142,13 @@ def tiny_trainer(
     folder: Path,
     *,
     count: int = 8,
-    model: nn.Module | None = None,
+    model: PreTrainedModel | PeftModel | None = None,
     pairs: list[TokenizedPair] | None = None,
     eval_pairs: list[TokenizedPair] | None = None,
     callbacks: list[Any] | None = None,
     **options: Any,
 ) -> RMiPOTrainer:
     """A trainer on a tiny Llama: 4 pairs a step, LoRA of rank 4, everything logged."""
-    from peft import LoraConfig
-
     settings: dict[str, Any] = {
         "max_steps": 4,
         "logging_steps": 1,

@@ -118,7 +118,7 @@ class _Faults:
         self._save, self._step = trainer._write_checkpoint, trainer.training_step
 
     def __enter__(self) -> _Faults:
-        self._patches = [
+        self._patches: list[Any] = [
             mock.patch.object(self._trainer, "_write_checkpoint", self._write),
             mock.patch.object(self._trainer, "training_step", self._train),
         ]

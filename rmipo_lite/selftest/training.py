@@ -67,7 +67,7 @@ def _one_bad_pair(trial: Trial, kind: int) -> None:
     step = trial.rng.choice(list(_STEP_NAMES))
     budget = trial.rng.choice(("auto", 1, 60))  # one micro-step, one a pair, a few
     trial.tried = f"{value} in the {place} of a pair, {_STEP_NAMES[step]}, budget {budget}"
-    options = {"max_steps": _STEPS, "max_tokens_per_microstep": budget}
+    options: dict[str, Any] = {"max_steps": _STEPS, "max_tokens_per_microstep": budget}
     victim = _Victim(trial.rng.randrange(4))
     trainer = tiny_trainer(trial.folder / "bad", **options)
     out = io.StringIO()
@@ -120,7 +120,7 @@ def _bad_weight(trial: Trial) -> None:
     """A weight itself goes bad: the run stops, nothing of it is saved, resume makes it whole."""
     step, value = trial.rng.choice(list(_STEP_NAMES)), trial.rng.choice(_VALUES)
     trial.tried = f"{value} in a weight before {_STEP_NAMES[step]}"
-    options = {"max_steps": _STEPS, "save_strategy": "steps", "save_steps": 1}
+    options: dict[str, Any] = {"max_steps": _STEPS, "save_strategy": "steps", "save_steps": 1}
     spoil = _SpoilWeight(step, value)
     trainer = tiny_trainer(trial.folder / "run", callbacks=[spoil], **options)
     try:

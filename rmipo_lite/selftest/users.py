@@ -21,11 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rmipo_lite
 from rmipo_lite import one_liner, preflight
 from rmipo_lite.checkpoint_files import checkpoints
-from rmipo_lite.cli import main
 from rmipo_lite.preflight import Plan
 from rmipo_lite.selftest.children import changed_environment, fresh_command
 from rmipo_lite.selftest.parts import VOCAB, tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.trainer import RMiPOTrainer
 
 _LIMIT_S = 120
 
@@ -153,6 +153,8 @@ def _everything_said(folder: Path, secret: str, token: str, fails: bool) -> str:
 
 
 def _said_by_the_command_line(secret: str, token: str) -> str:
+    from rmipo_lite.cli import main  # the last room of the house
+
     with _listening() as sink:
         main(["train", f"./no-model-{secret}", f"./no-data-{token}.jsonl"])
         main(["info"])
@@ -208,7 +210,7 @@ def plans(trials: Trials) -> None:
 
 
 def _planned_and_taken(
-    trial: Trial, shape: dict[str, int], options: dict[str, Any]
+    trial: Trial, shape: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Plan, dict[str, float]]:
     """The plan, and what the run took after it."""
     torch.manual_seed(trial.index)
@@ -221,7 +223,7 @@ def _planned_and_taken(
     with (
         mock.patch.object(preflight, "time", _CLOCK),
         mock.patch.object(one_liner, "plan_run", watch.plan),
-        mock.patch.object(one_liner.RMiPOTrainer, "train", watch.train()),
+        mock.patch.object(RMiPOTrainer, "train", watch.train()),
     ):
         result = _train(LlamaForCausalLM(config), folder, _rows_of_one_length(trial), **options)
     # At its fullest the folder held one checkpoint more, the one that the last save replaced.
@@ -258,7 +260,7 @@ class _Watch:
 
     def train(self) -> Any:
         """A `train` that is timed."""
-        real = one_liner.RMiPOTrainer.train
+        real = RMiPOTrainer.train
 
         def timed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             preflight._start_peak(torch.device("cpu"))

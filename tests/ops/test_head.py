@@ -84,7 +84,7 @@ def test_bfloat16_with_and_without_its_own_products(own_products, options, monke
     """Both ways run on every CPU (oneDNN has a slow bfloat16 product where the CPU has none)."""
     monkeypatch.setattr(head_blocks, "multiplies_bfloat16", lambda: own_products)
     monkeypatch.setattr(head_blocks, "CPU_BLOCK_BYTES", 2**16)
-    hidden, weight, ids, _ = inputs(65, 3001, torch.bfloat16)
+    hidden, weight, ids, _ = inputs(65, 3008, torch.bfloat16, h=32)
     truth_leaf = hidden.detach().double().requires_grad_()
     truth = plain(truth_leaf, weight.double(), ids, **options)
     truth.sum().backward()
