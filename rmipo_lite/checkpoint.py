@@ -141,7 +141,10 @@ class SafeCheckpointing:
         reasons = "; ".join(reason for _, reason in skipped)
         if found is None:
             detail = f": {reasons}" if reasons else ""
-            raise CheckpointError(f"no valid checkpoint in {self.args.output_dir}{detail}")
+            raise CheckpointError(
+                f"no valid checkpoint in {self.args.output_dir}{detail}; resume=False "
+                "(resume_from_checkpoint=None) starts anew"
+            )
         say(f"Resuming from {found}" + (f", skipped: {reasons}" if reasons else ""))
         return found
 

@@ -7,7 +7,9 @@ the documentation: the command line's `--help` is made from them.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +23,24 @@ TruncationMode = Literal["keep_end", "keep_start"]
 
 # Losses whose formula has a two-sided form that label smoothing can mix (METHODS: logistic ones).
 SMOOTHABLE_LOSSES = ("rmipo", "simpo")
+
+
+# What other packages and programs call options of ours, for errors.
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+}
+_NUMBERS = (
+    "beta", "gamma_min", "gamma_max", "simpo_gamma", "label_smoothing", "sft_weight",
+    "learning_rate", "num_train_epochs", "warmup_steps", "logging_steps",
+)  # fmt: skip
+_WHOLE_NUMBERS = (
+    "max_length", "max_prompt_length", "dataset_num_proc", "max_dropped_in_a_row", "max_steps",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "save_total_limit", "seed",
+)  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -157,8 +177,20 @@ class RMiPOConfig(TrainingArguments):
     )
     report_to: str | list[str] | None = _option("none", "Trackers to report to.")  # noqa: RUF009
 
+    def __new__(cls, *args: Any, **options: Any) -> RMiPOConfig:
+        """Raise TypeError for an option that isn't there, with the name of the nearest."""
+        known = [f.name for f in fields(cls) if f.init]
+        for name in options:
+            if name not in known:
+                near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
+                near = near or difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise TypeError(f"RMiPOConfig: there is no option {name!r}{hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Reject nonsense, then let transformers resolve its own options."""
+        self._check_numbers()
         self._check_method()
         self._check_data()
         self._check_step()
@@ -171,6 +203,19 @@ class RMiPOConfig(TrainingArguments):
             for name in names:
                 if hasattr(self, name):
                     setattr(self, name, None)
+
+    def _check_numbers(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            _require(is_number, name, "a number", value)
+        for name in _WHOLE_NUMBERS:
+            value = getattr(self, name)
+            is_whole = value is None or (
+                isinstance(value, Integral) and not isinstance(value, bool)
+            )
+            _require(is_whole, name, "a whole number", value)
+        _require(self.learning_rate >= 0, "learning_rate", "a number >= 0", self.learning_rate)
 
     def _check_method(self) -> None:
         _one_of("loss_type", self.loss_type, get_args(LossType))

@@ -54,7 +54,8 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(
-            f"model must be a transformers PreTrainedModel or a PeftModel, got {type(model)}"
+            "model: wanted a name or folder, a transformers PreTrainedModel or a PeftModel, got "
+            f"{type(model).__name__}"
         )
     return base
 

@@ -40,7 +40,7 @@ _LEAST_PAIRS_TO_JUDGE = 20
 
 
 def train(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     dataset: Any,
     *,
     eval_dataset: Any = None,
@@ -92,7 +92,7 @@ def train(
 
 
 def _train(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     dataset: Any,
     eval_dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -102,6 +102,8 @@ def _train(
     resume: bool | str | Path,
     config: dict[str, Any],
 ) -> TrainResult:
+    if isinstance(model, Path):
+        model = str(model)
     folder = _output_folder(model, output_dir, resume)
     with restored(model):
         args = RMiPOConfig(output_dir=str(folder), **config)
@@ -276,7 +278,7 @@ def _pairs(
         if not held_out:
             say("Too few pairs or prompts to hold any out: nothing is evaluated")
         return train_pairs, held_out
-    eval_rows, eval_report = load_rows(eval_dataset)
+    eval_rows, eval_report = load_rows(eval_dataset, argument="eval_dataset")
     eval_pairs = tokenize_rows(eval_rows, tokenizer, options, eval_report)
     say(f"Evaluation set: {eval_report.kept} of {eval_report.total} pairs kept")
     return pairs, eval_pairs
@@ -291,6 +293,8 @@ def _output_folder(
 ) -> Path:
     if output_dir is not None:
         folder = Path(output_dir)
+        if folder.is_file() or not str(folder).isprintable():
+            raise ValueError(f"output_dir: wanted a folder to write to, got {str(folder)[:80]!r}")
         if resume is False and folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(
                 f"output_dir: {folder} isn't empty, and another run is never written over; name "

@@ -48,6 +48,8 @@ from rmipo_lite.trainer_setup import (
     is_tokenized,
     prior_bos_id,
     refuse_bad_weights,
+    refuse_other_options,
+    refuse_other_vocabulary,
     refuse_several_devices,
     tokenization_options,
     whole_step_batches,
@@ -109,6 +111,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = RMiPOConfig(loading.run_name(model)) if args is None else args
+        refuse_other_options(args)
         refuse_several_devices(args)
         if processing_class is None:
             processing_class = loading.load_tokenizer(loading.name_of(model))
@@ -130,7 +133,10 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         self._tokenizer = prepare_tokenizer(processing_class, args.chat_template)
         self._prior_bos_id = prior_bos_id(args, self._tokenizer)
         self.data_report: DataReport | None = None
-        train_pairs, self.data_report = self._tokenized(train_dataset, args, loaded)
+        train_pairs, self.data_report = self._tokenized(
+            train_dataset, args, loaded, "train_dataset"
+        )
+        refuse_other_vocabulary(train_pairs or [], loaded)
         eval_pairs = self._tokenized_eval(eval_dataset, args, loaded)
         super().__init__(
             model=loaded,
@@ -152,20 +158,23 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     # ---- data -----------------------------------------------------------------------------
 
     def _tokenized(
-        self, dataset: Any, args: RMiPOConfig, model: nn.Module
+        self, dataset: Any, args: RMiPOConfig, model: nn.Module, argument: str
     ) -> tuple[list[TokenizedPair] | None, DataReport | None]:
         if dataset is None:
             return None, None
         if is_tokenized(dataset):
             return list(dataset), None
-        rows, report = load_rows(dataset)
+        rows, report = load_rows(dataset, argument=argument)
         options = tokenization_options(args, model)
         return tokenize_rows(rows, self._tokenizer, options, report), report
 
     def _tokenized_eval(self, dataset: Any, args: RMiPOConfig, model: nn.Module) -> Any:
         if isinstance(dataset, dict) and not {"chosen", "rejected"} & dataset.keys():
-            return {name: self._tokenized(part, args, model)[0] for name, part in dataset.items()}
-        return self._tokenized(dataset, args, model)[0]
+            return {
+                name: self._tokenized(part, args, model, f"eval_dataset[{name!r}]")[0]
+                for name, part in dataset.items()
+            }
+        return self._tokenized(dataset, args, model, "eval_dataset")[0]
 
     # ---- set-up ---------------------------------------------------------------------------
 

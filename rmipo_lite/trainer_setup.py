@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
@@ -23,6 +24,27 @@ def refuse_bad_weights(model: nn.Module, when: str = "") -> None:
             f"{when}model: the weight {name} holds NaN or inf, so every loss would. Load the model "
             "again, or resume from the last checkpoint"
         )
+
+
+def refuse_other_options(args: object) -> None:
+    """Raise TypeError for options that aren't ours."""
+    if not isinstance(args, RMiPOConfig):
+        raise TypeError(
+            f"args: wanted an RMiPOConfig, got {type(args).__name__}; it has the options of "
+            "TrainingArguments and its own: RMiPOConfig(output_dir, beta=2.0)"
+        )
+
+
+def refuse_other_vocabulary(pairs: Sequence[TokenizedPair], model: nn.Module) -> None:
+    """Raise ValueError for a token that the model has no embedding for."""
+    size = next(causal_lm(model).get_input_embeddings().parameters()).shape[0]
+    for pair in pairs:
+        highest = max(chain(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        if highest >= size:
+            raise ValueError(
+                f"tokenizer: it gives token {highest} (row {pair.row}), and the model's vocabulary "
+                f"has {size}; use the model's own tokenizer"
+            )
 
 
 def tokenization_options(args: RMiPOConfig, model: nn.Module) -> TokenizationOptions:

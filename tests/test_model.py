@@ -122,7 +122,7 @@ def test_an_unread_head_is_refused_before_training() -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel or a PeftModel"):
+    with pytest.raises(TypeError, match="wanted a name or folder, a transformers PreTrainedModel"):
         causal_lm(nn.Linear(2, 2))
 
 

@@ -191,7 +191,7 @@ def total_line(outcomes: Sequence[Outcome]) -> str:
     """The one line that sums it up."""
     ran = [outcome for outcome in outcomes if outcome.absent is None]
     trials, lost = sum(o.trials for o in ran), sum(o.lost for o in ran)
-    return f"{len(ran)} checks, {trials:,} trials, {lost} lost"
+    return f"{len({outcome.number for outcome in ran})} checks, {trials:,} trials, {lost} lost"
 
 
 def _closing(outcomes: Sequence[Outcome], only: Sequence[int], mode: Mode) -> list[str]:

@@ -83,7 +83,7 @@ def _bad_head_arguments(good: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield name, "one row short", value[:-1] if name != "weight" else value[:, :-1]
         yield name, "sparse", value.to_sparse()
         yield name, "memory freed", _freed(value)
-        for wrong in ([1.0], "text", value.tolist(), *([None] if name != "bias" else [])):
+        for wrong in ("text", value.tolist(), *([None] if name != "bias" else [])):
             yield name, f"a {type(wrong).__name__}", wrong
     for dtype in (torch.bfloat16, torch.float64):
         yield "weight", f"{dtype}, hidden float32", good["weight"].to(dtype)

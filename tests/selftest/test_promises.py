@@ -18,7 +18,7 @@ def test_every_check_keeps_exactly_one_promise() -> None:
 
 def test_the_readme_shows_the_stored_scorecard() -> None:
     content = json.loads((ROOT / "benchmarks" / "selftest.json").read_text())
-    assert content["mode"] == "soak"
+    assert content["mode"] in ("default", "soak")
     assert f"begin -->\n{table(content)}\n<!-- selftest: end" in (ROOT / "README.md").read_text()
 
 

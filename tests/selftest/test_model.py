@@ -1,0 +1,66 @@
+"""Company, dropout, heads, adapter gradients: the checks hold, and find what is planted."""
+
+from __future__ import annotations
+
+import pytest
+
+from rmipo_lite import loading, model, step, trainer
+from rmipo_lite.selftest import heads
+
+
+@pytest.mark.parametrize(
+    ("number", "indices"), [(23, (0, 1, 2)), (25, (0, 1)), (31, range(12)), (32, (3, 14))]
+)
+def test_the_checks_hold(number: int, indices: tuple[int, ...], try_check) -> None:
+    assert [(loss.tried, loss.message) for loss in try_check(number, *indices).losses] == []
+
+
+def test_a_pair_that_depends_on_its_company_is_found(
+    try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = step.scored_hidden
+
+    def scored_hidden(model, inputs):
+        hidden = real(model, inputs)
+        return hidden + 1e-2 * hidden.mean(0)
+
+    monkeypatch.setattr(step, "scored_hidden", scored_hidden)
+    assert try_check(23, 0, 1, 2).lost == 3
+
+
+def test_dropout_that_stays_on_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "disable_dropout", lambda model: None)
+    outcome = try_check(25, 0, 1)
+    assert outcome.lost == 2
+    assert "two passes differ" in outcome.losses[0].message
+
+
+def test_scales_and_softcaps_that_are_not_read_are_found(
+    try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "head_conventions", lambda config: (1.0, None))
+    names = [loss.tried for loss in try_check(31, *range(10)).losses]
+    assert names == [
+        "softcap",
+        "logit scale that multiplies",
+        "logit scale that divides",
+        "softcap and LoRA on the head",
+    ]
+
+
+def test_a_head_that_is_not_refused_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "packing_problem", lambda *arguments: None)
+    assert try_check(31, 11).losses[0].message == "not refused"
+
+
+def test_four_bit_layers_without_protection_are_found(
+    try_check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "protect_4bit_on_cpu", lambda model: None)
+    assert try_check(32, 2).lost == 1
+
+
+def test_an_adapter_without_a_gradient_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = step.scored_hidden
+    monkeypatch.setattr(step, "scored_hidden", lambda *arguments: real(*arguments).detach())
+    assert try_check(32, 0).lost == 1
