@@ -237,7 +237,7 @@ def _opens(library: Path, device_type: str) -> bool:
     """Load a library; False where it is of another system or another torch, or isn't ours."""
     try:
         _open(library, device_type)
-    except (OSError, build.BuildError):
+    except build.BuildError:
         return False
     return True
 
@@ -246,10 +246,12 @@ def _open(library: Path, device_type: str) -> None:
     """Load a library.
 
     Raises:
-        OSError: it was made for another system or another torch.
-        BuildError: it loads and doesn't bring the kernels.
+        BuildError: it was made for another system or another torch, or doesn't bring the kernels.
     """
-    torch.ops.load_library(str(library))
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:  # the loader's own words are one level down
+        raise build.BuildError(f"the library does not load: {error.__cause__ or error}") from error
     for name in _KERNELS[device_type]:
         op = f"rmipo_lite::{name}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()):

@@ -144,5 +144,5 @@ def _fork_while_loading(impl: str) -> bool:
 
 
 CHECKS = [
-    Check(19, "workers forked after a forward", 20, forked_workers, quick=0),
+    Check(19, "workers forked after a forward", 20, forked_workers, quick=0, least=4),
 ]

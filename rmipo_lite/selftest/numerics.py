@@ -238,8 +238,4 @@ def _means_of(token_logps: Tensor, borders: Tensor) -> list[float]:
     return [mean(values[start:end]) for start, end in pairwise(borders.tolist())]
 
 
-CHECKS = [
-    Check(
-        4, "operators against float64: shapes, lengths, dtypes, strides", 2000, against_float64, 3
-    )
-]
+CHECKS = [Check(4, "operators against float64: shapes, dtypes, strides", 2000, against_float64, 3)]

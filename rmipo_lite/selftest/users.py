@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pty
+import random
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ import rmipo_lite
 from rmipo_lite import one_liner, preflight
 from rmipo_lite.checkpoint_files import checkpoints
 from rmipo_lite.preflight import Plan
-from rmipo_lite.selftest.children import changed_environment, fresh_command
+from rmipo_lite.selftest.children import changed_environment, fresh_command, start
 from rmipo_lite.selftest.parts import VOCAB, tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.trainer import RMiPOTrainer
@@ -183,6 +186,7 @@ def _listening() -> Iterator[io.StringIO]:
 # ---- 39: the plan ---------------------------------------------------------------------------
 
 _WITHIN = 0.15
+_ANSWER = "planned and taken: "
 # What else the machine does meanwhile is not the plan's fault: both are CPU time of one thread.
 _CLOCK = SimpleNamespace(perf_counter=time.process_time)
 
@@ -203,7 +207,7 @@ def plans(trials: Trials) -> None:
             }
             trial.tried = f"{shape}, {options}"
             plan, taken = _planned_and_taken(trial, shape, options)
-            errors = {name: getattr(plan, name) / taken[name] - 1 for name in taken}
+            errors = {name: plan[name] / taken[name] - 1 for name in taken}
             told = ", ".join(f"{name} {error:+.0%}" for name, error in errors.items())
             trial.tried += f": {told}"
             expect(all(abs(error) <= _WITHIN for error in errors.values()), f"off by {told}")
@@ -211,37 +215,49 @@ def plans(trials: Trials) -> None:
 
 def _planned_and_taken(
     trial: Trial, shape: dict[str, Any], options: dict[str, Any]
-) -> tuple[Plan, dict[str, float]]:
-    """The plan, and what the run took after it."""
-    torch.manual_seed(trial.index)
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The plan, and what the run took after it, in a child: memory here has a history."""
+    output = trial.folder / "out"
+    child = start(
+        planned_run, str(trial.folder / "run"), trial.index, shape, options, output=output
+    )
+    expect(child.wait(seconds=600) == 0, f"the run failed: {child.text()[-400:]}")
+    plan, taken = json.loads(child.text().rsplit(_ANSWER, 1)[1])
+    return plan, taken
+
+
+def planned_run(folder: str, index: int, shape: dict[str, Any], options: dict[str, Any]) -> None:
+    """Train, watching; print what was planned and what was taken."""
+    torch.manual_seed(index)
     config = LlamaConfig(
         vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, **shape,
     )  # fmt: skip
-    folder = trial.folder / "run"
     watch = _Watch()
     with (
         mock.patch.object(preflight, "time", _CLOCK),
         mock.patch.object(one_liner, "plan_run", watch.plan),
         mock.patch.object(RMiPOTrainer, "train", watch.train()),
     ):
-        result = _train(LlamaForCausalLM(config), folder, _rows_of_one_length(trial), **options)
+        rows = _rows_of_one_length(index)
+        result = _train(LlamaForCausalLM(config), Path(folder), rows, **options)
     # At its fullest the folder held one checkpoint more, the one that the last save replaced.
-    newest = checkpoints(folder)[-1] if 2 * options["save_steps"] < 24 else folder / "none"
-    watch.taken["disk"] = sum(
-        path.stat().st_size
-        for place in (folder, newest)
-        for path in place.rglob("*")
-        if path.is_file()
-    )
-    return result.plan, watch.taken
+    replaced = options["max_steps"] > 2 * options["save_steps"]
+    places = [Path(folder), *([checkpoints(folder)[-1]] if replaced else [])]
+    files = [path for place in places for path in place.rglob("*") if path.is_file()]
+    watch.taken["disk"] = sum(path.stat().st_size for path in files)
+    plan = {name: getattr(result.plan, name) for name in watch.taken}
+    sys.stdout.write(_ANSWER + json.dumps([plan, watch.taken]))
+    sys.stdout.flush()
 
 
-def _rows_of_one_length(trial: Trial) -> list[dict[str, str]]:
+def _rows_of_one_length(seed: int) -> list[dict[str, str]]:
     """Memory is planned for the longest pairs, so every step is to hold such."""
 
+    rng = random.Random(seed)
+
     def words(count: int) -> str:
-        return " ".join(f"w{trial.rng.randrange(3, VOCAB - 1)}" for _ in range(count))
+        return " ".join(f"w{rng.randrange(3, VOCAB - 1)}" for _ in range(count))
 
     return [{"prompt": words(60), "chosen": words(50), "rejected": words(50)} for _ in range(200)]
 

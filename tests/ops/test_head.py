@@ -142,6 +142,74 @@ def test_large_vocabulary_in_fp32(impl: str) -> None:
     assert worst(linear_logps(hidden, weight, ids, impl=impl), want) < 1e-5
 
 
+def test_plain_pytorch_sums_a_large_vocabulary_in_pairs() -> None:
+    """A running float32 sum over 256k tokens would be off by 2e-5."""
+    hidden, weight, ids, _ = inputs(2, 256_000, torch.float16, h=8)
+    want = plain(hidden.double(), weight.double(), ids, logit_softcap=3.0)
+    got = linear_logps(hidden, weight, ids, impl="torch", logit_softcap=3.0)
+    assert worst(got, want) < 5e-6
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_softcap_keeps_the_digits_of_small_logits(trained_head: bool) -> None:
+    """1 - exp(x) loses them: logits of 1e-3 under a cap of 30 were off by 3e-6."""
+    hidden, weight, ids, _ = inputs(64, 7, torch.float32)
+    weight = (weight * 1e-3).requires_grad_(trained_head)
+    want = plain(hidden.double(), weight.double(), ids, logit_softcap=30.0)
+    assert worst(linear_logps(hidden, weight, ids, impl="native", logit_softcap=30.0), want) < 5e-7
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("width", [7, 32])  # of a bfloat16 tile and not
+def test_nan_in_an_ignored_row_stays_there(impl, dtype, trained_head, width) -> None:
+    hidden, weight, ids, bias = inputs(40, 2049, dtype, h=width)
+    ids[::2] = -100
+    results = []
+    for value in (0.0, math.nan):
+        leaf = hidden.detach().clone()
+        leaf[::2] = value
+        leaf.requires_grad_()
+        head = [x.detach().clone().requires_grad_(trained_head) for x in (weight, bias)]
+        logps = linear_logps(leaf, head[0], ids, bias=head[1], impl=impl)
+        logps.sum().backward()
+        results.append([logps, leaf.grad, *(x.grad for x in head if trained_head)])
+    for with_nan, clean in zip(*reversed(results), strict=True):
+        assert clean.isfinite().all()
+        assert torch.equal(with_nan, clean)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_row_that_nothing_asks_for_has_no_gradient_whatever_it_holds(impl, trained_head) -> None:
+    hidden, weight, ids, _ = inputs(6, 19, torch.float32)
+    leaf = hidden.detach().clone()
+    leaf[1] = math.nan
+    leaf.requires_grad_()
+    weight.requires_grad_(trained_head)
+    logps = linear_logps(leaf, weight, ids, impl=impl)
+    assert logps.isnan().tolist() == [False, True, False, False, False, False]
+    logps.backward(torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]))
+    assert leaf.grad[1].eq(0).all()
+    assert leaf.grad.isfinite().all()
+    assert weight.grad is None or weight.grad.isfinite().all()
+
+
+def test_bfloat16_products_sum_over_whole_tiles() -> None:
+    """A product over another number of elements reads on into the next row."""
+    for width, vocab in ((7, 2049), (32, 2049), (64, 31), (64, 64)):
+        hidden, weight = torch.zeros(300, width).bfloat16(), torch.zeros(vocab, width).bfloat16()
+        blocks = head_blocks.Blocks.of(hidden, weight)
+        ranges = blocks.column_ranges
+        assert [r.start for r in ranges] == [0, *(r.stop for r in ranges[:-1])]
+        assert ranges[-1].stop == vocab
+        for columns in ranges:
+            if blocks.dtype_of(columns) == torch.bfloat16:
+                assert width % 32 == 0
+                assert (columns.stop - columns.start) % 32 == 0
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradcheck(impl: str) -> None:
     hidden, weight, ids, bias = inputs(5, 13, torch.float64)
@@ -177,6 +245,13 @@ def test_second_derivative_is_refused() -> None:
     hidden, weight, ids, _ = inputs(3, 5, torch.float32)
     with pytest.raises(RuntimeError, match="linear_logps: second derivatives"):
         torch.autograd.grad(linear_logps(hidden, weight, ids).sum(), hidden, create_graph=True)
+
+
+def _freed(*shape: int) -> Tensor:
+    """What sharding leaves of a weight: a shape without memory."""
+    weight = torch.zeros(shape)
+    weight.untyped_storage().resize_(0)
+    return weight
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -271,6 +346,9 @@ def test_autocast_changes_nothing() -> None:
         ({"logit_softcap": 0.0}, ValueError, "logit_softcap must be positive or None, got 0.0"),
         ({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
         ({"impl": "fast"}, ValueError, "impl must be auto, native or torch, got 'fast'"),
+        ({"weight": [1.0]}, TypeError, "linear_logps: weight must be a tensor, got list"),
+        ({"hidden": torch.zeros(5, 24).to_sparse()}, ValueError, "hidden must be dense, got layo"),
+        ({"bias": None, "weight": _freed(9, 24)}, ValueError, r"weight must hold its values.*fre"),
     ],
 )
 def test_refusals(change: dict, error: type[Exception], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,100 @@ def fake_build(device_type: str, folder: Path, architectures: str) -> Path:
 
 def refuse_build(device_type: str, folder: Path, architectures: str) -> Path:
     raise build.BuildError("no compiler")
+
+
+def test_a_foreign_library_is_not_taken_for_ours(tmp_path: Path) -> None:
+    """It loads, and its hash is right; a process of its own, since this one has the kernels."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from rmipo_lite.ops import build, native\n"
+        "library = Path(sys.argv[1])\n"
+        "build.write_record(library, '')\n"
+        "assert native._matches(library) and not native._opens(library, 'cpu')\n"
+        "native._open(library, 'cpu')\n"
+    )
+    source, library = tmp_path / "foreign.cpp", tmp_path / "foreign.so"
+    source.write_text('extern "C" int nothing_of_ours() { return 1; }')
+    command = [*build.compiler(), "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "foreign.so loads but has no kernel row_logps for cpu" in done.stderr
+
+
+def test_what_a_killed_build_left_is_removed(no_prebuilt, monkeypatch, tmp_path: Path) -> None:
+    """Of the same key alone: another's may be in progress. And the cache is for its owner."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(native, "_open", lambda library, _: None)
+    monkeypatch.setattr(build, "build", fake_build)
+    monkeypatch.setenv("RMIPO_LITE_CACHE", str(cache))
+    key = native.cached_library("cpu").parent.name
+    assert native._load("cpu").kind == "built"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    for name in (f"build-{key}-abc", "build-0123-abc"):
+        (cache / name).mkdir()
+        (cache / name / "lock").touch()
+    (cache / key / build.library_name("cpu")).unlink()
+    assert native._load("cpu").kind == "built"
+    assert [path.name for path in cache.glob("build-*")] == ["build-0123-abc"]
+
+
+def test_a_library_that_does_not_load_is_not_published(
+    no_prebuilt, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "build", fake_build)
+    monkeypatch.setenv("RMIPO_LITE_CACHE", str(tmp_path / "cache"))
+    found = native._load("cpu")
+    assert re.match(r"the library does not load: .*abi3.so: (file too short|invalid)", found.reason)
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_record_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.so").write_bytes(b"a library")
+    (tmp_path / "a.sha256").write_bytes(b"\xff\xfe\x00")
+    assert not native._matches(tmp_path / "a.so")
+
+
+def test_nobody_is_told_to_wait_for_a_build_that_cannot_start(
+    no_prebuilt, monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RMIPO_LITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not native._load("cpu").available
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", [" ", "g++ '"])
+def test_a_compiler_that_is_no_command(command: str, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(build.BuildError, match=r"of \$CXX was not found|\$CXX is no command"):
+        build.compiler()
+
+
+def test_a_closed_standard_error_costs_a_line(monkeypatch) -> None:
+    closed = open(os.devnull, "w")  # noqa: SIM115
+    closed.close()
+    for stream in (closed, None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        native._tell("compiling")
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_held_the_lock() -> None:
+    code = (
+        "import os, threading\n"
+        "from rmipo_lite.ops import native\n"
+        "native._lock.acquire()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    native.status('mps')\n"
+        "    os._exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, check=True, timeout=60)
 
 
 def test_a_compiler_that_does_not_exist(no_prebuilt, monkeypatch, tmp_path: Path) -> None:
@@ -196,3 +291,17 @@ def test_a_held_lock_is_waited_for_with_a_limit(monkeypatch, tmp_path: Path) -> 
     ):
         pass
     assert time.monotonic() - started < 5
+
+
+def test_who_waits_says_so_once(
+    monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "_LOCK_LIMIT_S", 0.5)
+    monkeypatch.setattr(native, "_SILENCE_S", 0.1)
+    with (
+        native._file_lock(tmp_path / "lock"),
+        pytest.raises(build.BuildError),
+        native._file_lock(tmp_path / "lock"),
+    ):
+        pass
+    assert capsys.readouterr().err.count("waiting for another process") == 1
