@@ -42,9 +42,10 @@ def table(content: dict[str, Any]) -> str:
         named = ", ".join(str(check["number"]) for check in own)
         lines.append(f"| {promise} | {named} | {trials:,} | {lost} |")
     versions = content["versions"]
+    option = "" if content["mode"] == "default" else f" --{content['mode']}"
     lines.append("")
     lines.append(
-        f"{content['total']} (`rmipo-lite selftest --{content['mode']}`, seed {content['seed']}, "
+        f"{content['total']} (`rmipo-lite selftest{option}`, seed {content['seed']}, "
         f"{content['date']}, torch {versions['torch']}, transformers {versions['transformers']})."
     )
     return "\n".join(lines)
