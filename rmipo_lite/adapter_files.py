@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -46,6 +47,28 @@ def write_training_config(args: Any, folder: Path) -> None:
     content = redact(args.to_dict())
     text = json.dumps(content, indent=2, sort_keys=True, default=str)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def require_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Refuse an adapter's folder that lacks weights of the adapter that its config describes.
+
+    peft starts them anew, and an adapter that loads and does nothing looks like training that had
+    no effect.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
+        found = set(file.keys())
+    own = get_peft_model_state_dict(
+        model, adapter_name=model.active_adapters[0], save_embedding_layers=False
+    )
+    missing = sorted(set(own) - found)
+    if missing:
+        raise ValueError(
+            f"adapter: {folder / ADAPTER_FILE} lacks {len(missing)} of {len(own)} weights; the "
+            f"first is {missing[0]}. Is it whole, and is its base the model it was trained on?"
+        )
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rmipo_lite.adapter_files import require_adapter_weights
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import causal_lm
 from rmipo_lite.model_files import (
@@ -85,7 +86,9 @@ def load_model(
     if folder is not None and (folder / ADAPTER_CONFIG).is_file():
         base = load_model(base_of_adapter(folder), args, quantization_config)
         with told("adapter", name, "Is its base the model it was trained on?"):
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+            adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        require_adapter_weights(adapted, folder)
+        return adapted
     if folder is not None:
         check_model_folder(folder)
         name = str(folder)
@@ -182,7 +185,8 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
 
     Raises:
         ValueError: the model carries adapter layers that belong to no known PeftModel, or the
-            argument is none of the above or fits no layer of the model.
+            argument is none of the above, fits no layer of the model or puts LoRA on tied
+            embeddings or head.
     """
     known = (
         peft_config in ("auto", "new")
@@ -194,6 +198,7 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
         raise ValueError(f"peft_config must be 'auto', 'new', None or a peft config, got {shown}")
     adapted = _adapted(model)
     if adapted is not None and (peft_config is None or peft_config == "auto"):
+        _refuse_tied_lora(adapted)
         _make_trainable(adapted)
         return adapted
     base = model if adapted is None else detach_adapter(adapted)
@@ -211,6 +216,11 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
             adapted = get_peft_model(base, config)
         except ValueError as error:
             raise ValueError(f"peft_config: {error} {_linear_layers(base)}") from error
+    try:
+        _refuse_tied_lora(adapted)
+    except ValueError:
+        adapted.unload()  # the caller's model, as it was
+        raise
     causal_lm(adapted).__dict__[_ADAPTED] = adapted
     return adapted
 
@@ -220,6 +230,25 @@ def _linear_layers(model: nn.Module) -> str:
     named = model.named_modules()
     names = sorted({name.rpartition(".")[2] for name, m in named if isinstance(m, nn.Linear)})
     return f"The model's linear layers are called {', '.join(names[:20])}" if names else ""
+
+
+def _refuse_tied_lora(model: PeftModel) -> None:
+    """LoRA on one of two tied weights: a merge would change the other as well.
+
+    peft warns, and with `ensure_weight_tying` too the merged model has other logits (measured with
+    peft 0.21: up to a quarter of the largest).
+    """
+    base = causal_lm(model)
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    adapted = [end for end in ends if isinstance(end, BaseTunerLayer)]
+    if not adapted or None in plain or plain[0].weight is not plain[1].weight:
+        return
+    names = [name for name, module in base.named_modules() if any(module is a for a in adapted)]
+    raise ValueError(
+        f"peft_config: LoRA on {' and '.join(names)}, but embedding and head are tied, so that "
+        "merging would change both; leave it out of target_modules, or name it in modules_to_save"
+    )
 
 
 def detach_adapter(model: nn.Module) -> nn.Module:

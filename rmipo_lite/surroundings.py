@@ -24,6 +24,7 @@ from rmipo_lite.model import causal_lm
 from rmipo_lite.state_io import random_state, set_random_state
 
 _DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Put on modules during a run: by accelerate and our own steps, and by transformers' checkpointing.
 _PUT_ON_MODULES = (
     "forward", "_original_forward", "gradient_checkpointing", "_gradient_checkpointing_func",
@@ -77,6 +78,9 @@ class _ModelState:
         self._values: list[tuple[Any, str, Any]] = [
             (base.config, "use_cache", getattr(base.config, "use_cache", None))
         ]
+        # transformers' Trainer sets them to the tokenizer's, before 5.20 even where they agree.
+        for config in filter(None, (base.config, base.generation_config)):
+            self._values += [(config, name, getattr(config, name, None)) for name in _TOKENS]
         for module in model.modules():
             self._values.append((module, "training", module.training))
             for name in ("gradient_checkpointing", *_DROPOUT_NAMES):

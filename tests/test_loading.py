@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rmipo_lite import loading
+from rmipo_lite.adapter_files import save_weights
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.selftest.parts import random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.step import PairStep
@@ -78,6 +80,35 @@ def test_layers_that_the_model_has_not_are_told_with_those_it_has() -> None:
         ValueError, match=r"peft_config: .*'query'.* are called down_proj, .*q_proj"
     ):
         loading.attach_adapter(tiny_model(), LoraConfig(target_modules=["query"]))
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    args = RMiPOConfig(str(tmp_path / "out"), use_cpu=True)
+    adapted = loading.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
+    save_weights(adapted, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "v_proj.lora_B" in name)
+    save_file({n: w for n, w in weights.items() if n != name}, file, metadata={"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(ValueError, match=f"lacks 1 of 28 weights; the first is {re.escape(name)}"),
+    ):
+        loading.load_model(str(tmp_path / "adapter"), args)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning")
+def test_lora_on_tied_ends_is_refused_and_taken_off(target: str) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    config = LoraConfig(r=2, target_modules=["q_proj", target])
+    with pytest.raises(ValueError, match=f"LoRA on .*{target}, but embedding and head are tied"):
+        loading.attach_adapter(model, config)
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
+    assert loading.attach_adapter(model, "auto")
+    untied = tiny_model("llama", tie_word_embeddings=False)
+    assert loading.attach_adapter(untied, config)
 
 
 def test_an_adapter_folder_goes_on_training(tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ def build(device_type: str, folder: Path, architectures: str = "") -> Path:
     """
     environment = {
         **os.environ,
-        "CXX": shlex.join(compiler()),
-        "PATH": ninja_path(),
+        "CXX": _one_word(compiler(), folder),
+        "PATH": os.pathsep.join([ninja_path(), str(folder)]),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "PYTHONUTF8": "1",
         "MAX_JOBS": "4",
@@ -230,6 +230,19 @@ def build(device_type: str, folder: Path, architectures: str = "") -> Path:
     built = folder / library_name(device_type)
     (folder / f"{name}.so").rename(built)
     return built
+
+
+def _one_word(command: list[str], folder: Path) -> str:
+    """The compiler as one word without blanks, which torch's versions quote or don't.
+
+    A command with arguments (`ccache g++`) or blanks becomes a script in `folder`.
+    """
+    if len(command) == 1 and shlex.quote(command[0]) == command[0]:
+        return command[0]
+    script = folder / "rmipo-cxx"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.chmod(0o700)
+    return script.name
 
 
 def _run_child(arguments: dict[str, Any], environment: dict[str, str]) -> None:

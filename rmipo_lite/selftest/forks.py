@@ -113,11 +113,13 @@ def _fork(impl: str) -> list[float]:
         ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.write(theirs, str(value(0, impl)).encode())
-            os._exit(0)
+            try:
+                os.write(theirs, str(value(0, impl)).encode())
+            finally:  # whatever comes, the parent's code is not the child's to run
+                os._exit(0)
         os.close(theirs)
         os.waitpid(pid, 0)
-        got.append(float(os.read(ours, 100)))
+        got.append(float(os.read(ours, 100) or "nan"))
         os.close(ours)
     return got
 
