@@ -10,8 +10,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from rmipo_lite.selftest.children import start
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from rmipo_lite.selftest.wrong_calls import all_calls
@@ -55,7 +53,6 @@ def in_children(
 
 def make_calls(indices: list[int]) -> None:
     """In the child: say what is to be called, call it, say how it went."""
-    torch.set_num_threads(1)
     calls = all_calls()
     for index in indices:
         places = [(index + turn * _TRIALS) * _STEP % len(calls) for turn in range(_CALLS_EACH)]

@@ -15,7 +15,7 @@ from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.head_blocks import even_slices
 from rmipo_lite.ops.reference import IGNORED
 from rmipo_lite.selftest.gpu import no_gpu
-from rmipo_lite.selftest.operands import seeded, threads
+from rmipo_lite.selftest.operands import seeded
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE: addresses without memory behind them until they are touched
@@ -49,7 +49,7 @@ def addresses(trials: Trials) -> None:
     from rmipo_lite import _bindings
 
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             rng = trial.rng
             for _ in range(2000):
                 vocab = rng.choice((1, 97, 32_000, 151_936, 256_000, 2**20))

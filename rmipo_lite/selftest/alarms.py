@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import rmipo_lite
 from rmipo_lite.demo.make_model import ASSETS
 from rmipo_lite.selftest.encoders import byte_level
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 
 Rows = list[dict[str, Any]]
@@ -28,7 +27,7 @@ _CLEAN_SHARE = 0.4
 
 def alarms(trials: Trials) -> None:
     """The demo's model knows right from wrong; what is done to its pairs must be noticed."""
-    with threads(1), gzip.open(ASSETS / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(ASSETS / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["pair_kind"] == "right/wrong"]
         model = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
         for trial in trials:

@@ -17,7 +17,6 @@ from rmipo_lite.data import load_rows
 from rmipo_lite.data_report import DataReport
 from rmipo_lite.selftest.bad_rows import KINDS, MAX_LENGTH, Bad, Record
 from rmipo_lite.selftest.encoders import byte_level
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.step import PairStep
@@ -55,11 +54,6 @@ SCHEMAS: tuple[dict[str, str], ...] = (
 
 def malformed_rows(trials: Trials) -> None:
     """One bad row among good ones, or the whole dataset under other names."""
-    with threads(1):
-        _malformed_rows(trials)
-
-
-def _malformed_rows(trials: Trials) -> None:
     step = tiny_trainer(trials.folder / "trainer", model=_byte_model()).pair_step
     clean = {form: _clean(rows, tokenizer) for form, (rows, tokenizer) in _forms().items()}
     for trial in trials:
@@ -204,11 +198,6 @@ CONTAINERS: dict[str, Callable[[list[Record], Path], Any]] = {
 
 def containers(trials: Trials) -> None:
     """The same rows in every container: the same pairs, and the same losses in every bit."""
-    with threads(1):
-        _containers(trials)
-
-
-def _containers(trials: Trials) -> None:
     references: dict[str, tuple[list[TokenizedPair], torch.Tensor]] = {}
     for trial in trials:
         with trial:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
-from rmipo_lite.selftest.operands import kernel_impl, random_head, seeded, threads
+from rmipo_lite.selftest.operands import kernel_impl, random_head, seeded
 from rmipo_lite.selftest.parts import (
     equal_weights,
     logged_losses,
@@ -18,7 +18,7 @@ from rmipo_lite.selftest.parts import (
     tiny_trainer,
     trained_weights,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
 
 
 def same_bits(trials: Trials) -> None:

@@ -20,7 +20,7 @@ from rmipo_lite.batch import ModelInput
 from rmipo_lite.model import causal_lm, read_head, scored_hidden
 from rmipo_lite.ops import linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.operands import DTYPES, any_impl, random_head, seeded, threads
+from rmipo_lite.selftest.operands import DTYPES, any_impl, random_head, seeded
 from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.selftest.truth import Formula, pair_truth
@@ -34,7 +34,7 @@ def unscored_positions(trials: Trials) -> None:
     """Check 20: the head's ignored rows, and the rows of a packed and a padded batch."""
     kinds = (_ignored_rows, _rows_of_a_batch, _rows_of_a_batch)
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             kinds[trial.index % 3](trial)
 
 
@@ -150,7 +150,7 @@ def extreme_values(trials: Trials) -> None:
     """Check 21: logits to 65,504 and -inf, then the tables of margins and of gaps."""
     kinds = (_extreme_logits, _margins, _gaps)
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             kinds[trial.index % 3](trial)
 
 

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rmipo_lite import batch
 from rmipo_lite.model import UnsupportedModelError, read_head, scored_hidden
 from rmipo_lite.selfcheck import packing_problem
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
 from rmipo_lite.tokenization import TokenizedPair
@@ -27,7 +26,7 @@ _WIDTH = 32
 def head_variants(trials: Trials) -> None:
     """Check 31: one kind of head for each trial."""
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             trial.tried, make, refused = VARIANTS[trial.index]
             model = make()
             pairs = random_pairs(4, trial.rng.getrandbits(32))

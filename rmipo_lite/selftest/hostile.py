@@ -18,7 +18,6 @@ from rmipo_lite.checkpoint_files import seal
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.selftest import hostile_data, hostile_shown
 from rmipo_lite.selftest.hostile_data import Bench, expect_refused
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
 
@@ -42,20 +41,19 @@ class Bomb:
 def hostile_files(trials: Trials) -> None:
     """Pickles, code, names that leave the folder, templates, bombs, markup: nothing comes of it."""
     cases = list(CASES.items())
-    with threads(1):
-        saved = _saved(trials.folder / "saved")
-        for trial in trials:
-            with trial:
-                name, case = cases[trial.index]
-                trial.tried = name
-                bench = Bench(trial.folder / "here", saved, trial.folder / "marker", trials.mode)
-                bench.folder.mkdir()
-                with mock.patch.object(builtins, "input", side_effect=EOFError) as question:
-                    case(bench)
-                expect(not question.called, "somebody was asked on standard input")
-                left = sorted(path.name for path in trial.folder.iterdir())
-                expect(not bench.marker.exists(), "code was run: the marker is there")
-                expect(left == ["here"], f"written outside the folder: {left}")
+    saved = _saved(trials.folder / "saved")
+    for trial in trials:
+        with trial:
+            name, case = cases[trial.index]
+            trial.tried = name
+            bench = Bench(trial.folder / "here", saved, trial.folder / "marker", trials.mode)
+            bench.folder.mkdir()
+            with mock.patch.object(builtins, "input", side_effect=EOFError) as question:
+                case(bench)
+            expect(not question.called, "somebody was asked on standard input")
+            left = sorted(path.name for path in trial.folder.iterdir())
+            expect(not bench.marker.exists(), "code was run: the marker is there")
+            expect(left == ["here"], f"written outside the folder: {left}")
 
 
 def _saved(folder: Path) -> Path:

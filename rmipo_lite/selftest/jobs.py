@@ -9,10 +9,9 @@ from unittest import mock
 
 from transformers import TrainerCallback
 
-import rmipo_lite
 from rmipo_lite import one_liner
 from rmipo_lite.display import say, show_progress
-from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_rows, word_tokenizer
+from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, train_words, word_rows
 
 KILLED_STEPS = 12
 ASKED_STEPS = 10
@@ -72,18 +71,14 @@ def asked_train(folder: Path, resume: bool) -> Any:
         trainer.add_callback(Announce())
 
     with mock.patch.object(one_liner, "show_progress", announcing):
-        return rmipo_lite.train(
+        return train_words(
             tiny_model(),
+            folder,
             word_rows(24),
-            tokenizer=word_tokenizer(),
-            output_dir=folder,
             resume=resume,
             max_steps=ASKED_STEPS,
-            learning_rate=1e-2,
-            per_device_train_batch_size=4,
             save_steps=3,
             eval_strategy="steps",
             eval_steps=4,
             logging_steps=1,
-            use_cpu=True,
         )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rmipo_lite import metrics
 from rmipo_lite.selftest.borders import WORDS, tokenized
 from rmipo_lite.selftest.encoders import BOS_ID, EOS_ID, word_level
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.step import PairStep
@@ -34,17 +33,14 @@ class Cut:
 
 def length_edges(trials: Trials) -> None:
     """Responses of no, one and two words behind prompts about as long as all that fits."""
-    with threads(1):
-        model = tiny_model()
-        steps = [
-            tiny_trainer(
-                trials.folder / f"packing-{packing}", model=model, packing=packing
-            ).pair_step
-            for packing in (True, False)
-        ]
-        for trial in trials:
-            with trial:
-                _one_length(trial, trial.rng.choice(steps), model)
+    model = tiny_model()
+    steps = [
+        tiny_trainer(trials.folder / f"packing-{packing}", model=model, packing=packing).pair_step
+        for packing in (True, False)
+    ]
+    for trial in trials:
+        with trial:
+            _one_length(trial, trial.rng.choice(steps), model)
 
 
 def _one_length(trial: Trial, step: PairStep, model: nn.Module) -> None:

@@ -22,31 +22,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import rmipo_lite
 from rmipo_lite import step as step_module
 from rmipo_lite.loading import detach_adapter
 from rmipo_lite.model import causal_lm, read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
-from rmipo_lite.selftest.parts import tiny_model, word_rows, word_tokenizer
+from rmipo_lite.selftest.parts import tiny_model, train_words, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 
 _TOKENIZER_FIELDS = (
     "padding_side", "truncation_side", "chat_template", "special_tokens_map", "model_max_length",
     "init_kwargs",
 )  # fmt: skip
-
-
-def _train(model: Any, folder: Path, tokenizer: Any = None, **options: Any) -> Any:
-    settings: dict[str, Any] = {
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        **options,
-    }
-    return rmipo_lite.train(
-        model, word_rows(16), tokenizer=tokenizer or word_tokenizer(), output_dir=folder, **settings
-    )
 
 
 # ---- 27: the caller's surroundings ----------------------------------------------------------
@@ -82,6 +68,7 @@ def surroundings(trials: Trials) -> None:
         with trial:
             ending = _ENDINGS[trial.index % len(_ENDINGS)]
             options = {
+                "max_steps": 2,
                 "gradient_checkpointing": trial.rng.choice((None, True)),
                 "bf16": trial.rng.random() < 0.5,
                 "eval_strategy": trial.rng.choice(("no", "epoch")),
@@ -102,11 +89,11 @@ def surroundings(trials: Trials) -> None:
 
 def _returns(trial: Trial, model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
     """Three calls on one model: the adapter goes on, goes on again, and is made anew."""
-    first = _train(model, trial.folder / "1", tokenizer, **options)
+    first = train_words(model, trial.folder / "1", None, tokenizer, **options)
     names = {name for name, p in first.model.named_parameters() if p.requires_grad}
-    second = _train(model, trial.folder / "2", tokenizer, **options)
+    second = train_words(model, trial.folder / "2", None, tokenizer, **options)
     expect(second.model is first.model, "the second call made another PeftModel")
-    fresh = _train(model, trial.folder / "3", tokenizer, peft_config="new", **options)
+    fresh = train_words(model, trial.folder / "3", None, tokenizer, peft_config="new", **options)
     for result in (second, fresh):
         own = {name for name, p in result.model.named_parameters() if p.requires_grad}
         expect(own == names, f"trained weights differ: {len(own)} and {len(names)}")
@@ -126,7 +113,7 @@ def _returns(trial: Trial, model: Any, tokenizer: Any, options: dict[str, Any]) 
 def _raises(trial: Trial, model: Any, tokenizer: Any, options: dict[str, Any], ending: Any) -> None:
     with _fails_at(*ending):
         try:
-            _train(model, trial.folder / "1", tokenizer, **options)
+            train_words(model, trial.folder / "1", None, tokenizer, **options)
         except ending[1]:
             return
     expect(False, "train() did not raise")
@@ -242,7 +229,7 @@ def _one_run(folder: Path, fails: bool) -> None:
 
     with mock.patch.object(step_module, "read_head", failing):
         try:
-            _train(tiny_model(), folder, max_steps=3)
+            train_words(tiny_model(), folder, max_steps=3)
         except _Planted as error:
             # What a notebook does, and what keeps everything alive that the frames hold.
             sys.last_value, sys.last_traceback = error, error.__traceback__

@@ -19,7 +19,6 @@ from torch import nn
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.metrics import PairValues
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from rmipo_lite.selftest.truth import Formula, PairTruth, mean, pair_truth
@@ -45,7 +44,7 @@ class _Slow:
 def against_loops(trials: Trials) -> None:
     """Check 12: values and loss of a step, packed or padded, whole or in micro-steps."""
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             rng = trial.rng
             name, has_lora = rng.choice(_ARCHITECTURES), rng.random() < 0.5
             model = _adapted(tiny_model(name)) if has_lora else tiny_model(name)

@@ -19,7 +19,6 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import linear_logps, rmipo_loss
 from rmipo_lite.selftest.bad_rows import said_as_chat
 from rmipo_lite.selftest.encoders import word_level
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
 from rmipo_lite.trainer import RMiPOTrainer
@@ -223,7 +222,7 @@ MISTAKES = (
 def mistakes(trials: Trials) -> None:
     """Each mistake is told in one or two sentences of our own, with place and next step."""
     # What is looked for on a hub is not there, without waiting for a network.
-    with threads(1), mock.patch.object(constants, "HF_HUB_OFFLINE", True):
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
         for name in ("model", "bare"):
             tiny_model().save_pretrained(trials.folder / name)
         word_tokenizer().save_pretrained(trials.folder / "model")

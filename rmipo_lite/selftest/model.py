@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from rmipo_lite import loading, metrics
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.metrics import PairValues
-from rmipo_lite.selftest.operands import threads
 from rmipo_lite.selftest.parts import ARCHITECTURES, random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.step import PairStep
@@ -35,7 +34,7 @@ def batch_invariance(trials: Trials) -> None:
     """Check 23: a pair alone, among others, and beside one ten times as long."""
     names = sorted(ARCHITECTURES)
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             rng = trial.rng
             name, packing = rng.choice(names), rng.random() < 0.6
             context = rng.choice(("none", "bos"))
@@ -105,7 +104,7 @@ def dropout_is_off(trials: Trials) -> None:
         "gpt2": {"attn_pdrop": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3},
     }
     for trial in trials:
-        with trial, threads(1):
+        with trial:
             name = trial.rng.choice(sorted(dropouts))
             packing = trial.index % 3 != 0
             trial.tried = f"{name}, packing {packing}"
@@ -155,7 +154,7 @@ def _expect_one_network(trainer: RMiPOTrainer, pairs: list[TokenizedPair], packi
 def gradient_everywhere(trials: Trials) -> None:
     """Check 32: checkpointing x 4-bit x bfloat16 x packing, each once."""
     for trial in trials:
-        with trial, threads(1), _repacking_cpu():
+        with trial, _repacking_cpu():
             checkpointing, four_bit, bf16, packing = (bool(trial.index >> i & 1) for i in range(4))
             trial.tried = (
                 f"checkpointing {checkpointing}, 4-bit {four_bit}, bf16 {bf16}, packing {packing}"

@@ -22,9 +22,8 @@ from rmipo_lite.selftest.operands import (
     ragged_borders,
     random_head,
     seeded,
-    threads,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
 from rmipo_lite.selftest.truth import Formula, PairTruth, head_truth, mean, pair_truth
 
 # Absolute error of a log-prob, nats.

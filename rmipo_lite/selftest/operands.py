@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +20,6 @@ _VOCABULARIES = (1, 2, 7, 64, 97, 1000, 2049, 5003)
 # (rows, vocabulary) that take several blocks of rows or of columns, and those of known models.
 _LARGE = ((1100, 5000), (40, 128_256), (3, 151_936), (2, 256_000))
 LAYOUTS = ("dense", "transposed", "padded rows", "every second column", "offset", "expanded")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute in so many threads; on tensors this small a second one costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def kernel_impl() -> Impl:

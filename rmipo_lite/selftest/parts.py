@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.one_liner import train
+from rmipo_lite.result import TrainResult
 from rmipo_lite.tokenization import TokenizedPair
 from rmipo_lite.trainer import RMiPOTrainer
 
@@ -167,6 +169,29 @@ def tiny_trainer(
         processing_class=word_tokenizer(),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
         callbacks=callbacks,
+    )
+
+
+def train_words(
+    model: Any,
+    folder: Path,
+    rows: Any = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **options: Any,
+) -> TrainResult:
+    """`train()` on rows of the word tokenizer, four pairs a step."""
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        **options,
+    }
+    return train(
+        model,
+        rows or word_rows(16),
+        tokenizer=tokenizer or word_tokenizer(),
+        output_dir=folder,
+        **settings,
     )
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from rmipo_lite.display import duration, say
 from rmipo_lite.environment import versions
 from rmipo_lite.interrupt import GracefulInterrupt
@@ -100,7 +98,7 @@ def selftest(
         say(_HEAD)
     # Children are forked from a process that has imported everything and computed nothing.
     scratch = tempfile.TemporaryDirectory(prefix="rmipo-selftest-")
-    with _one_thread(), ChildPool(), scratch as folder:
+    with ChildPool(), scratch as folder:
         for check in checks:
             outcome = _one(check, mode, seed, trial, Path(folder))
             outcomes.append(outcome)
@@ -136,17 +134,6 @@ def _one(check: Check, mode: Mode, seed: int, trial: int | None, folder: Path) -
     trials = Trials(check.number, seed, mode, folder / f"check-{check.number}", indices)
     with _quiet():
         return carry_out(check, trials)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and on a busy machine threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,13 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+
+import torch
 
 Mode = Literal["quick", "default", "soak"]
 _LONGEST_MESSAGE = 500  # characters of an error that are kept
@@ -128,6 +131,17 @@ class Trials:
         self.done = len(self.indices)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute in so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def always() -> str | None:
     """Nothing is in the way of a check."""
     return None
@@ -188,7 +202,9 @@ def carry_out(check: Check, trials: Trials) -> Outcome:
     start = time.perf_counter()
     trials.folder.mkdir(parents=True)
     try:
-        check.run(trials)
+        # Tiny models gain nothing from a second thread, and on a busy machine threads wait.
+        with threads(1):
+            check.run(trials)
     except Exception as error:
         trials.missing(error)
     finally:

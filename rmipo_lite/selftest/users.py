@@ -21,23 +21,15 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import rmipo_lite
 from rmipo_lite import one_liner, preflight
 from rmipo_lite.checkpoint_files import checkpoints
 from rmipo_lite.preflight import Plan
 from rmipo_lite.selftest.children import changed_environment, fresh_command, start
-from rmipo_lite.selftest.parts import VOCAB, tiny_model, word_rows, word_tokenizer
+from rmipo_lite.selftest.parts import VOCAB, tiny_model, train_words, word_rows
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.trainer import RMiPOTrainer
 
 _LIMIT_S = 120
-
-
-def _train(model: Any, folder: Path, rows: Any = None, **options: Any) -> Any:
-    settings: dict[str, Any] = {"learning_rate": 1e-3, "use_cpu": True, **options}
-    return rmipo_lite.train(
-        model, rows or word_rows(16), tokenizer=word_tokenizer(), output_dir=folder, **settings
-    )
 
 
 # ---- 34: terminals --------------------------------------------------------------------------
@@ -75,7 +67,7 @@ def terminals(trials: Trials) -> None:
 def printing_run(folder: str) -> None:
     """A run whose data report holds what ASCII has not."""
     rows = [{**row, "prompt": row["prompt"], "näme": "ü"} for row in word_rows(16)]
-    _train(tiny_model(), Path(folder), rows, max_steps=3)
+    train_words(tiny_model(), Path(folder), rows, max_steps=3)
 
 
 def _run_in(name: str, command: list[str]) -> tuple[int, str]:
@@ -143,7 +135,7 @@ def _everything_said(folder: Path, secret: str, token: str, fails: bool) -> str:
     options: dict[str, Any] = {f"no_such_option_{token}": 1} if fails else {}
     with _listening() as sink:
         try:
-            result = _train(
+            result = train_words(
                 tiny_model(), folder, max_steps=3, save_steps=1, logging_steps=1, hub_token=token,
                 run_name=f"run of {secret}", save_pair_values=True, **options,
             )  # fmt: skip
@@ -240,7 +232,7 @@ def planned_run(folder: str, index: int, shape: dict[str, Any], options: dict[st
         mock.patch.object(RMiPOTrainer, "train", watch.train()),
     ):
         rows = _rows_of_one_length(index)
-        result = _train(LlamaForCausalLM(config), Path(folder), rows, **options)
+        result = train_words(LlamaForCausalLM(config), Path(folder), rows, **options)
     # At its fullest the folder held one checkpoint more, the one that the last save replaced.
     replaced = options["max_steps"] > 2 * options["save_steps"]
     places = [Path(folder), *([checkpoints(folder)[-1]] if replaced else [])]
