@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmipo_lite.checkpoint_files import CheckpointError
@@ -16,6 +17,16 @@ from rmipo_lite.redaction import redact
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "training_config.json"
+
+
+def non_finite_weight(model: nn.Module, trained_only: bool = False) -> str | None:
+    """The name of the first weight that holds NaN or inf, None where all are numbers."""
+    for name, parameter in model.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            return name
+    return None
 
 
 def save_run(model: Any, tokenizer: Any, args: Any, folder: Path, state_dict: Any = None) -> None:
@@ -60,9 +71,7 @@ def require_adapter_weights(model: PeftModel, folder: Path) -> None:
     """
     with safe_open(folder / ADAPTER_FILE, "pt") as file:
         found = set(file.keys())
-    own = get_peft_model_state_dict(
-        model, adapter_name=model.active_adapters[0], save_embedding_layers=False
-    )
+    own = _own_weights(model)
     missing = sorted(set(own) - found)
     if missing:
         raise ValueError(
@@ -81,8 +90,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{folder.name}/{ADAPTER_FILE} is missing")
     weights = load_file(path)
-    adapter = model.active_adapters[0]
-    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    own = _own_weights(model)
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     wrong = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     if missing or unknown or wrong:
@@ -91,4 +99,12 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
             f"missing, {len(unknown)} unknown, {len(wrong)} of another shape; the first is "
             f"{[*missing, *unknown, *sorted(wrong)][0]}. Use the LoRA settings it was saved with"
         )
-    set_peft_model_state_dict(model, weights, adapter_name=adapter)
+    set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
+
+
+def _own_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The active adapter's weights under the names that files have."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=model.active_adapters[0], save_embedding_layers=False
+    )
+    return weights

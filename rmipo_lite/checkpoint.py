@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rmipo_lite.adapter_files import (
     load_adapter_weights,
+    non_finite_weight,
     save_run,
     write_training_config,
 )
@@ -83,6 +84,9 @@ class SafeCheckpointing:
         """What a subclass wants in the checkpoint, as JSON-like values."""
         return {}
 
+    def begin_run(self) -> None:
+        """A run is about to begin, or to go on; called before anything of it is read."""
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave; called before the training loop is set up."""
 
@@ -102,6 +106,7 @@ class SafeCheckpointing:
         """
         self._check_supported()
         self.failed_saves = []
+        self.begin_run()
         folder = self._resolve_resume(resume_from_checkpoint)
         if folder is None:
             self._run_id = uuid.uuid4().hex
@@ -199,13 +204,13 @@ class SafeCheckpointing:
 
     def _refuse_to_save_bad_weights(self) -> None:
         """A checkpoint of NaN would push the good ones out."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"stopped at step {self.state.global_step}: the trained weight {name} holds "
-                    "NaN or inf and is not saved; earlier checkpoints are untouched. Resume from "
-                    "the last one, with a lower learning_rate"
-                )
+        name = non_finite_weight(self.model, trained_only=True)
+        if name is not None:
+            raise FloatingPointError(
+                f"stopped at step {self.state.global_step}: the trained weight {name} holds NaN or "
+                "inf and is not saved; earlier checkpoints are untouched. Resume from the last "
+                "one, with a lower learning_rate"
+            )
 
     def _write_checkpoint(self, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:

@@ -59,7 +59,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="one small shape: does it run?")
     bench.add_argument("--pairs", help="data: preference pairs (default: the demo's)")
     bench.add_argument("--tokenizer", help="data: folder of a tokenizer (default: the demo's)")
-    for command in (demo, info, _add_selftest(commands), bench):
+    _add_selftest(commands)
+    for command in (demo, info, bench):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -108,8 +109,8 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
     add_config_options(train, show_all=show_all)
 
 
-def _add_selftest(commands: Any) -> argparse.ArgumentParser:
-    selftest: argparse.ArgumentParser = commands.add_parser(
+def _add_selftest(commands: Any) -> None:
+    selftest = commands.add_parser(
         "selftest",
         help="try to lose a run (kills, full disks, bad numbers, bad rows) and count how often",
         description="Run the reliability scorecard, a row per check; the exit code is 1 when a "
@@ -128,7 +129,8 @@ def _add_selftest(commands: Any) -> argparse.ArgumentParser:
     selftest.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     selftest.add_argument("--only", metavar="N,N", default="", help="these checks alone")
     selftest.add_argument("--trial", type=int, metavar="INDEX", help="repeat one trial of --only")
-    return selftest
+    # its lost trials are no exceptions of the command
+    selftest.add_argument("--debug", dest="tracebacks", action="store_true", help="show tracebacks")
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -178,7 +180,7 @@ def _selftest(given: dict[str, Any]) -> int:
         raise UsageError(f"selftest: --only wants numbers, got {given['only']!r}") from None
     mode, seed, file = given["mode"], given["seed"], given["json"]
     outcomes = selftest(mode, seed=seed, only=only, trial=given["trial"], show=file != "-",
-                        debug=given["debug"])  # fmt: skip
+                        debug=given["tracebacks"])  # fmt: skip
     if file is not None:
         text = as_json(outcomes, mode, seed)
         if file == "-":
@@ -246,9 +248,7 @@ COMMANDS = {
 def _run(command: str, given: dict[str, Any]) -> int:
     from rmipo_lite.cli_options import UsageError
 
-    debug = given.get("debug", False)
-    if command != "selftest":  # whose failures are no exceptions here
-        given.pop("debug", None)
+    debug = given.pop("debug", False)
     try:
         return COMMANDS[command](given)
     except KeyboardInterrupt:

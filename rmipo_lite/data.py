@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rmipo_lite.data_files import Broken
-from rmipo_lite.data_report import DataReport, printable
+from rmipo_lite.data_report import DataReport, name_rows, printable
 from rmipo_lite.data_rows import Dropped, Identical, Refused, normalise
 from rmipo_lite.data_sources import read_records
 
@@ -124,7 +124,7 @@ def nothing_left(report: DataReport) -> str:
     """The message for a dataset without one usable row: the three most frequent reasons."""
     reasons = {**report.refused, **report.dropped}
     lines = [
-        f"  {tally.count} rows ({tally.first_rows()}): {printable(reason)}"
+        f"  {tally.count} rows ({name_rows(tally.numbers())}): {printable(reason)}"
         + (f" ({tally.example})" if tally.example else "")
         for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].count)[:3]
     ]

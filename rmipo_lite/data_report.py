@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +25,12 @@ def printable(text: str, limit: int = EXAMPLE_CHARS) -> str:
     """`text` made safe for a terminal: control characters become spaces, at most `limit` long."""
     cut = text if len(text) <= limit else text[: limit - 4] + " ..."
     return "".join(c if c.isprintable() else " " for c in cut)
+
+
+def name_rows(numbers: Iterable[int]) -> str:
+    """The first row numbers as text."""
+    first = list(itertools.islice(numbers, ROWS_SHOWN + 1))
+    return ", ".join([*map(str, first[:ROWS_SHOWN]), *["..."] * (len(first) > ROWS_SHOWN)])
 
 
 @dataclass
@@ -54,11 +60,6 @@ class Tally:
     def rows(self) -> list[int]:
         """All of `numbers()`."""
         return list(self.numbers())
-
-    def first_rows(self) -> str:
-        """The first numbers as text."""
-        shown = ", ".join(map(str, itertools.islice(self.numbers(), ROWS_SHOWN)))
-        return shown + (", ..." if self.count > ROWS_SHOWN else "")
 
 
 @dataclass
@@ -224,4 +225,4 @@ class DataReport:
 
 def _tally_line(reason: str, tally: Tally) -> str:
     example = f"; e.g. {tally.example}" if tally.example else ""
-    return f"{tally.count}: {printable(reason)} (rows {tally.first_rows()}){example}"
+    return f"{tally.count}: {printable(reason)} (rows {name_rows(tally.numbers())}){example}"

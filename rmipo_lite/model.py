@@ -60,14 +60,6 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def non_finite_weight(model: nn.Module) -> str | None:
-    """The name of the first weight that holds NaN or inf, None where all are numbers."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
-            return name
-    return None
-
-
 def scored_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
     """Hidden rows that predict the scored tokens, (N, H), in the model's own dtype."""
     base = causal_lm(model)

@@ -7,7 +7,6 @@ caller's model beside the adapter is put back.
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from rmipo_lite.display import say, show_progress
 from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.preflight import plan_run
 from rmipo_lite.result import TrainResult
-from rmipo_lite.surroundings import clear_frames, restored, unwrap_forward
+from rmipo_lite.surroundings import nothing_held, restored, unwrap_forward
 from rmipo_lite.tokenization import TokenizedPair, prepare_tokenizer, tokenize_rows
 from rmipo_lite.trainer import RMiPOTrainer
 from rmipo_lite.trainer_setup import refuse_bad_weights, tokenization_options
@@ -39,6 +38,7 @@ _REJECTED_SHARE = 0.6
 _LEAST_PAIRS_TO_JUDGE = 20
 
 
+@nothing_held()
 def train(
     model: str | Path | PreTrainedModel | PeftModel,
     dataset: Any,
@@ -79,29 +79,6 @@ def train(
             names it, what is wanted and what came.
         FileExistsError: `output_dir` holds another run and `resume` isn't set.
     """
-    try:
-        return _train(
-            model, dataset, eval_dataset, tokenizer, output_dir, peft_config, quantization, resume,
-            config,
-        )  # fmt: skip
-    except BaseException as error:
-        clear_frames(error)
-        raise
-    finally:
-        gc.collect()  # trainer, optimizer and accelerator hold each other in circles
-
-
-def _train(
-    model: str | Path | PreTrainedModel | PeftModel,
-    dataset: Any,
-    eval_dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    output_dir: str | Path | None,
-    peft_config: LoraConfig | str | None,
-    quantization: loading.Quantization | BitsAndBytesConfig,
-    resume: bool | str | Path,
-    config: dict[str, Any],
-) -> TrainResult:
     if isinstance(model, Path):
         model = str(model)
     folder = _output_folder(model, output_dir, resume)

@@ -8,8 +8,6 @@ were.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import random
 import shutil
@@ -21,11 +19,11 @@ from typing import cast
 
 import torch
 from peft import PeftModel
-from transformers.trainer_utils import SaveStrategy
 
 from rmipo_lite import batch
 from rmipo_lite.display import duration
 from rmipo_lite.model import device_of
+from rmipo_lite.peak_memory import end_peak, start_peak
 from rmipo_lite.state_io import kept_random_state
 from rmipo_lite.tokenization import TokenizedPair
 from rmipo_lite.trainer import RMiPOTrainer
@@ -177,42 +175,14 @@ def _measure(
     device = device_of(trainer.model)
     # A tiny step first: what is loaded at first use is no step's.
     _run_once(trainer, [min(longest, key=batch.packed_length)])
-    before = _start_peak(device)
+    before = start_peak(device)
     _run_once(trainer, longest)
     seconds = sum(_timed(trainer, pairs) for pairs in ordinary) / len(ordinary)
-    peak = _end_peak(device)
+    peak = end_peak(device)
     if before is None or peak is None:
         return seconds, None
     growth = _CPU_GROWTH if device.type == "cpu" else 1.0
     return seconds, int((peak - before) * growth) + _moment_bytes(trainer)
-
-
-def _start_peak(device: torch.device) -> int | None:
-    """Begin to watch the peak; bytes in use now."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely keeps is not in use
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-        return _resident("VmRSS")
-    except (OSError, AttributeError):  # no such file here, or not ours to write
-        return None
-
-
-def _end_peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return _resident("VmHWM")
-    except OSError:
-        return None
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _moment_bytes(trainer: RMiPOTrainer) -> int:
@@ -237,9 +207,8 @@ def _disk(trainer: RMiPOTrainer, steps: int) -> int:
     args = trainer.args
     saves = _times(args.save_strategy, args.save_steps, trainer, steps)
     kept = saves if not args.save_total_limit else min(saves, args.save_total_limit + 1)
-    weights, state = _weight_bytes(trainer), 0
-    if not args.save_only_model and args.save_strategy != SaveStrategy.NO:
-        state = _moment_bytes(trainer)
+    weights = _weight_bytes(trainer)
+    state = 0 if args.save_only_model else _moment_bytes(trainer)
     return kept * (weights + state) + weights
 
 

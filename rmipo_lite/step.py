@@ -38,6 +38,7 @@ from rmipo_lite.model import (
     scored_hidden,
 )
 from rmipo_lite.ops import device_flag
+from rmipo_lite.state_io import random_state, set_random_state
 from rmipo_lite.tokenization import TokenizedPair
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ class PairStep:
 
         Where none is, every gradient is left as None, which makes the optimizer's step do nothing.
         """
-        dropout = self._dropout_state()
+        drawn = random_state()  # a step repeated draws the same dropout
         outcome = self._accumulate(pairs, backward)
         if self._is_finite(outcome):
             return outcome
@@ -92,7 +93,7 @@ class PairStep:
             (good if finite else dropped).append(pair)
         self._clear_gradients()
         if good:  # all of them, if what went wrong was no pair's fault and is over
-            self._set_dropout_state(dropout)
+            set_random_state(drawn)
             outcome = self._accumulate(good, backward)
         if not good or not self._is_finite(outcome):
             # Finite one by one and not together, or nothing left: the step as a whole is dropped.
@@ -156,7 +157,7 @@ class PairStep:
 
     def _accumulate(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         """Forward and backward over all pairs, from the start again where memory runs out."""
-        dropout = self._dropout_state()
+        drawn = random_state()
         while True:
             try:
                 return self._accumulate_once(pairs, backward)
@@ -166,7 +167,7 @@ class PairStep:
                 failure = str(error)
             self._clear_gradients()
             self._make_room(self._running, failure)
-            self._set_dropout_state(dropout)
+            set_random_state(drawn)
 
     def _make_room(self, failed: Sequence[TokenizedPair], failure: str) -> None:
         """Halve the micro-step that failed, or with a single pair turn checkpointing on.
@@ -290,17 +291,6 @@ class PairStep:
                 "is not the model's"
             )
         return all(results)
-
-    def _dropout_state(self) -> tuple[Tensor, Tensor | None]:
-        """The random numbers that dropout draws from, so that a step repeated is the same step."""
-        device = device_of(self.model)
-        on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return torch.get_rng_state(), on_card
-
-    def _set_dropout_state(self, state: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device_of(self.model))
 
     def _clear_gradients(self) -> None:
         for parameter in self.model.parameters():

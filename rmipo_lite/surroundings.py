@@ -8,6 +8,7 @@ is free again.
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 import warnings
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rmipo_lite.loading import detach_adapter
 from rmipo_lite.model import causal_lm
-from rmipo_lite.state_io import random_state, set_random_state
+from rmipo_lite.state_io import kept_random_state
 
 _DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -35,10 +36,11 @@ _PUT_ON_MODULES = (
 @contextmanager
 def restored(model: str | nn.Module) -> Iterator[None]:
     """Put back what a run changes; `model` is the caller's own, or a name."""
-    numbers, environment, filters = random_state(), dict(os.environ), warnings.filters[:]
+    environment, filters = dict(os.environ), warnings.filters[:]
     before = None if isinstance(model, str) else _ModelState(model)
     try:
-        yield
+        with kept_random_state():
+            yield
     except BaseException:
         if before is not None:
             before.take_adapter_off()
@@ -46,7 +48,6 @@ def restored(model: str | nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             before.put_back()
-        set_random_state(numbers)
         _restore_environment(environment)
         if warnings.filters != filters:
             warnings.filters[:] = filters  # type: ignore[index]
@@ -136,6 +137,23 @@ def unwrap_forward(model: nn.Module) -> None:
         del model.forward
     else:  # someone else's own wrapper was there before
         model.forward = original
+
+
+@contextmanager
+def nothing_held() -> Iterator[None]:
+    """Decorate a function with it, called: nothing of its work stays in memory but its result.
+
+    Trainer, optimizer and accelerator hold each other in circles. And notebooks keep the last
+    traceback, whose frames hold model, optimizer and activations; a `with` block in the function
+    itself would be too early, since its own frame still runs then.
+    """
+    try:
+        yield
+    except BaseException as error:
+        clear_frames(error)
+        raise
+    finally:
+        gc.collect()
 
 
 def clear_frames(error: BaseException) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +34,7 @@ from rmipo_lite.budget import plan_micro_steps
 from rmipo_lite.checkpoint import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, load_rows
+from rmipo_lite.data_report import name_rows
 from rmipo_lite.display import say
 from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.metrics import PairValues
@@ -54,8 +54,6 @@ from rmipo_lite.trainer_setup import (
     tokenization_options,
     whole_step_batches,
 )
-
-_ROWS_NAMED = 5  # dropped rows that one message names
 
 
 def _collate(pairs: list[TokenizedPair]) -> dict[str, list[TokenizedPair]]:
@@ -211,23 +209,15 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         """Pairs that training dropped as not finite: row and step."""
         return self.run_log.dropped_pairs
 
-    def train(
-        self,
-        resume_from_checkpoint: str | Path | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train from the start or from a checkpoint; see `SafeCheckpointing.train`.
-
-        Raises:
-            FloatingPointError: too many steps in a row had pairs that aren't finite, or a weight
-                isn't.
-        """
+    def begin_run(self) -> None:
+        """A new run counts from zero."""
         self.run_log.clear()
         self._dropped_in_a_row = 0
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        mean_loss = output.metrics.get("train_loss", math.nan)
-        return output._replace(training_loss=mean_loss)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Give back the mean loss that was logged; transformers' counts dropped steps as 0."""
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -256,7 +246,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         if not outcome.num_pairs:
             refuse_bad_weights(self.model, f"stopped at step {step}: ")
         rows = [pair.row for pair in outcome.dropped]
-        named = _named(rows)
+        named = name_rows(rows)
         say(
             f"Step {step}: {len(rows)} pair(s) dropped, loss or gradient not finite (row {named}); "
             f"{len(self.dropped_pairs)} dropped so far"
@@ -274,17 +264,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         return 0
 
     # ---- evaluation -----------------------------------------------------------------------
-
-    def prediction_step(  # type: ignore[override]
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, metrics.PairValues, None]:
-        """(mean loss, per-pair values, None) of a batch; there are no labels and no logits."""
-        values = metrics.concat([values for _, values in self.pair_step.evaluate(inputs["pairs"])])
-        return values.loss.mean(), values, None
 
     def evaluation_loop(
         self,
@@ -331,16 +310,15 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         """Means over the pairs whose loss is a number; the others are named and counted."""
         values = metrics.concat(parts)
         is_finite = metrics.finite(values)
-        bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
-        if not bad:
-            return {"loss": float(values.loss.mean()), **metrics.reduce([values], self.args)}
-        say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {_named(bad)})")
-        counted = {"rmipo/dropped_pairs": float(len(bad))}
-        if len(bad) == len(rows):
-            return counted
         values = metrics.select(values, is_finite)
-        numbers = metrics.reduce([values], self.args)
-        return {"loss": float(values.loss.mean()), **numbers, **counted}
+        numbers = {}
+        if len(values.loss):
+            numbers = {"loss": float(values.loss.mean()), **metrics.reduce([values], self.args)}
+        bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
+        if bad:
+            say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")
+            numbers["rmipo/dropped_pairs"] = float(len(bad))
+        return numbers
 
     # ---- logging and state ----------------------------------------------------------------
 
@@ -382,10 +360,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             self.pair_step.prior_cache = {
                 int(row): (side_w, side_l) for row, side_w, side_l in cache
             }
-
-
-def _named(rows: Sequence[int]) -> str:
-    return ", ".join(map(str, rows[:_ROWS_NAMED])) + (" ..." if len(rows) > _ROWS_NAMED else "")
 
 
 def _evaluated(numbers: dict[str, float], prefix: str, num_samples: int) -> EvalLoopOutput:

@@ -10,9 +10,10 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rmipo_lite.adapter_files import non_finite_weight
 from rmipo_lite.config import RMiPOConfig, TokenizationMode, TruncationMode
 from rmipo_lite.display import say
-from rmipo_lite.model import causal_lm, non_finite_weight
+from rmipo_lite.model import causal_lm
 from rmipo_lite.tokenization import TokenizationOptions, TokenizedPair
 
 

@@ -6,14 +6,11 @@ before) less its size just before. A first, tiny step has loaded libraries and k
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -22,12 +19,14 @@ from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, Summary, ratios, summarize
 from rmipo_lite.ops import linear_logps
+from rmipo_lite.peak_memory import end_peak, start_peak
 
 CASES = ((32000, "fp32"), (131072, "bf16"))
 DRAWS = 6
 CONTENDERS = ("authors", "trl chunked head", "ours")
 HEAD_SHAPES = ((1024, 32000), (1024, 131072), (1024, 262144), (4096, 32000), (16384, 32000))
 _LIMIT_S = 600
+_CPU = torch.device("cpu")
 
 
 def bench(cases: Sequence[tuple[int, str]] = CASES, draws: int = DRAWS) -> Iterator[Record]:
@@ -118,19 +117,12 @@ def _head_peak(vocab_size: int, dtype: torch.dtype, tokens: int) -> int:
 
 def _peak_of(run: Run) -> int:
     """Bytes by which the resident set rose above its size before the run, at most."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely keeps isn't part of the base
-    base = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    base = start_peak(_CPU)
     run()
-    return _status("VmHWM") - base
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    peak = end_peak(_CPU)
+    if base is None or peak is None:
+        raise RuntimeError("this system doesn't tell a process's peak memory")
+    return peak - base
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmipo_lite import one_liner, preflight
 from rmipo_lite.checkpoint_files import checkpoints
+from rmipo_lite.peak_memory import end_peak, start_peak
 from rmipo_lite.preflight import Plan
 from rmipo_lite.selftest.children import changed_environment, fresh_command, start
 from rmipo_lite.selftest.parts import VOCAB, tiny_model, train_words, word_rows
@@ -178,6 +179,7 @@ def _listening() -> Iterator[io.StringIO]:
 # ---- 39: the plan ---------------------------------------------------------------------------
 
 _WITHIN = 0.15
+_CPU = torch.device("cpu")
 _ANSWER = "planned and taken: "
 # What else the machine does meanwhile is not the plan's fault: both are CPU time of one thread.
 _CLOCK = SimpleNamespace(perf_counter=time.process_time)
@@ -263,7 +265,7 @@ class _Watch:
 
     def plan(self, *args: Any) -> Plan:
         """Plan the run; its memory counts from before the plan's own measurement."""
-        self._base = preflight._start_peak(torch.device("cpu")) or 0
+        self._base = start_peak(_CPU) or 0
         return preflight.plan_run(*args)
 
     def train(self) -> Any:
@@ -271,11 +273,11 @@ class _Watch:
         real = RMiPOTrainer.train
 
         def timed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            preflight._start_peak(torch.device("cpu"))
+            start_peak(_CPU)
             start = _CLOCK.perf_counter()
             output = real(trainer, *args, **kwargs)
             self.taken["seconds"] = _CLOCK.perf_counter() - start
-            self.taken["memory"] = (preflight._end_peak(torch.device("cpu")) or 0) - self._base
+            self.taken["memory"] = (end_peak(_CPU) or 0) - self._base
             return output
 
         return timed
