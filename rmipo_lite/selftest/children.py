@@ -9,6 +9,7 @@ happens at import or depends on the environment.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -20,7 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -83,42 +83,24 @@ class Child:
             return ""
 
 
-class ChildPool:
-    """The server that children are forked from, while the block runs."""
-
-    def __init__(self) -> None:
-        # Not on every system: without it children are started from nothing, seconds each.
-        methods = multiprocessing.get_all_start_methods()
-        kind = "forkserver" if "forkserver" in methods else "spawn"
-        self._context: Any = multiprocessing.get_context(kind)
-
-    def __enter__(self) -> ChildPool:
-        global _pool
-        if self._context.get_start_method() == "forkserver":
-            self._context.set_forkserver_preload(_PRELOADED)
-            with _no_stderr():  # what they would say there (imports, kills) belongs to no check
-                resource_tracker.ensure_running()
-                forkserver.ensure_running()
-        _pool = self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        frames: TracebackType | None,
-    ) -> None:
-        global _pool
-        _pool = None
-
-    def start(self, job: Callable[..., None], args: tuple[Any, ...], output: Path) -> Child:
-        """Run `job(*args)` in a child."""
-        process = self._context.Process(target=_run, args=(str(output), job, args), daemon=True)
-        process.start()
-        return Child(process, output)
+def start(job: Callable[..., None], *args: Any, output: Path) -> Child:
+    """Fork a child that runs `job(*args)` and writes what it prints to `output`."""
+    process = _forking().Process(target=_run, args=(str(output), job, args), daemon=True)
+    process.start()
+    return Child(process, output)
 
 
-_pool: ChildPool | None = None
+@functools.cache
+def _forking() -> Any:
+    """The context of the server that children are forked from, started at first use."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")  # from nothing, seconds each
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with _no_stderr():  # what they would say there (imports, kills) belongs to no check
+        resource_tracker.ensure_running()
+        forkserver.ensure_running()
+    return context
 
 
 @contextlib.contextmanager
@@ -132,12 +114,6 @@ def _no_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(sink)
-
-
-def start(job: Callable[..., None], *args: Any, output: Path) -> Child:
-    """Fork a child that runs `job(*args)` and writes what it prints to `output`."""
-    pool = _pool or ChildPool().__enter__()
-    return pool.start(job, args, output)
 
 
 def _run(output: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -110,7 +110,7 @@ def random_pairs(
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, `w3` to `w96`; adds BOS, as Llama's does not add EOS."""
+    """A word a token: `w3` to `w95` are the ids 3 to 95. It adds no BOS and no EOS itself."""
     words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCAB - 1)), "<unk>"]
     table = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))

@@ -45,7 +45,6 @@ from rmipo_lite.selftest import (
     training,
     users,
 )
-from rmipo_lite.selftest.children import ChildPool
 from rmipo_lite.selftest.scorecard import Check, Mode, Outcome, Trials, carry_out
 
 _MODULES = (
@@ -96,9 +95,7 @@ def selftest(
     if show:
         say(f"seed {seed}, {mode}; every trial depends on seed and index alone")
         say(_HEAD)
-    # Children are forked from a process that has imported everything and computed nothing.
-    scratch = tempfile.TemporaryDirectory(prefix="rmipo-selftest-")
-    with ChildPool(), scratch as folder:
+    with tempfile.TemporaryDirectory(prefix="rmipo-selftest-") as folder:
         for check in checks:
             outcome = _one(check, mode, seed, trial, Path(folder))
             outcomes.append(outcome)
