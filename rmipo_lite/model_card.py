@@ -39,6 +39,9 @@ SHOWN_OPTIONS = (
 )  # fmt: skip
 
 
+_FIRST = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
+
+
 def run_options(args: Any) -> dict[str, Any]:
     """The options that describe a run, secrets redacted, in a fixed order."""
     values = redact(args.to_dict())
@@ -46,9 +49,11 @@ def run_options(args: Any) -> dict[str, Any]:
 
 
 def metric_rows(result: TrainResult) -> list[tuple[str, str, str]]:
-    """(metric, before, after) of the evaluation, as texts."""
+    """(metric, before, after) of the evaluation, as texts; what is read first stands first."""
     rows = []
-    for name, value in sorted(result.metrics.items()):
+    names = [*(name for name in _FIRST if name in result.metrics), *sorted(result.metrics)]
+    for name in dict.fromkeys(names):
+        value = result.metrics[name]
         if not name.startswith("eval_") or not isinstance(value, (int, float)):
             continue
         if name.endswith(("runtime", "per_second")) or name == "epoch":

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rmipo_lite.demo import task
+from rmipo_lite.demo.data import ASSETS, load_tokenizer
 from rmipo_lite.demo.facts import KINDS, all_facts
 from rmipo_lite.demo.make_model import (
-    ASSETS,
     Corpus,
     Recipe,
     make_model,
@@ -20,7 +20,7 @@ from rmipo_lite.demo.make_model import (
     pretrain,
     write_pairs,
 )
-from rmipo_lite.demo.run import load_tokenizer, run_demo
+from rmipo_lite.demo.run import run_demo
 from rmipo_lite.demo.scoring import Answer, score_answers
 
 

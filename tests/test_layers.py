@@ -13,6 +13,8 @@ ORDER = [
     {"data_files", "model_files", "template_limits"},
     {"config", "display", "redaction", "data_report", "data_sources", "data_rows", "text_encoder",
      "authors_tokenization", "cli_options", "plots", "ops", "peak_memory"},
+    {"run_progress"},
+    {"panel", "text_progress"},
     {"data", "state_io", "progress", "interrupt", "environment"},
     {"chat_templates", "checkpoint_files"},
     {"row_tokens"},
@@ -31,7 +33,8 @@ ORDER = [
     {"report"},
     {"result"},
     {"one_liner"},
-    {"demo", "bench"},
+    {"demo"},
+    {"bench"},
     {"selftest"},
     {"cli"},
 ]  # fmt: skip

@@ -14,16 +14,13 @@ from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.data import load_rows
+from rmipo_lite.demo.data import MODEL, PAIRS
 from rmipo_lite.tokenization import TokenizationOptions, tokenize_rows
 
-_DEMO = Path(__file__).resolve().parent.parent / "demo" / "assets"
-DEMO_PAIRS, DEMO_TOKENIZER = _DEMO / "pairs.jsonl.gz", _DEMO / "model"
 ROUNDS = 3
 
 
-def bench(
-    pairs: Path = DEMO_PAIRS, tokenizer: Path = DEMO_TOKENIZER, rounds: int = ROUNDS
-) -> Iterator[Record]:
+def bench(pairs: Path = PAIRS, tokenizer: Path = MODEL, rounds: int = ROUNDS) -> Iterator[Record]:
     """Rows per second of both from rows in memory to token ids, one process each."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     rows = _records(pairs)

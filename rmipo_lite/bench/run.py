@@ -14,6 +14,7 @@ import torch
 
 from rmipo_lite.bench import records
 from rmipo_lite.bench.records import Record
+from rmipo_lite.demo.data import MODEL, PAIRS
 from rmipo_lite.display import say
 
 # glibc keeps what is freed instead of handing it back, so that no step pays for fresh pages. The
@@ -70,7 +71,7 @@ def line(row: Record) -> str:
         value = f"{value:.4g} {row.unit}"
         if row.low != row.high:
             value += f"   (middle half {row.low:.4g} to {row.high:.4g})"
-    return f"{row.op:7s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
+    return f"{row.op:8s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
 
 
 def _keeps_memory() -> bool:
@@ -78,16 +79,18 @@ def _keeps_memory() -> bool:
 
 
 def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
-    from rmipo_lite.bench import data, head, memory, step
+    from rmipo_lite.bench import data, head, memory, methods, step
 
     if what == "data":
         return data.bench(
-            pairs or data.DEMO_PAIRS,
-            tokenizer or data.DEMO_TOKENIZER,
+            pairs or PAIRS,
+            tokenizer or MODEL,
             rounds=1 if quick else data.ROUNDS,
         )
     if what == "head":
         return head.bench_quick() if quick else chain(head.bench(), head.bench_growth())
+    if what == "methods":
+        return methods.bench(3, (1e-3,), (0,)) if quick else methods.bench()
     if what == "memory":
         if quick:
             return memory.bench([(32000, "fp32")], draws=1)

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from rmipo_lite import metrics
 from rmipo_lite.bench import inputs, peers
 from rmipo_lite.bench.authors import authors_step, pad_pairs
-from rmipo_lite.bench.data import DEMO_TOKENIZER
 from rmipo_lite.bench.floors import StepFloor
 from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.demo.data import load_tokenizer
 from rmipo_lite.step import PairStep
 from rmipo_lite.tokenization import TokenizedPair
 
@@ -58,7 +57,7 @@ class Contenders:
         self.cached = pair_step(model, dtype, folder, prior="cached")
         self.absent: dict[str, str] = {}
         self.trl: dict[str, Any] = {}
-        tokenizer = AutoTokenizer.from_pretrained(DEMO_TOKENIZER)
+        tokenizer = load_tokenizer()
         makers: dict[str, Callable[[], Any]] = {
             "trl chunked head": lambda: peers.TrlChunkedStep(model),
             "trl SimPO": lambda: peers.TrlSimpoStep(model, tokenizer),

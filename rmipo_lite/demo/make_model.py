@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rmipo_lite.demo.data import ASSETS, MODEL
 from rmipo_lite.demo.task import (
     Question,
     clean_answer,
@@ -36,7 +37,6 @@ from rmipo_lite.demo.task import (
 
 logger = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).parent / "assets"
 BOS, END, PAD, USER, ASSISTANT = "<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 TOKENS_PER_ANSWER = 8  # scale of the loss: tokens of a usual terse answer
 CHAT_TEMPLATE = (
@@ -254,8 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(recipe, tokenizer)
     losses = pretrain(model, Corpus(recipe, tokenizer), recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder / "model")
-    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / MODEL.name)
+    model.save_pretrained(folder / MODEL.name)
     write_pairs(folder / "pairs.jsonl.gz", recipe.pairs)
     metrics = {
         "recipe": asdict(recipe),

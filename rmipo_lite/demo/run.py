@@ -7,17 +7,13 @@ learns from preferences, on one tiny made-up task; it compares no method with an
 
 from __future__ import annotations
 
-import gzip
 import html
-import json
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from rmipo_lite.demo.make_model import ASSETS
+from rmipo_lite.demo.data import MODEL, load_rows
 from rmipo_lite.demo.scoring import (
     Answer,
     Score,
@@ -112,18 +108,6 @@ class DemoResult:
         return "\n".join(lines)
 
 
-def load_rows() -> list[dict[str, Any]]:
-    """The shipped preference pairs: prompt, chosen and rejected as message lists."""
-    text = gzip.decompress((ASSETS / "pairs.jsonl.gz").read_bytes()).decode()
-    rows = [json.loads(line) for line in text.splitlines()]
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-
-
-def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The shipped tokenizer."""
-    return AutoTokenizer.from_pretrained(ASSETS / "model")
-
-
 def run_demo(
     output_dir: str | Path = "rmipo-demo",
     seed: int = 0,
@@ -156,7 +140,7 @@ def run_demo(
         "beta": BETA,
     }
     result = train(
-        str(ASSETS / "model"),
+        str(MODEL),
         load_rows(),
         output_dir=output_dir,
         seed=seed,

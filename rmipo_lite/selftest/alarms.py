@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 import rmipo_lite
-from rmipo_lite.demo.make_model import ASSETS
+from rmipo_lite.demo.data import MODEL, PAIRS
 from rmipo_lite.selftest.encoders import byte_level
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 
@@ -27,9 +27,9 @@ _CLEAN_SHARE = 0.4
 
 def alarms(trials: Trials) -> None:
     """The demo's model knows right from wrong; what is done to its pairs must be noticed."""
-    with gzip.open(ASSETS / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(PAIRS, "rt", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["pair_kind"] == "right/wrong"]
-        model = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
         for trial in trials:
             with trial:
                 # A fourth each, and the other half clean.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from rmipo_lite.demo.make_model import ASSETS
+from rmipo_lite.demo import data
 
 BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 BOS_ID, EOS_ID, UNKNOWN_ID = 1, 2, 3
@@ -25,7 +25,7 @@ _MERGES = (
 @functools.cache
 def byte_level() -> Any:
     """The demo's byte-level BPE of 512 tokens, with a chat template; adds nothing by itself."""
-    return AutoTokenizer.from_pretrained(ASSETS / "model")
+    return data.load_tokenizer()
 
 
 @functools.cache
