@@ -8,6 +8,7 @@ compiler tool chain.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -32,6 +33,12 @@ __all__ = [
     "rmipo_loss",
     "train",
 ]
+
+# bitsandbytes warns at its import of a CPU kernel that it could download; 4-bit layers are kept off
+# that kernel here (loading.protect_4bit_on_cpu), so nobody has to read of it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 if TYPE_CHECKING:
     from rmipo_lite.config import RMiPOConfig

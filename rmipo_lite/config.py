@@ -39,7 +39,7 @@ _NUMBERS = (
 _WHOLE_NUMBERS = (
     "max_length", "max_prompt_length", "dataset_num_proc", "max_dropped_in_a_row", "max_steps",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "save_total_limit", "seed",
+    "save_total_limit", "seed", "sample_prompts",
 )  # fmt: skip
 
 
@@ -151,6 +151,11 @@ class RMiPOConfig(TrainingArguments):
         False,
         "Write loss, log-probs, PMI and gamma of every pair of every step to pair_values.jsonl in "
         "the run's folder, about 300 bytes a pair.",
+    )
+    sample_prompts: int = _option(
+        3,
+        "So many held-out prompts train() answers before and after training, to show them with the "
+        "result; 0 for none.",
     )
 
     # transformers' own options with another default
@@ -268,6 +273,9 @@ class RMiPOConfig(TrainingArguments):
         )
 
     def _check_step(self) -> None:
+        _require(
+            self.sample_prompts >= 0, "sample_prompts", "a whole number >= 0", self.sample_prompts
+        )
         _one_of("kernel_impl", self.kernel_impl, ("auto", "native", "torch"))
         budget = self.max_tokens_per_microstep
         if isinstance(budget, str) and budget.isdigit():

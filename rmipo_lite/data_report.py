@@ -62,7 +62,7 @@ class Tally:
         return list(self.numbers())
 
 
-@dataclass
+@dataclass(repr=False)
 class DataReport:
     """What became of every row, and how long the texts are. Lengths are in tokens."""
 
@@ -212,6 +212,9 @@ class DataReport:
 
     def __str__(self) -> str:
         return "\n".join(f"{label:<17}{value}" for label, value in [("Data", ""), *self._facts()])
+
+    # As the last value of a cell, or at a prompt, its lines are what a reader wants.
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The same lines as a small table; every text escaped."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -47,6 +47,28 @@ def in_terminal() -> bool:
         return stream is not None and stream.isatty() and os.environ.get("TERM") not in _NO_BAR
     except ValueError:  # isatty() of a closed file
         return False
+
+
+def in_notebook() -> bool:
+    """Whether standard output is a cell's: Jupyter, Colab, VS Code, nbconvert.
+
+    Where a caller has redirected it (`contextlib.redirect_stdout`), it is not.
+    """
+    # Asked of what is loaded: a program without IPython is no notebook.
+    shell = sys.modules.get("IPython")
+    if shell is None or not type(sys.stdout).__module__.startswith(("ipykernel", "google.colab")):
+        return False
+    return getattr(shell.get_ipython(), "kernel", None) is not None
+
+
+def show(shown: Any) -> None:
+    """Show something that has `__str__` and `_repr_html_`: as HTML in a notebook, else as text."""
+    if not in_notebook():
+        say(str(shown))
+        return
+    from IPython.display import display
+
+    display(shown)
 
 
 def duration(seconds: float) -> str:

@@ -42,6 +42,12 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, conversational: bool) -> list[
     return encode_prompt(prompt, tokenizer)
 
 
+class Answer(str):
+    """A generated text; `ended` is False where the limit of tokens cut it short."""
+
+    ended: bool = True
+
+
 @contextmanager
 def _ready_to_generate(model: Any) -> Iterator[None]:
     """Evaluation mode with the key-value cache on; everything as before afterwards."""
@@ -70,7 +76,7 @@ def generate_answers(
     conversational: bool = False,
     max_new_tokens: int = 128,
     **options: Any,
-) -> list[str]:
+) -> list[Answer]:
     """One answer for each prompt, without the prompt and without special tokens.
 
     Greedy unless `do_sample=True` is among the options, which are those of `model.generate`.
@@ -87,10 +93,12 @@ def generate_answers(
     config.update(pad_token_id=pad, max_new_tokens=max_new_tokens, max_length=None)
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    config.update(do_sample=options.pop("do_sample", False))
+    # What the config knows goes there (transformers wants one place for both); the rest, such as a
+    # streamer, goes to the call.
+    options = config.update(**{"do_sample": False, **options})
     if not config.do_sample:  # a model's own sampling settings only draw warnings when greedy
         config.update(temperature=None, top_p=None, top_k=None)
-    answers: list[str] = []
+    answers: list[Answer] = []
     device = next(model.parameters()).device
     with _ready_to_generate(model), torch.no_grad():
         for start in range(0, len(ids), BATCH):
@@ -104,7 +112,18 @@ def generate_answers(
                 generation_config=config,
                 **options,
             )
-            answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            answers += _decoded(tokenizer, out[:, width:], config.eos_token_id)
+    return answers
+
+
+def _decoded(tokenizer: Any, ids: torch.Tensor, eos_token_id: int | list[int]) -> list[Answer]:
+    """The texts of generated ids, each with whether an end token stands in it."""
+    ends = torch.as_tensor(eos_token_id, device=ids.device).flatten()
+    answers = []
+    for row in ids:
+        answer = Answer(tokenizer.decode(row, skip_special_tokens=True))
+        answer.ended = bool(torch.isin(row, ends).any())
+        answers.append(answer)
     return answers
 
 
@@ -112,29 +131,39 @@ def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text for people."""
     if isinstance(prompt, str):
         return prompt
+    if [message.get("role") for message in prompt] == ["user"]:
+        return prompt[0].get("content", "")
     return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers before and after training: prints side by side, and as a table in a notebook."""
+    """Answers before and after training: prints side by side, and as a table in a notebook.
+
+    An answer that the limit of tokens cut short ends in "[cut]".
+    """
 
     prompts: list[Prompt]
-    before: list[str]
-    after: list[str]
+    before: list[Answer]
+    after: list[Answer]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __iter__(self) -> Iterator[tuple[Prompt, str, str]]:
+    def __iter__(self) -> Iterator[tuple[Prompt, Answer, Answer]]:
         return iter(zip(self.prompts, self.before, self.after, strict=True))
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """How many answers were cut short, before and after."""
+        return sum(not a.ended for a in self.before), sum(not a.ended for a in self.after)
 
     def __str__(self) -> str:
         lines: list[str] = []
         for prompt, before, after in self:
             lines += textwrap.wrap("> " + printable(prompt_text(prompt)), 2 * COLUMN + 3)
-            left = ["before", *_wrapped(before)]
-            right = ["after", *_wrapped(after)]
+            left = ["before", *_wrapped(_shown(before))]
+            right = ["after", *_wrapped(_shown(after))]
             height = max(len(left), len(right))
             left += [""] * (height - len(left))
             right += [""] * (height - len(right))
@@ -152,10 +181,14 @@ class Comparison:
 
         head = "".join(cell(name, "th") for name in ("prompt", "before", "after"))
         rows = "".join(
-            f"<tr>{cell(prompt_text(p))}{cell(before)}{cell(after)}</tr>"
+            f"<tr>{cell(prompt_text(p))}{cell(_shown(before))}{cell(_shown(after))}</tr>"
             for p, before, after in self
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _shown(answer: Answer) -> str:
+    return answer if answer.ended else f"{answer} [cut]"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -7,11 +7,14 @@ attached once: a model that already carries one goes on with it.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -25,6 +28,7 @@ from transformers import (
 
 from rmipo_lite.adapter_files import require_adapter_weights
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.display import in_notebook, in_terminal
 from rmipo_lite.model import causal_lm
 from rmipo_lite.model_files import (
     ADAPTER_CONFIG,
@@ -98,10 +102,26 @@ def load_model(
     if torch.cuda.is_available() and not args.use_cpu:
         # One card: "auto" would spread the layers over all of them, and the head with them.
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    with told("model", name, "Wanted a causal language model: a folder, or a hub name"):
+    wanted = "Wanted a causal language model: a folder, or a hub name"
+    with told("model", name, wanted), watched_bars(downloads=folder is None):
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     protect_4bit_on_cpu(model)
     return model
+
+
+@contextlib.contextmanager
+def watched_bars(*, downloads: bool = False) -> Iterator[None]:
+    """transformers' bars where somebody watches: a terminal, or a download into a notebook."""
+    logging = transformers.utils.logging
+    is_watched = in_terminal() or (downloads and in_notebook())
+    if is_watched or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def weight_dtype(args: RMiPOConfig) -> torch.dtype:
@@ -288,10 +308,18 @@ def name_of(model: str | nn.Module) -> str:
     return model if isinstance(model, str) else str(causal_lm(model).config.name_or_path or "")
 
 
+def short_name(name: str) -> str:
+    """A model's name for people: a hub name as it is, of a path the last part."""
+    try:
+        folder = existing_folder(name)
+    except FileNotFoundError:  # it was there when the model was loaded
+        folder = Path(name)
+    return name if folder is None else folder.name
+
+
 def run_name(model: str | nn.Module) -> str:
     """A folder name for a run on this model: `rmipo-<model name>`."""
-    name = name_of(model)
-    last = Path(name.rstrip("/")).name or "model"
+    last = Path(name_of(model).rstrip("/")).name or "model"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".")
     short = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
     return f"rmipo-{short or 'model'}"

@@ -13,13 +13,19 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 from rmipo_lite import loading
 from rmipo_lite.checkpoint import newest_valid_checkpoint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, Row, load_rows, split_holdout
-from rmipo_lite.display import say, show_progress
+from rmipo_lite.display import say, show, show_progress
+from rmipo_lite.generation import Prompt
 from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.preflight import plan_run
 from rmipo_lite.result import TrainResult
@@ -30,9 +36,10 @@ from rmipo_lite.trainer_setup import refuse_bad_weights, tokenization_options
 
 HOLDOUT_SHARE = 0.05
 HOLDOUT_AT_MOST = 200  # pairs
-# Nats per token; a healthy run moves this by a few tenths, a model that has come to write one
-# letter over and over moved it by 3.5 (260K parameters, learning rate 1e-3, 300 steps).
-_RUNAWAY_NATS = 1.0
+_SAMPLE_TOKENS = 64  # of an answer that is shown with the result
+# Nats per token. In benchmarks/methods.csv the runs whose answers end lost 0.16 at most, those half
+# of whose answers no longer end 0.97 to 2.6.
+_RUNAWAY_NATS = 0.5
 # Of the held-out pairs, in how many the untrained model may prefer the rejected side.
 _REJECTED_SHARE = 0.6
 _LEAST_PAIRS_TO_JUDGE = 20
@@ -49,6 +56,7 @@ def train(
     peft_config: LoraConfig | str | None = "auto",
     quantization: loading.Quantization | BitsAndBytesConfig = "auto",
     resume: bool | str | Path = False,
+    callbacks: list[TrainerCallback] | None = None,
     **config: Any,
 ) -> TrainResult:
     """Align a model with preference pairs.
@@ -68,6 +76,7 @@ def train(
         quantization: "auto" (4-bit on CUDA when the weights would not fit otherwise), "none",
             "4bit" (NF4, double quantisation) or a BitsAndBytesConfig; for a model given by name.
         resume: True goes on from the newest valid checkpoint in `output_dir`; a path from that one.
+        callbacks: transformers callbacks, called beside the package's own.
         **config: any option of `RMiPOConfig`, for example `learning_rate=2e-5`, `max_steps=300`.
 
     Returns:
@@ -87,8 +96,10 @@ def train(
         rows, report = load_rows(dataset)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
-        train_pairs, eval_pairs = _pairs(rows, report, eval_dataset, tokenizer, args, loaded)
-        say(str(report))
+        train_pairs, eval_pairs, prompts = _pairs(
+            rows, report, eval_dataset, tokenizer, args, loaded
+        )
+        show(report)
         interrupt = GracefulInterrupt()
         trainer = RMiPOTrainer(
             loaded,
@@ -97,18 +108,23 @@ def train(
             eval_dataset=eval_pairs or None,
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[interrupt],
+            callbacks=[interrupt, *(callbacks or [])],
         )
         trainer.data_report = report
         show_progress(trainer)
         with interrupt:
             try:
-                return _run(trainer, eval_pairs, report, interrupt, folder, resume, _is_chat(rows))
+                result = _run(
+                    trainer, eval_pairs, report, interrupt, folder, resume, _is_chat(rows)
+                )
             except BaseException as error:
                 _tell_what_is_left(trainer, folder, error)
                 raise
             finally:
                 unwrap_forward(trainer.model)
+        result.held_out_prompts = prompts
+        _answer_samples(result)
+        return result
 
 
 def _run(
@@ -156,6 +172,29 @@ def _run(
         say(warning)
     _save(result, folder)
     return result
+
+
+def _answer_samples(result: TrainResult) -> None:
+    """Answer the first held-out prompts before and after, for whoever looks at the result."""
+    prompts = result.held_out_prompts[: result.args.sample_prompts]
+    if not prompts or result.stopped_at_step is not None:
+        return
+    if not isinstance(result.model, PeftModel):
+        return  # trained in full: there is no adapter to switch off
+    try:
+        samples = result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
+        before, after = samples.cut
+        if after > before:
+            say(
+                f"WARNING: {after} of {len(samples)} sample answers had not ended after "
+                f"{_SAMPLE_TOKENS} tokens, before training {before}. Read them: a model can learn "
+                "never to end, and accuracy and margin don't see that."
+            )
+    except KeyboardInterrupt:
+        say("No samples: stopped")
+    except Exception as error:
+        # The run is done and saved; a look at it must not end it.
+        say(f"No samples: {type(error).__name__}: {error}")
 
 
 def _save(result: TrainResult, folder: Path) -> None:
@@ -235,6 +274,7 @@ def _load(
     quantization_config = loading.quantization_for(model, args, quantization)
     if quantization_config is not None and quantization == "auto":
         say("The weights would not fit beside training: they load in 4-bit (NF4).")
+    say(f"Loading {loading.short_name(model)}")
     return loading.load_model(model, args, quantization_config), tokenizer
 
 
@@ -245,7 +285,8 @@ def _pairs(
     tokenizer: PreTrainedTokenizerBase,
     args: RMiPOConfig,
     model: nn.Module,
-) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+) -> tuple[list[TokenizedPair], list[TokenizedPair], list[Prompt]]:
+    """(training pairs, held-out pairs, distinct prompts of the held-out ones)."""
     options = tokenization_options(args, model)
     pairs = tokenize_rows(rows, tokenizer, options, report)
     if eval_dataset is None:
@@ -254,11 +295,18 @@ def _pairs(
         )
         if not held_out:
             say("Too few pairs or prompts to hold any out: nothing is evaluated")
-        return train_pairs, held_out
+        return train_pairs, held_out, _prompts(held_out, rows)
     eval_rows, eval_report = load_rows(eval_dataset, argument="eval_dataset")
     eval_pairs = tokenize_rows(eval_rows, tokenizer, options, eval_report)
     say(f"Evaluation set: {eval_report.kept} of {eval_report.total} pairs kept")
-    return pairs, eval_pairs
+    return pairs, eval_pairs, _prompts(eval_pairs, eval_rows)
+
+
+def _prompts(pairs: list[TokenizedPair], rows: list[Row]) -> list[Prompt]:
+    """The prompts of the pairs as they came in, each once, in order."""
+    prompt_of = {row.index: row.prompt for row in rows}
+    found = {str(prompt_of[pair.row]): prompt_of[pair.row] for pair in pairs}
+    return list(found.values())
 
 
 def _is_chat(rows: list[Row]) -> bool:

@@ -9,6 +9,7 @@ import ctypes
 import gc
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -39,3 +40,13 @@ def end_peak(device: torch.device) -> int | None:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def memory_in_use(device: torch.device) -> tuple[int, int] | None:
+    """(bytes this process holds, bytes there are): a card's reserved ones, or the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+    try:
+        return _status("VmRSS"), psutil.virtual_memory().total
+    except OSError:
+        return None

@@ -7,8 +7,9 @@ nothing is left in a notebook's global state and no window opens.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,39 +72,97 @@ def _draw_gamma_band(axes: Axes, history: History) -> None:
         axes.fill_between(at, low, high, alpha=0.2, linewidth=0)
 
 
-def figure(history: History) -> Figure:
-    """The run's curves in one matplotlib figure; an empty history gives a figure that says so."""
-    from matplotlib.figure import Figure
+class _Panel(NamedTuple):
+    """What one pair of axes shows."""
 
-    shown = [
-        (title, unit, [(m, label) for m, label in metrics if series(history, m)[0]])
+    title: str
+    unit: str
+    metrics: list[tuple[str, str]]
+
+
+def _panels(history: History) -> list[_Panel]:
+    """The panels of which something was logged."""
+    every = [
+        _Panel(title, unit, [(m, label) for m, label in metrics if series(history, m)[0]])
         for title, unit, metrics in _PANELS
     ]
-    shown = [panel for panel in shown if panel[2]]
-    if not shown:
-        empty = Figure(figsize=(5, 1.5), layout="constrained")
+    return [panel for panel in every if panel.metrics]
+
+
+def _draw(axes: Axes, panel: _Panel, history: History) -> None:
+    if panel.title == "Gamma":
+        _draw_gamma_band(axes, history)
+    for metric, label in panel.metrics:
+        steps, values = series(history, metric)
+        marker = "o" if len(steps) < 3 or metric.startswith("eval_") else ""
+        axes.plot(steps, values, label=label, marker=marker, markersize=4)
+    axes.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
+    if panel.title == "Reward accuracy":  # else a change of one pair looks like a collapse
+        axes.set_ylim(-0.03, 1.03)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, made without pyplot, that a notebook shows all the same."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            FigureCanvasAgg(self).print_png(buffer)
+            return buffer.getvalue()
+
+    return ShownFigure(figsize=(width, height), layout="constrained")
+
+
+def figure(history: History) -> Figure:
+    """The run's curves in one matplotlib figure; an empty history gives a figure that says so."""
+    panels = _panels(history)
+    if not panels:
+        empty = _figure(5, 1.5)
         empty.text(0.5, 0.5, "no metric was logged", ha="center", va="center")
         return empty
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    drawn = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
-    for place, (title, unit, metrics) in enumerate(shown, start=1):
-        axes = drawn.add_subplot(rows, columns, place)
-        if title == "Gamma":
-            _draw_gamma_band(axes, history)
-        for metric, label in metrics:
-            steps, values = series(history, metric)
-            marker = "o" if len(steps) < 3 or metric.startswith("eval_") else ""
-            axes.plot(steps, values, label=label, marker=marker, markersize=4)
-        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend(fontsize="small")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    drawn = _figure(4 * columns, 2.8 * rows)
+    for place, panel in enumerate(panels, start=1):
+        _draw(drawn.add_subplot(rows, columns, place), panel, history)
     return drawn
 
 
-def svg(history: History) -> str:
-    """The figure as an `<svg>` element for an HTML page: no file, no script, no date."""
+# A colour that no curve has, which the page's own text colour takes the place of.
+_INK = "#010203"
+
+
+def svgs(history: History) -> list[str]:
+    """The panels as `<svg>` elements for an HTML page: no file, no script, no date.
+
+    They take the width they are given, and their text the colour of the page, light or dark.
+    """
+    import matplotlib
+
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    colors: dict[Any, Any] = dict.fromkeys(ink, _INK)
+    colors |= {"legend.framealpha": 0.0, "svg.fonttype": "none"}
+    drawn = []
+    with matplotlib.rc_context(colors):
+        for panel in _panels(history):
+            small = _figure(4, 2.8)
+            small.patch.set_alpha(0.0)
+            axes = small.add_subplot()
+            axes.patch.set_alpha(0.0)
+            _draw(axes, panel, history)
+            drawn.append(_svg(small))
+    return drawn
+
+
+def _svg(drawn: Figure) -> str:
     buffer = io.StringIO()
-    figure(history).savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue().replace(_INK, "currentColor")
+    element = text[text.index("<svg") :]
+    head, rest = element.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return f'{head} style="width:100%;height:auto">{rest}'

@@ -1,118 +1,107 @@
-"""The progress of a run: a rich bar in a terminal, plain lines anywhere else.
+"""The progress of a run: a panel in a notebook, a bar in a terminal, plain lines anywhere else.
 
-A bar that rewrites its line turns a log file, a pipe or a notebook into noise, so there (and under
-`TERM=dumb`) a plain line is printed every few seconds. Nothing here raises for want of a terminal.
+`ProgressDisplay` gathers what the trainer reports in a `RunProgress` and hands it to one view.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from rmipo_lite.display import duration, in_terminal, printable, say
+from rmipo_lite.display import in_notebook, in_terminal
+from rmipo_lite.panel import NotebookPanel
+from rmipo_lite.peak_memory import memory_in_use
+from rmipo_lite.run_progress import RunProgress, metric_line
+from rmipo_lite.text_progress import PlainLines, TerminalBar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 PLAIN_LINE_SECONDS = 5.0
 
-# metric in the log, label in the line, format
-_SHOWN = (
-    ("loss", "loss", "{:.4f}"),
-    ("rewards/accuracies", "accuracy", "{:.2f}"),
-    ("rewards/margins", "margin", "{:+.3f}"),
-    ("rmipo/gamma", "gamma", "{:.2f}"),
-)
 
+class View(Protocol):
+    """How a run is shown."""
 
-def metric_line(logs: dict[str, Any], prefix: str = "") -> str:
-    """The few numbers of a log entry that fit one line, in a fixed order."""
-    parts = []
-    for key, label, fmt in _SHOWN:
-        value = logs.get(prefix + key)
-        if isinstance(value, (int, float)):
-            parts.append(f"{label} {fmt.format(value)}")
-    return "  ".join(parts)
+    def start(self, run: RunProgress) -> None:
+        """The first step is about to start."""
+
+    def update(self, run: RunProgress) -> None:
+        """Something has changed; a view decides when it redraws."""
+
+    def tell(self, run: RunProgress, text: str) -> None:
+        """An evaluation has numbers: show them at once."""
+
+    def close(self, run: RunProgress) -> None:
+        """Let go of the screen; called twice, and after an exception too."""
+
+    def end(self, run: RunProgress) -> None:
+        """The training loop has ended as it should."""
 
 
 class ProgressDisplay(TrainerCallback):
-    """Progress of a run: a rich bar in a terminal, plain lines elsewhere.
+    """Progress of a run in whatever the output is.
 
     Args:
         seconds: the shortest time between two plain lines.
-        live: force the bar on or off; None asks the terminal.
+        live: force the terminal's bar on or off; None looks what the output is.
     """
 
     def __init__(self, seconds: float = PLAIN_LINE_SECONDS, live: bool | None = None) -> None:
         self.seconds = seconds
         self.live = live
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._numbers = ""
-        self._started = self._last_line = 0.0
-        self._first_step = 0
+        self.run = RunProgress()
+        self._chosen: View | None = None
+
+    @property
+    def _view(self) -> View:
+        # Chosen at the first event: a notebook's panel begins with the evaluation before training.
+        if self._chosen is None:
+            if self.live is None and in_notebook():
+                self._chosen = NotebookPanel()
+            elif in_terminal() if self.live is None else self.live:
+                self._chosen = TerminalBar(self.seconds)
+            else:
+                self._chosen = PlainLines(self.seconds)
+        return self._chosen
 
     def __enter__(self) -> ProgressDisplay:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self.run.fail("interrupted" if kind is KeyboardInterrupt else "ended with an error")
         self.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar, or note the time for the plain lines."""
-        self._started = time.monotonic()
-        self._last_line = self._started
-        self._first_step = state.global_step
-        self._numbers = ""
-        if in_terminal() if self.live is None else self.live:
-            self._start_bar(state)
-
-    def _start_bar(self, state: TrainerState) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=Console(file=sys.stdout, force_jupyter=False),
-        )
-        self._task = self._progress.add_task(
-            "training", total=state.max_steps, completed=state.global_step, numbers=""
-        )
-        self._progress.start()
+        """Draw the view."""
+        self.run.begin(state.global_step, state.max_steps)
+        self._view.start(self.run)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the bar, or print a line when enough time has passed."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=state.global_step, numbers=self._numbers)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= self.seconds:
-            self._last_line = now
-            say(self._line(state, now))
+        """Move on by a step."""
+        self.run.step = state.global_step
+        self._view.update(self.run)
 
-    def _line(self, state: TrainerState, now: float) -> str:
-        done = state.global_step - self._first_step
-        left = (now - self._started) / max(done, 1) * (state.max_steps - state.global_step)
-        text = f"step {state.global_step}/{state.max_steps}  {duration(left)} left"
-        return f"{text}  {self._numbers}".rstrip()
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation goes on: say so, since it can take as long as many steps."""
+        self.run.batches += 1
+        self._view.update(self.run)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Back to what was done before."""
+        self.run.batches = 0
+        self._view.update(self.run)
 
     def on_log(
         self,
@@ -125,43 +114,40 @@ class ProgressDisplay(TrainerCallback):
         """Keep the newest training numbers, and show every evaluation at once."""
         logs = logs or {}
         if "loss" in logs:
-            self._numbers = metric_line(logs)
-        if any(key.startswith("eval_") for key in logs):
-            numbers = metric_line(logs, prefix="eval_")
-            if numbers:
-                self._tell(f"step {state.global_step}: held out  {numbers}")
-
-    def _tell(self, text: str) -> None:
-        if self._progress is not None:
-            # markup off: a file name with [brackets] is text, not a style
-            self._progress.console.print(printable(text), markup=False, highlight=False)
-        else:
-            say(text)
+            self.run.step = state.global_step
+            self.run.memory = memory_in_use(args.device)
+            self.run.add(logs)
+            self._view.update(self.run)
+        numbers = metric_line(logs, prefix="eval_")
+        if numbers:
+            self.run.add_held_out(logs)
+            self._view.tell(self.run, f"step {state.global_step}: held out  {numbers}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the bar and say how long the run took."""
-        took = time.monotonic() - self._started
-        done = state.global_step - self._first_step
+        """Close the view and say how long the run took."""
+        self.run.end()
         self.close()
-        say(f"{done} steps in {duration(took)}" + (f"  {self._numbers}" if self._numbers else ""))
+        self._view.end(self.run)
 
     def close(self) -> None:
-        """Stop the bar and give the cursor back; safe to call twice, and after an exception."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = self._task = None
+        """Give the screen back; safe to call twice, and after an exception."""
+        self._view.close(self.run)
 
 
 def attach_progress(trainer: Trainer, display: ProgressDisplay | None = None) -> ProgressDisplay:
     """Replace transformers' progress callbacks by ours and return it.
 
     A run that raises never reaches `on_train_end`; `SafeCheckpointing.train` enters the display as
-    a context manager, which closes the bar then too.
+    a context manager, which closes the view then too.
     """
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    # In a notebook transformers' default is a third class, a table of steps and losses.
+    for kind in (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK, ProgressDisplay):
+        trainer.remove_callback(kind)
     display = display or ProgressDisplay()
+    report = getattr(trainer, "data_report", None)
+    if report is not None:
+        display.run.data_dropped = report.dropped_count + report.refused_count
     trainer.add_callback(display)
     return display

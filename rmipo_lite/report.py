@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rmipo_lite import __version__, plots
 from rmipo_lite.display import printable
 from rmipo_lite.generation import Comparison
+from rmipo_lite.loading import short_name
 from rmipo_lite.model_card import metric_rows, run_options
 from rmipo_lite.redaction import redact_text
 
@@ -34,8 +35,6 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align
          vertical-align: top; overflow-wrap: anywhere }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; white-space: pre-wrap }
-figure { margin: 0; background: #fff; padding: .5rem; border-radius: .4rem }
-figure svg { width: 100%; height: auto }
 """
 
 
@@ -60,6 +59,13 @@ def _samples(comparison: Comparison) -> str:
     return f'<div class="wide">{comparison._repr_html_()}</div>'
 
 
+def curves(history: plots.History) -> str:
+    """The run's curves, as many beside each other as the page has room for."""
+    box = '<div style="flex:1 1 17rem;max-width:26rem">'
+    drawn = "".join(f"{box}{panel}</div>" for panel in plots.svgs(history))
+    return f'<div style="display:flex;flex-wrap:wrap;gap:.5rem">{drawn}</div>'
+
+
 def report_html(
     result: TrainResult,
     comparison: Comparison | None = None,
@@ -80,7 +86,7 @@ def report_html(
             table(("metric", "before", "after"), rows) if rows else "<p>None was measured.</p>",
         ),
         *extra_sections,
-        ("Curves", f"<figure>{plots.svg(result.history)}</figure>"),
+        ("Curves", curves(result.history)),
     ]
     if comparison is not None and len(comparison):
         sections.append(("Samples", _samples(comparison)))
@@ -89,7 +95,7 @@ def report_html(
         ("Options", table(("option", "value"), list(run_options(result.args).items()))),
     ]
     body = "".join(f"<h2>{escaped(title)}</h2>{content}" for title, content in sections)
-    title = f"rmipo_lite run: {result.base_model_name or result.output_dir.name}"
+    title = f"rmipo_lite run: {short_name(result.base_model_name) or result.output_dir.name}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

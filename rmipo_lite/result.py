@@ -19,7 +19,8 @@ from rmipo_lite import plots, report
 from rmipo_lite.adapter_files import save_run
 from rmipo_lite.checkpoint_files import files_put_in_place
 from rmipo_lite.display import printable, say
-from rmipo_lite.generation import Comparison, Prompt, generate_answers
+from rmipo_lite.generation import Answer, Comparison, Prompt, generate_answers
+from rmipo_lite.loading import short_name, watched_bars
 from rmipo_lite.model_card import metric_rows, model_card
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class TrainResult:
         conversational: whether prompts are rendered by the chat template.
         plan: what the run was expected to take, before its first step.
         unsaved: why the adapter could not be saved at the end; None when it was.
+        held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class TrainResult:
     conversational: bool = False
     plan: Plan | None = None
     unsaved: str | None = None
+    held_out_prompts: list[Prompt] = field(default_factory=list)
     _samples: Comparison | None = field(default=None, init=False)
 
     # ---- text -----------------------------------------------------------------------------
@@ -93,22 +96,24 @@ class TrainResult:
         return ", ".join(parts)
 
     def __repr__(self) -> str:
-        name = self.base_model_name or type(self.model).__name__
+        name = short_name(self.base_model_name) or type(self.model).__name__
         return printable(f"TrainResult({name}: {self.headline}; {self.output_dir})")
 
     def _repr_html_(self) -> str:
         rows = metric_rows(self)
-        body = report.table(("metric", "before", "after"), rows) if rows else ""
-        data = html.escape(printable(str(self.data_report)))
-        samples = "" if self._samples is None else self._samples._repr_html_()
-        return (
-            f"<p><b>{html.escape(repr(self))}</b></p>{body}"
-            f'<div style="background:#fff;max-width:62rem">{plots.svg(self.history)}</div>{samples}'
-            f"<details><summary>Data</summary><pre>{data}</pre></details>"
-        )
+        parts = [f"<p><b>{html.escape(repr(self))}</b></p>"]
+        if rows:
+            parts.append(report.table(("metric", "before", "after"), rows))
+        if self._samples is not None and len(self._samples):
+            parts.append(self._samples._repr_html_())
+        parts += [report.curves(self.history), self.data_report._repr_html_()]
+        return "".join(parts)
 
     def plot(self) -> Figure:
-        """Loss, accuracy, margin, gamma, PMI gap and lengths over the steps, in one figure."""
+        """Loss, accuracy, margin, gamma, PMI gap and lengths over the steps, in one figure.
+
+        Matplotlib's; a notebook shows it as the last value of a cell, `savefig` writes it.
+        """
         return plots.figure(self.history)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -121,8 +126,8 @@ class TrainResult:
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
-    ) -> list[str]:
-        """Answers of the trained model.
+    ) -> list[Answer]:
+        """Answers of the trained model: texts whose `ended` is False where the limit cut them.
 
         Args:
             prompts: texts or message lists. After a conversational run a text is one user turn.
@@ -150,9 +155,21 @@ class TrainResult:
             yield self.model
 
     def compare(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        max_new_tokens: int = 128,
+        **options: Any,
     ) -> Comparison:
-        """Answers before and after training, side by side; printed or shown as a table."""
+        """Answers before and after training, side by side; printed or shown as a table.
+
+        Args:
+            prompts: as for `generate`; None takes `held_out_prompts`.
+            max_new_tokens, **options: as for `generate`.
+
+        Before is the model without any adapter. The last comparison is shown with the result and
+        in its report.
+        """
+        prompts = self.held_out_prompts if prompts is None else prompts
         with self.adapter_off():
             before = self.generate(prompts, max_new_tokens, **options)
         after = self.generate(prompts, max_new_tokens, **options)
@@ -181,7 +198,8 @@ class TrainResult:
         merged = self.model.merge_and_unload(safe_merge=True)
         self.model = merged
         if folder is not None:
-            merged.save_pretrained(folder)
+            with watched_bars():
+                merged.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return merged
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -35,7 +36,7 @@ from rmipo_lite.checkpoint import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, load_rows
 from rmipo_lite.data_report import name_rows
-from rmipo_lite.display import say
+from rmipo_lite.display import say, show_progress
 from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.metrics import PairValues
 from rmipo_lite.model import disable_dropout
@@ -98,7 +99,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: RMiPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -108,6 +109,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if isinstance(model, Path):
+            model = str(model)
         args = RMiPOConfig(loading.run_name(model)) if args is None else args
         refuse_other_options(args)
         refuse_several_devices(args)
@@ -147,6 +150,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             optimizers=optimizers,
         )
         self.add_callback(_LogLastStep())
+        if not self.args.disable_tqdm:
+            show_progress(self)
         # Our batch has no num_items: the loss is a mean over pairs already.
         self.model_accepts_loss_kwargs = False
         self.run_log = RunLog(self.args)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import TrainerCallback
 
-from rmipo_lite.display import duration, in_terminal, printable, say
+from rmipo_lite.display import duration, in_notebook, in_terminal, printable, say, show
 from rmipo_lite.progress import ProgressDisplay, attach_progress, metric_line
 from tests.trainer_parts import make_trainer
 
@@ -42,6 +43,59 @@ def test_say_never_raises(monkeypatch: pytest.MonkeyPatch, stream: str | None) -
         assert ascii_only.buffer.getvalue() == b"? = 1.6\n"  # type: ignore[attr-defined]
 
 
+class Both:
+    def __str__(self) -> str:
+        return "as text"
+
+    def _repr_html_(self) -> str:
+        return "<b>as a table</b>"
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A kernel's surroundings; the list holds what was displayed."""
+    shown: list[Any] = []
+    shell = ModuleType("IPython")
+    shell.get_ipython = lambda: SimpleNamespace(kernel=object())  # type: ignore[attr-defined]
+    display = ModuleType("IPython.display")
+    display.display = shown.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return shown
+
+
+Cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+
+
+def test_a_notebook_shows_what_has_a_table_as_one(
+    notebook: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Cell())
+    both = Both()
+    assert in_notebook()
+    show(both)
+    assert notebook == [both]
+
+
+def test_a_redirected_cell_is_no_notebook(
+    notebook: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Cell())
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert not in_notebook()
+        show(Both())
+    assert text.getvalue() == "as text\n"
+    assert notebook == []
+
+
+def test_a_terminal_of_ipython_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = ModuleType("IPython")
+    shell.get_ipython = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setattr(sys, "stdout", Cell())
+    assert not in_notebook()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (61, "1 min 01 s"), (7600, "2 h 06 min")]
 )
@@ -66,7 +120,7 @@ def _train(tmp_path: Path, **display: Any) -> None:
 def test_a_pipe_gets_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _train(tmp_path, seconds=0.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 1/3  ")
+    assert lines[0].startswith("step 1/3, ")
     assert "left" in lines[0]
     assert any(line.startswith("step 2: held out  loss 4.") for line in lines)
     assert lines[-1].startswith("3 steps in ")
@@ -102,7 +156,7 @@ def test_the_bar_is_closed_when_training_raises(
     display = attach_progress(trainer, ProgressDisplay(live=True))
     with pytest.raises(RuntimeError, match="planted"):
         trainer.train()
-    assert display._progress is None
+    assert display._view._progress is None  # type: ignore[attr-defined]
 
 
 def test_markup_in_a_log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +165,6 @@ def test_markup_in_a_log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     display = ProgressDisplay(live=True)
     display.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1), None)  # type: ignore[arg-type]
-    display._tell("[red]row[/red]")
+    display._view.tell(display.run, "[red]row[/red]")
     display.close()
     assert "[red]row[/red]" in screen.getvalue()

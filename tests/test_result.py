@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rmipo_lite import plots
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data_report import DataReport
-from rmipo_lite.generation import Comparison, generate_answers, prompt_ids
+from rmipo_lite.generation import Answer, Comparison, generate_answers, prompt_ids
 from rmipo_lite.model_card import model_card
 from rmipo_lite.result import TrainResult
 from tests.trainer_parts import tiny_llama, tiny_peft, tiny_tokenizer
@@ -127,13 +127,23 @@ def test_compare_switches_the_adapter_off_and_on(result: TrainResult) -> None:
 
 
 def test_comparison_shows_hostile_text_as_text() -> None:
-    both = Comparison(["<b>\x1b[2J"], ["x" * 200 + "\n\nend"], [""])
+    both = Comparison(["<b>\x1b[2J"], [Answer("x" * 200 + "\n\nend")], [Answer("")])
     assert "\x1b" not in str(both)
     assert max(len(line) for line in str(both).splitlines()) <= 2 * 46 + 3
     assert "(empty)" in str(both)
     page = both._repr_html_()
     assert "<b>" not in page
     assert "&lt;b&gt;" in page
+
+
+def test_an_answer_that_the_limit_cut_says_so(result: TrainResult) -> None:
+    (short,) = result.generate(PROMPTS[:1], max_new_tokens=1)
+    end = result.tokenizer.encode(short)[-1]  # what it says first becomes the end token
+    (ended,) = result.generate(PROMPTS[:1], max_new_tokens=5, eos_token_id=end)
+    assert (short.ended, ended.ended) == (False, True)
+    both = Comparison(PROMPTS[:1], [ended], [short])
+    assert both.cut == (0, 1)
+    assert str(both).count("[cut]") == both._repr_html_().count("[cut]") == 1
 
 
 def test_compare_without_an_adapter_is_refused(result: TrainResult) -> None:
@@ -219,8 +229,9 @@ def test_one_figure_has_a_panel_for_everything_logged(result: TrainResult) -> No
 
 
 def test_a_run_that_logged_nothing_still_draws() -> None:
-    assert "<svg" in plots.svg([])
-    assert plots.svg([{"step": 1, "loss": float("nan")}])
+    assert plots.figure([])._repr_png_().startswith(b"\x89PNG")
+    assert plots.svgs([]) == []
+    assert len(plots.svgs([{"step": 1, "loss": float("nan")}])) == 1
 
 
 class Page(HTMLParser):

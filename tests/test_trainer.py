@@ -290,7 +290,7 @@ def test_raw_rows_are_read_reported_and_clamped(
         {"prompt": "User: Who?\nAssistant:", "chosen": " I am.", "rejected": " You."},
     ]
     trainer = RMiPOTrainer(
-        str(MODEL),
+        MODEL,  # a Path, as train() takes one too
         RMiPOConfig(str(tmp_path), max_steps=1, max_length=10**6, disable_tqdm=True),
         train_dataset=rows,
         eval_dataset={"same": rows, "other": rows[:1]},

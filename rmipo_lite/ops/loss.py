@@ -127,7 +127,8 @@ def rmipo_loss(
     `gamma = gamma_min + (gamma_max - gamma_min) * exp(-max(0, pmi_gap))`, detached, and
     `pmi_gap = (chosen_logps - chosen_prior_logps) - (rejected_logps - rejected_prior_logps)`.
     `gamma_scaled_by_beta=True` is the authors' released code: beta multiplies gamma too.
-    Results are float32 (float64 if an input is).
+    Results are float32 (float64 if an input is). NaN in, NaN out: a mean over no token can't be
+    told from a broken one here, so the rule for an undefined PMI (gap 0) is `pair_loss`'s.
 
     Raises:
         ValueError: shapes that aren't (P,), different devices, an option out of its range.

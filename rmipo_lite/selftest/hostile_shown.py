@@ -12,7 +12,7 @@ from typing import Any
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import load_rows
 from rmipo_lite.display import say
-from rmipo_lite.generation import Comparison
+from rmipo_lite.generation import Answer, Comparison
 from rmipo_lite.model_card import model_card
 from rmipo_lite.report import report_html
 from rmipo_lite.result import TrainResult
@@ -65,7 +65,7 @@ def _shown(hostile: str, folder: Path) -> TrainResult:
         output_dir=Path("run" + hostile),
     )
     prompts: list[Any] = [hostile, [{"role": hostile, "content": hostile}]]
-    result._samples = Comparison(prompts, [hostile] * 2, [hostile] * 2)
+    result._samples = Comparison(prompts, [Answer(hostile)] * 2, [Answer(hostile)] * 2)
     return result
 
 
