@@ -1,0 +1,88 @@
+"""The page for people who come from trl: every name in it exists, every block of code compiles."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import rmipo_lite
+from rmipo_lite import RMiPOConfig, RMiPOTrainer, TrainResult
+from rmipo_lite.config import LossType
+from tests.conftest import ROOT
+from tests.test_trainer import _trainer as pair_trainer
+from tests.trainer_parts import tiny_tokenizer
+
+PAGE = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
+OURS = (
+    {field.name for field in dataclasses.fields(RMiPOConfig)}
+    | set(inspect.signature(RMiPOTrainer.__init__).parameters)
+    | set(inspect.signature(rmipo_lite.train).parameters)
+)
+
+
+def table(heading: str) -> list[list[str]]:
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
+
+
+def names(cell: str) -> list[str]:
+    """What stands in backticks, without values: `prior="cached"` is prior."""
+    return [text.split("=")[0] for text in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_every_option_of_ours_exists() -> None:
+    rows = table("Options")
+    assert len(rows) == 40
+    for row in rows:
+        for name in names(row[1]):
+            if name.startswith("TrainResult."):
+                assert hasattr(TrainResult, name.split(".")[1]), name
+            else:
+                assert name in OURS, name
+
+
+def test_every_option_of_trl_exists() -> None:
+    cpo = pytest.importorskip("trl.experimental.cpo", reason="trl isn't installed")
+    dpo = pytest.importorskip("trl")
+    theirs = {"resume_from_checkpoint"}  # of their trainers' train()
+    for config in (cpo.CPOConfig, dpo.DPOConfig):
+        theirs |= {field.name for field in dataclasses.fields(config)}
+    for trainer in (cpo.CPOTrainer, dpo.DPOTrainer):
+        theirs |= set(inspect.signature(trainer.__init__).parameters)
+    missing = [name for row in table("Options") for name in names(row[0]) if name not in theirs]
+    assert not missing
+
+
+def test_every_metric_is_one_that_is_logged(tmp_path: Path) -> None:
+    trainer = pair_trainer(tmp_path, tiny_tokenizer(), max_steps=1)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    wanted = {name for row in table("Metrics") for name in names(row[1])}
+    assert wanted - logged == {"rmipo/dropped_pairs"}  # logged when there are any
+
+
+def test_the_loss_types_of_the_page_are_ours() -> None:
+    assert set(re.findall(r'loss_type="(\w+)"', PAGE)) <= set(get_args(LossType))
+
+
+def test_every_block_of_code_compiles_with_options_that_exist() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        for call in ast.walk(ast.parse(block)):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "RMiPOConfig":
+                assert {keyword.arg for keyword in call.keywords} <= OURS
+
+
+def test_pictures_and_pages_that_the_readme_shows_are_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
+    assert "docs/from_trl.md" in links
+    assert [link for link in links if not (ROOT / link).exists()] == []
