@@ -174,7 +174,7 @@ class DataReport:
             "warnings": self.warnings,
         }
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> list[tuple[str, str]]:
         """(label, value) lines that the text and the HTML form share."""
         facts = [("source", printable(self.source, 120))]
         facts.append(
@@ -211,7 +211,7 @@ class DataReport:
         return facts + [("WARNING", printable(line, 400)) for line in self.warnings]
 
     def __str__(self) -> str:
-        return "\n".join(f"{label:<17}{value}" for label, value in [("Data", ""), *self._facts()])
+        return "\n".join(f"{label:<17}{value}" for label, value in [("Data", ""), *self.facts()])
 
     # As the last value of a cell, or at a prompt, its lines are what a reader wants.
     __repr__ = __str__
@@ -221,7 +221,7 @@ class DataReport:
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
             f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for label, value in self._facts()
+            for label, value in self.facts()
         )
         return f"<table>{cells}</table>"
 

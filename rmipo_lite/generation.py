@@ -175,11 +175,12 @@ class Comparison:
         return str(self)
 
     def _repr_html_(self) -> str:
-        def cell(text: str, tag: str = "td") -> str:
-            style = "text-align:left;vertical-align:top;white-space:pre-wrap"
+        def cell(text: str, tag: str = "td", width: str = "") -> str:
+            style = f"text-align:left;vertical-align:top;white-space:pre-wrap;{width}"
             return f'<{tag} style="{style}">{html.escape(printable(text))}</{tag}>'
 
-        head = "".join(cell(name, "th") for name in ("prompt", "before", "after"))
+        columns = (("prompt", "width:24%"), ("before", "width:38%"), ("after", "width:38%"))
+        head = "".join(cell(name, "th", width) for name, width in columns)
         rows = "".join(
             f"<tr>{cell(prompt_text(p))}{cell(_shown(before))}{cell(_shown(after))}</tr>"
             for p, before, after in self

@@ -7,6 +7,7 @@ anywhere, on a phone and in the dark. Every text that comes from data is escaped
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from rmipo_lite.result import TrainResult
 
 _STYLE = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --soft: #f3f5f7; --line: #d5dae0 }
+:root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --line: #d5dae0 }
 @media (prefers-color-scheme: dark) {
-  :root { --bg: #14171a; --fg: #e3e7eb; --soft: #1d2226; --line: #3a424a }
+  :root { --bg: #14171a; --fg: #e3e7eb; --line: #3a424a }
 }
 body { background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-serif;
        max-width: 62rem; margin: 0 auto; padding: 1rem }
@@ -32,10 +33,12 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100% }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left;
-         vertical-align: top; overflow-wrap: anywhere }
+         vertical-align: top; overflow-wrap: break-word }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 """
+
+_NUMBER = re.compile(r"[-+\d.,%e]+")
+_BREAKS = re.compile(r"(?<=[/_])(?=\w)")
 
 
 def escaped(text: object) -> str:
@@ -46,13 +49,15 @@ def escaped(text: object) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """An HTML table of escaped texts that scrolls sideways on a narrow screen."""
     top = "".join(f"<th>{escaped(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{"number" if i else ""}">{escaped(c)}</td>' for i, c in enumerate(r))
-        + "</tr>"
-        for r in rows
-    )
+    body = "".join("<tr>" + "".join(_cell(value) for value in r) + "</tr>" for r in rows)
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _cell(value: object) -> str:
+    if _NUMBER.fullmatch(str(value)):
+        return f'<td class="number">{escaped(value)}</td>'
+    # Where a narrow screen may break a name such as rewards/accuracies.
+    return f"<td>{_BREAKS.sub(r'<wbr>', escaped(value))}</td>"
 
 
 def _samples(comparison: Comparison) -> str:
@@ -91,7 +96,7 @@ def report_html(
     if comparison is not None and len(comparison):
         sections.append(("Samples", _samples(comparison)))
     sections += [
-        ("Data", f"<pre>{escaped(result.data_report)}</pre>"),
+        ("Data", table(("fact", "value"), result.data_report.facts())),
         ("Options", table(("option", "value"), list(run_options(result.args).items()))),
     ]
     body = "".join(f"<h2>{escaped(title)}</h2>{content}" for title, content in sections)

@@ -23,7 +23,7 @@ _COLOURS = """() => {
 @pytest.fixture(scope="module")
 def browser() -> Any:
     for name in ("playwright", "jupyterlab", "ipywidgets"):
-        pytest.importorskip(name, reason=f"{name} isn't installed: pip install -e '.[notebooks]'")
+        pytest.importorskip(name, reason=f"{name} isn't installed; '.[notebooks,browser]' has it")
     tools = script("browser")
     if tools.chromium_path() is None:
         pytest.skip("Chromium isn't installed (Debian: apt-get install chromium)")

@@ -48,8 +48,8 @@ def linear_logps(
     `logits = (hidden @ weight.T + bias).float() * logit_scale`, then, where a softcap is given,
     `logits = logit_softcap * tanh(logits / logit_softcap)`.
 
-    In bf16 on the CPU the native kernels' products are bfloat16, as plain autograd's are: up to
-    1.4e-2 nats off. `impl="torch"` and CUDA have float32 products.
+    On a CPU that multiplies bfloat16 itself the native products of bf16 inputs are bfloat16, as
+    plain autograd's are: up to 1.4e-2 nats off. `impl="torch"` and CUDA have float32 products.
 
     Raises:
         ValueError: wrong shape or device, a softcap or scale that isn't a positive or finite

@@ -24,8 +24,8 @@ _ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 _MARKUP = "</td></pre><script>alert(1)</script><img src=x onerror=alert(1)>'\"&"
 _TERMINAL = "\x1b[2J\x1b]0;title\x07\x9b31m\x00\x08\u202e\u2066\r\x7f"
 _TAGS = {
-    "table", "thead", "tbody", "tr", "th", "td", "p", "b", "div", "pre", "details", "summary", "h1",
-    "h2", "figure", "html", "head", "meta", "title", "style", "body", "a", "svg", "g", "path",
+    "table", "thead", "tbody", "tr", "th", "td", "p", "b", "div", "h1",
+    "h2", "html", "wbr", "head", "meta", "title", "style", "body", "a", "svg", "g", "path",
     "defs", "use", "rect", "text", "clippath", "metadata", "rdf:rdf", "cc:work", "dc:type",
     "dc:date", "dc:format", "dc:creator", "cc:agent", "dc:title", "line", "polyline", "circle",
 }  # fmt: skip
