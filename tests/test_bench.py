@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from rmipo_lite import batch
-from rmipo_lite.bench import head, inputs, peers, records, report, rounds, run, step
+from rmipo_lite.bench import head, inputs, methods, peers, records, report, rounds, run, step
 from rmipo_lite.bench.authors import authors_step, pad_pairs
 from rmipo_lite.bench.floors import StepFloor, head_floor
 from rmipo_lite.bench.records import Record
@@ -158,6 +159,35 @@ def test_preparing_the_demo_pairs_is_measured() -> None:
     speeds = {row.impl: row.value for row in rows if row.metric == "rows per second"}
     assert speeds["ours"] > 0
     assert "trl" in speeds
+
+
+def _methods(rows: list[Record]) -> dict[tuple[str, str, str], float]:
+    return {(row.shape, row.impl, row.metric): row.value for row in rows}  # type: ignore[misc]
+
+
+def _complete(values: dict[tuple[str, str, str], float], cases: list[methods.Case]) -> None:
+    for case in cases:
+        for method in ("before training", *methods.METHODS):
+            for metric in ("win rate", "unended", "held-out accuracy"):
+                assert 0 <= values[case.shape, method, metric] <= 1
+        assert values[case.shape, "before training", "win rate"] == pytest.approx(0.5, abs=0.1)
+        # What makes the comparison one: the constant is the mean of the run beside it.
+        gammas = [values[case.shape, name, "mean gamma"] for name in ("rmipo", "constant gamma")]
+        assert gammas[1] == pytest.approx(gammas[0], rel=1e-3)
+        assert (case.shape, "simper", "mean gamma") not in values
+
+
+def test_the_stored_comparison_of_the_methods_is_whole() -> None:
+    cases = itertools.product(methods.PAIRS, methods.LEARNING_RATES, methods.SEEDS)
+    values = _methods(records.read(ROOT / "benchmarks" / "methods.csv"))
+    _complete(values, [methods.Case(*case) for case in cases])
+
+
+@pytest.mark.slow
+def test_the_methods_are_compared_again(tmp_path: Path) -> None:
+    assert main(["bench", "methods", "--quick", "--output_dir", str(tmp_path)]) == 0
+    values = _methods(records.read(tmp_path / "quick" / "methods.csv"))
+    _complete(values, [methods.Case(pairs, 1e-3, 0) for pairs in methods.PAIRS])
 
 
 @pytest.mark.slow

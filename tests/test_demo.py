@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from rmipo_lite import demo
 from rmipo_lite.demo import task
 from rmipo_lite.demo.data import ASSETS, load_tokenizer
 from rmipo_lite.demo.facts import KINDS, all_facts
@@ -83,6 +84,21 @@ def test_shipped_pairs_are_those_of_the_script_and_agree_with_the_reward(tmp_pat
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
         assert task.true_reward(pair.question, chosen) > task.true_reward(pair.question, rejected)
     assert {row["pair_kind"] for row in rows} == set(task.PAIR_KINDS)
+
+
+def test_the_annotator_who_likes_length() -> None:
+    """The same questions; every chosen answer right, wordy and longer, and worse by the reward."""
+    rows, usual = demo.length_biased_rows(), demo.load_rows()
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in usual]
+    assert rows == demo.length_biased_rows()
+    for pair, row in zip(task.make_pairs(len(rows)), rows, strict=True):
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        assert len(chosen.split()) > len(rejected.split())
+        assert task.read_answer(chosen) == pair.question.fact.answer
+        if pair.kind == "terse/wordy":
+            assert task.true_reward(pair.question, chosen) < task.true_reward(
+                pair.question, rejected
+            )
 
 
 def test_assets_are_small_and_the_tokenizer_takes_any_text() -> None:

@@ -86,3 +86,17 @@ def test_pictures_and_pages_that_the_readme_shows_are_there() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
     assert "docs/from_trl.md" in links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_tour_of_the_readme_runs_and_has_ten_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tour = re.search(r"A tour in ten lines.*?```python\n(.*?)```", readme, re.S)
+    assert tour is not None
+    lines = [line for line in tour.group(1).splitlines() if line]
+    assert len(lines) == 10
+    monkeypatch.chdir(tmp_path)
+    exec(tour.group(1).replace("max_steps=90", "max_steps=2"), {})
+    for name in ("run.html", "my-adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (tmp_path / name).is_file(), name

@@ -7,7 +7,9 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rmipo_lite
 from rmipo_lite import one_liner, preflight
+from rmipo_lite.generation import Answer, Comparison
 from rmipo_lite.one_liner import runaway_warning, swapped_labels_warning
 from rmipo_lite.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
@@ -65,6 +68,59 @@ def test_from_a_folder_to_a_saved_adapter(
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         assert torch.equal(fresh(ids).logits, result.model.eval()(ids).logits)
+
+
+def test_held_out_prompts_are_answered_before_and_after(tokenizer: Any, tmp_path: Path) -> None:
+    rows = _rows()
+    result = _train(str(MODEL), tokenizer, tmp_path / "a", eval_dataset=rows[:5], sample_prompts=2)
+    assert result.held_out_prompts == [row["prompt"] for row in rows[:5]]
+    assert [prompt for prompt, *_ in result._samples] == result.held_out_prompts[:2]
+    assert all(before and after for _, before, after in result._samples)
+    assert "What is 1 and 1?" in result._repr_html_()
+    none = _train(str(MODEL), tokenizer, tmp_path / "b", eval_dataset=rows[:5], sample_prompts=0)
+    assert none._samples is None
+
+
+@pytest.mark.parametrize(("before", "after", "warns"), [(0, 2, True), (2, 2, False), (1, 0, False)])
+def test_answers_that_no_longer_end_are_told(
+    before: int, after: int, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers(cut: int) -> list[Answer]:
+        texts = [Answer("text") for _ in range(3)]
+        for text in texts[:cut]:
+            text.ended = False
+        return texts
+
+    result = SimpleNamespace(
+        held_out_prompts=["a", "b", "c"], stopped_at_step=None, model=Mock(spec=PeftModel),
+        args=SimpleNamespace(sample_prompts=3),
+        compare=lambda prompts, **_: Comparison(prompts, answers(before), answers(after)),
+    )  # fmt: skip
+    one_liner._answer_samples(result)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert ("WARNING: 2 of 3 sample answers had not ended after 64 tokens" in said) == warns
+
+
+def test_a_look_at_the_answers_never_ends_a_run(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(rmipo_lite.TrainResult, "compare", fail)
+    result = _train(str(MODEL), tokenizer, tmp_path / "run")
+    assert "No samples: RuntimeError: planted" in capsys.readouterr().out
+    assert result.metrics["eval_loss"] > 0
+
+
+def test_callbacks_are_called(tokenizer: Any, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    result = _train(str(MODEL), tokenizer, tmp_path / "run", callbacks=[Stop()])
+    assert result.history[-1]["step"] == 2
 
 
 def test_twice_on_one_model_goes_on_with_one_adapter(tokenizer: Any, tmp_path: Path) -> None:
