@@ -1,6 +1,6 @@
 #!/bin/sh
 # Compiles every .cu for every supported architecture, without a GPU and without torch; a warning
-# is an error. Exits non-zero at the first failure. For CI.
+# is an error, and so is a spilled register. Exits non-zero at the first failure. For CI.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=${CUDA_HOME:-}
@@ -17,7 +17,7 @@ trap 'rm -rf "$out"' EXIT
 for source in "$here"/cuda/*_kernel.cu; do
   for arch in 75 80 86 89 90 120; do
     "$root/bin/nvcc" -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
-      -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF_CONVERSIONS__ \
+      -Xptxas -warn-spills,-Werror -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF_CONVERSIONS__ \
       -gencode "arch=compute_$arch,code=sm_$arch" -c "$source" -o "$out/kernel.o"
     echo "ok sm_$arch $(basename "$source")"
   done

@@ -71,8 +71,9 @@ class RMiPOConfig(TrainingArguments):
     )
     gamma_scaled_by_beta: bool = _option(
         False,
-        "rmipo: False is the paper's sigma(beta*gap - gamma); True the authors' released "
-        "code's sigma(beta*(gap - gamma)), where gamma is in nats per token.",
+        "rmipo, with d = logps_chosen - logps_rejected: False is the paper's "
+        "sigma(beta*d - gamma); True the authors' released code's sigma(beta*(d - gamma)), where "
+        "gamma is in nats per token.",
     )
     simpo_gamma: float = _option(
         0.5, "simpo, hinge: constant target margin outside beta, reward units."

@@ -260,8 +260,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         if self._dropped_in_a_row >= self.args.max_dropped_in_a_row:
             raise FloatingPointError(
                 f"stopped at step {step}: {self._dropped_in_a_row} optimizer steps in a row had "
-                f"pairs whose loss or gradient is not finite (last: row {named}). No such step "
-                "changed a weight. A lower learning_rate or fp32 weights are the usual cures."
+                f"pairs whose loss or gradient is not finite (last: row {named}). These pairs "
+                "changed no weight. A lower learning_rate or fp32 weights are the usual cures."
             )
 
     def floating_point_ops(self, inputs: Any) -> int:

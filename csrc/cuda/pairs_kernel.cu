@@ -1,6 +1,7 @@
 // The pair loss on CUDA: one block per pair sums its four sequences in a fixed order, and one
 // thread does the arithmetic of pair_math.h.
 #include "launch.h"
+#include "launch_kernel.h"
 
 namespace rmipo {
 namespace {
@@ -58,8 +59,7 @@ template <typename T>
 cudaError_t launch(const PairPointers<T>& a, int64_t num_pairs, const PairOptions& options,
                    cudaStream_t stream) {
   if (num_pairs == 0) return cudaSuccess;
-  pairs_kernel<T><<<static_cast<unsigned>(num_pairs), kThreads, 0, stream>>>(a, options);
-  return cudaGetLastError();
+  return launch_kernel(pairs_kernel<T>, num_pairs, kThreads, stream, a, options);
 }
 
 }  // namespace

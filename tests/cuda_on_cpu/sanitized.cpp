@@ -1,0 +1,67 @@
+// Launches the kernels at shapes that touch every path, for a build with a sanitizer: the rows lie
+// in allocations of their exact size, so that a read outside of one is seen.
+#include <cmath>
+#include <memory>
+
+#include "../../csrc/cuda/launch.h"
+
+namespace {
+
+// Rows of `vocab_size` columns, `offset` elements after an aligned place.
+void rows(int64_t count, int64_t vocab_size, int64_t offset, rmipo::GradType type) {
+  const int64_t size = offset + count * vocab_size;
+  const auto logits = std::make_unique<float[]>(size);
+  const auto grads = std::make_unique<float[]>(size);
+  const auto logps = std::make_unique<float[]>(count);
+  const auto ids = std::make_unique<int64_t[]>(count);
+  const auto bias = std::make_unique<float[]>(vocab_size);
+  for (int64_t i = 0; i < size; ++i) logits[i] = std::sin(static_cast<float>(i));
+  for (int64_t i = 0; i < count; ++i) ids[i] = i == 1 ? -100 : i == 2 ? vocab_size : i % vocab_size;
+  int32_t flag = 0;
+  const bool half = type == rmipo::GradType::kBFloat16 || type == rmipo::GradType::kHalf;
+  void* to = half ? static_cast<void*>(reinterpret_cast<uint16_t*>(grads.get()) + offset)
+                  : static_cast<void*>(grads.get() + offset);
+  rmipo::launch_rows(rmipo::RowArguments<float>{logits.get() + offset,
+                                                count,
+                                                vocab_size,
+                                                vocab_size,
+                                                ids.get(),
+                                                bias.get(),
+                                                {1.0f, 5.0f},
+                                                nullptr,
+                                                logps.get(),
+                                                type == rmipo::GradType::kNone ? nullptr : to,
+                                                vocab_size,
+                                                type,
+                                                &flag},
+                     nullptr);
+}
+
+void pairs(int64_t count, int64_t length) {
+  const int64_t sequences = 2 * count;
+  const auto tokens = std::make_unique<float[]>(sequences * length);
+  const auto borders = std::make_unique<int32_t[]>(sequences + 1);
+  for (int64_t i = 0; i <= sequences; ++i) borders[i] = static_cast<int32_t>(i * length);
+  const auto out = std::make_unique<float[]>(9 * count);
+  float* p = out.get();
+  int32_t flag = 0;
+  rmipo::launch_pairs(
+      rmipo::PairPointers<float>{tokens.get(), borders.get(), sequences * length, tokens.get(),
+                                 borders.get(), sequences * length, p, p + count, p + 2 * count,
+                                 p + 3 * count, p + 5 * count, p + 7 * count, &flag},
+      count, rmipo::PairOptions{rmipo::LossType::kRmipo, 2, 0.3, 1.6, false, 0.1, 0.5}, nullptr);
+}
+
+}  // namespace
+
+int main() {
+  using rmipo::GradType;
+  for (const auto type : {GradType::kNone, GradType::kSame, GradType::kBFloat16, GradType::kHalf}) {
+    for (const int64_t vocab_size : {1, 7, 4101}) {
+      for (const int64_t offset : {0, 3}) rows(4, vocab_size, offset, type);
+    }
+  }
+  pairs(3, 200);
+  pairs(1, 0);
+  return 0;
+}
