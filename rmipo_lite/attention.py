@@ -1,8 +1,9 @@
 """Attention for packed rows with shared prompts, registered with transformers.
 
-Each segment of a row is one `scaled_dot_product_attention` call whose keys are [prefix; segment]
-under a bottom-right causal mask. That runs on every device and dtype, and was measured at less than
-half the time of one dense 4D mask.
+On Ampere and newer a row is one call of the flash kernel (varlen_attention.py). Elsewhere each
+segment of a row is one `scaled_dot_product_attention` call whose keys are [prefix; segment] under a
+bottom-right causal mask. That runs on every device and dtype, and was measured at less than half
+the time of one dense 4D mask.
 
 The function is registered in transformers' `AttentionInterface` only, not in its mask interface:
 the model then builds no mask, and the plan reaches this function as a keyword. Stock attention
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from rmipo_lite.batch import SegmentPlan
+from rmipo_lite.varlen_attention import fits, varlen_attention
 
 ATTENTION_NAME = "rmipo_packed"
 
@@ -60,6 +62,11 @@ def segment_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention {ATTENTION_NAME!r} does not support {name!r}")
+    if fits(query, value, dropout=dropout, softcap=softcap):
+        flash = varlen_attention(
+            query, key, value, segment_plan, scaling=scaling, sliding_window=sliding_window
+        )
+        return flash, None
     groups = query.shape[1] // key.shape[1]
     # Split, not slices: the gradient of a split is one concatenation, that of a slice a row of
     # zeros as long as the whole batch.
@@ -99,7 +106,7 @@ def _mask(
         window = None
     if window is None and not segment.prefix_len:
         return None
-    cached = plan.masks.get((index, window))
+    cached = plan.built.get((index, window))
     if cached is None:
         # Bottom-right: query i of the segment is token prefix_len + i of its text.
         q_position = torch.arange(segment.prefix_len, k_len, device=device)[:, None]
@@ -107,7 +114,7 @@ def _mask(
         cached = k_position <= q_position
         if window is not None:
             cached &= k_position > q_position - window
-        plan.masks[index, window] = cached
+        plan.built[index, window] = cached
     return cached
 
 

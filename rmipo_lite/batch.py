@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ class Segment:
 class SegmentPlan:
     """Who attends to whom in a packed row. Segments tile the row from left to right.
 
-    `masks` holds the attention masks that the first layer builds for the layers after it.
+    `built` holds what attention's first layer makes of it for the layers after it.
     """
 
     segments: tuple[Segment, ...]
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, compare=False)
+    built: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
