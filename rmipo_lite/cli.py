@@ -52,7 +52,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "README's table and a plot from all rows. Peers: pip install 'rmipo-lite[bench]'.",
         allow_abbrev=False,
     )
-    bench.add_argument("what", choices=("head", "step", "memory", "data", "methods", "report"))
+    bench.add_argument(
+        "what", choices=("head", "step", "memory", "data", "methods", "gpu", "report")
+    )
     bench.add_argument(
         "--output_dir", "--output-dir", default="benchmarks", help="folder of the rows"
     )

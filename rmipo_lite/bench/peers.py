@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from rmipo_lite.bench.authors import IGNORED, PaddedPairs
 from rmipo_lite.model import causal_lm
+from rmipo_lite.ops.reference import accumulate_dtype
 
 
 class Absent(RuntimeError):
@@ -122,8 +123,8 @@ Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-    """Full logits and plain autograd."""
-    logits = (hidden @ weight.T).float()
+    """Full logits, in float32 (float64 for float64), and plain autograd."""
+    logits = (hidden @ weight.T).to(accumulate_dtype(hidden.dtype))
     return -nn.functional.cross_entropy(logits, target_ids, reduction="none")
 
 
@@ -153,14 +154,14 @@ def cut_cross_entropy_logps() -> Logps:
     return logps
 
 
-def liger_simpo() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def liger_simpo(*, compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """liger's chunked SimPO loss: hidden (2P, T, H), weight, labels (2P, T) -> loss ().
 
-    Without torch.compile, which is liger's default: here it would be inductor's CPU code, which
+    `compiled` is liger's default and right on a GPU. On a CPU it would be inductor's code, which
     takes a minute to make and is not what liger is for.
     """
     loss = module("liger_kernel.chunked_loss").LigerFusedLinearSimPOLoss
-    chunked = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=False)
+    chunked = loss(beta=2.0, gamma=0.5, compute_nll_loss=False, compiled=compiled)
 
     def simpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return chunked(weight, hidden, labels)[0]

@@ -40,7 +40,10 @@ def run(
     `quick` takes one small shape and one round, to see that everything runs, and writes to
     `folder`/quick: it is no measurement.
     """
-    if torch.cuda.is_available():
+    if what == "gpu":
+        if not quick and not torch.cuda.is_available():
+            raise RuntimeError("bench gpu measures an NVIDIA GPU; --quick rehearses it without one")
+    elif torch.cuda.is_available():
         raise RuntimeError(
             "these benchmarks measure the CPU; hide the GPU with CUDA_VISIBLE_DEVICES= to run them"
         )
@@ -79,7 +82,7 @@ def _keeps_memory() -> bool:
 
 
 def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
-    from rmipo_lite.bench import data, head, memory, methods, step
+    from rmipo_lite.bench import data, gpu_head, head, memory, methods, step
 
     if what == "data":
         return data.bench(
@@ -89,6 +92,8 @@ def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) ->
         )
     if what == "head":
         return head.bench_quick() if quick else chain(head.bench(), head.bench_growth())
+    if what == "gpu":
+        return gpu_head.bench(rehearse=quick)
     if what == "methods":
         return methods.bench(3, (1e-3,), (0,)) if quick else methods.bench()
     if what == "memory":

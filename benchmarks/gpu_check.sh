@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in under ten minutes: builds the CUDA kernels, runs the CUDA
+# tests, compute-sanitizer's four tools over the kernels' tests, and the benchmarks.
+#
+#     bash benchmarks/gpu_check.sh OUT              # on a machine with a GPU
+#     bash benchmarks/gpu_check.sh OUT --rehearse   # every line that runs without one
+#
+# Needs torch with CUDA, nvcc, the package's dependencies and pytest; trl, liger-kernel and
+# cut-cross-entropy where they are to be measured too. Nothing outside the repository is read. OUT
+# gets at most five files: summary.txt (one line a step, seconds, outcome), build.txt, tests.txt,
+# sanitizer.txt and gpu.csv, whose rows belong into benchmarks/. A step that fails doesn't stop
+# those after it; the exit code is that of the worst.
+set -uo pipefail
+[ $# -ge 1 ] || { echo "usage: bash benchmarks/gpu_check.sh OUT [--rehearse]" >&2; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+rehearse=${2:-}
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root" || exit 2
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export RMIPO_LITE_CACHE="$scratch/cache" # kernels of these sources, compiled here
+worst=0
+
+# step NAME SECONDS FILE COMMAND...: run with a time limit, keep its output, note how it ended
+step() {
+  local name=$1 limit=$2 file=$3 start=$SECONDS code=0
+  shift 3
+  echo "== $name" | tee -a "$file"
+  timeout --kill-after=10 "$limit" "$@" >>"$file" 2>&1 || code=$?
+  local outcome=ok
+  [ "$code" = 0 ] || { outcome="FAILED ($code)"; worst=1; }
+  printf '%-28s %4s s  %s\n' "$name" "$((SECONDS - start))" "$outcome" | tee -a "$out/summary.txt"
+}
+
+: >"$out/summary.txt"
+for file in build tests sanitizer; do : >"$out/$file.txt"; done
+if [ "$rehearse" = --rehearse ]; then
+  device=cpu mark="not cuda and not slow and not notebook and not benchmark" bench=--quick
+else
+  device=cuda mark="cuda" bench=""
+fi
+
+step "machine" 60 "$out/build.txt" python - <<'PYTHON'
+import platform, shutil, subprocess
+import torch
+print(platform.platform(), "Python", platform.python_version(), "torch", torch.__version__)
+for tool, option in (("nvidia-smi", "-L"), ("nvcc", "--version"), ("compute-sanitizer", "--version")):
+    path = shutil.which(tool)
+    print(tool, path)
+    if path:
+        print(subprocess.run([path, option], capture_output=True, text=True).stdout)
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0))
+PYTHON
+step "build for $device" 240 "$out/build.txt" python -c "
+import sys
+from rmipo_lite.ops import native
+print(native.status('$device'))
+sys.exit(not native.use_native('native', __import__('torch').device('$device')))"
+step "tests of the operators" 150 "$out/tests.txt" \
+  python -m pytest -q -p no:cacheprovider -m "$mark" tests/ops/test_cuda.py tests/test_varlen_attention.py
+[ "$device" = cuda ] && step "the other CUDA tests" 120 "$out/tests.txt" \
+  python -m pytest -q -p no:cacheprovider -m cuda tests --ignore=tests/ops/test_cuda.py \
+  --ignore=tests/test_varlen_attention.py
+
+# A few tests that reach every path of both kernels; the sanitizer slows each a hundredfold.
+few="against_float64 and float32 and 3001 or pair_loss and rmipo or bad_target or wrong_borders"
+sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
+  2>/dev/null || true)
+if [ "$device" = cuda ] && [ -n "$sanitizer" ]; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    ours="--kernel-regex kns=rmipo"
+    # What other kernels wrote must be seen here, or every read of it would be reported.
+    [ "$tool" = initcheck ] && ours=""
+    # The caching allocator would hide a read outside of a tensor.
+    # shellcheck disable=SC2086
+    step "$tool" 90 "$out/sanitizer.txt" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" \
+      --tool "$tool" --error-exitcode 9 --print-limit 20 $ours \
+      python -m pytest -q -p no:cacheprovider -m cuda -k "$few" tests/ops/test_cuda.py
+  done
+else
+  # On the CPU the sanitizers of the compiler read the kernels' source instead.
+  step "kernels under sanitizers" 300 "$out/sanitizer.txt" python -m pytest -q -p no:cacheprovider \
+    -m "slow or not slow" -k sanitizer tests/ops/test_cuda_kernels.py
+  [ "$device" = cpu ] || { echo "compute-sanitizer was not found" >>"$out/summary.txt"; worst=1; }
+fi
+
+# shellcheck disable=SC2086
+step "bench gpu $bench" 240 "$out/build.txt" python -m rmipo_lite.cli bench gpu $bench \
+  --output_dir "$scratch/rows"
+find "$scratch/rows" -name gpu.csv -exec cp {} "$out/gpu.csv" \;
+cat "$out/summary.txt"
+exit "$worst"
