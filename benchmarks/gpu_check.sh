@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in under ten minutes: builds the CUDA kernels, runs the CUDA
-# tests, compute-sanitizer's four tools over the kernels' tests, and the benchmarks.
+# tests, the scorecard's GPU checks (compute-sanitizer's four tools among them) and the benchmarks.
 #
 #     bash benchmarks/gpu_check.sh OUT              # on a machine with a GPU
 #     bash benchmarks/gpu_check.sh OUT --rehearse   # every line that runs without one
@@ -64,27 +64,13 @@ step "tests of the operators" 150 "$out/tests.txt" \
   python -m pytest -q -p no:cacheprovider -m cuda tests --ignore=tests/ops/test_cuda.py \
   --ignore=tests/test_varlen_attention.py
 
-# A few tests that reach every path of both kernels; the sanitizer slows each a hundredfold.
-few="against_float64 and float32 and 3001 or pair_loss and rmipo or bad_target or wrong_borders"
-sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
-  2>/dev/null || true)
-if [ "$device" = cuda ] && [ -n "$sanitizer" ]; then
-  for tool in memcheck racecheck initcheck synccheck; do
-    ours="--kernel-regex kns=rmipo"
-    # What other kernels wrote must be seen here, or every read of it would be reported.
-    [ "$tool" = initcheck ] && ours=""
-    # The caching allocator would hide a read outside of a tensor.
-    # shellcheck disable=SC2086
-    step "$tool" 90 "$out/sanitizer.txt" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" \
-      --tool "$tool" --error-exitcode 9 --print-limit 20 $ours \
-      python -m pytest -q -p no:cacheprovider -m cuda -k "$few" tests/ops/test_cuda.py
-  done
-else
-  # On the CPU the sanitizers of the compiler read the kernels' source instead.
-  step "kernels under sanitizers" 300 "$out/sanitizer.txt" python -m pytest -q -p no:cacheprovider \
-    -m "slow or not slow" -k sanitizer tests/ops/test_cuda_kernels.py
-  [ "$device" = cpu ] || { echo "compute-sanitizer was not found" >>"$out/summary.txt"; worst=1; }
-fi
+# The scorecard's checks that want a GPU: NaN ids (41), compute-sanitizer's four tools (42), streams
+# and running out of memory (43). Each says why where it can't run.
+PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" step "scorecard 41, 42, 43" 240 "$out/sanitizer.txt" \
+  python -m rmipo_lite.cli selftest --only 41,42,43
+# Where there is no compute-sanitizer the compiler's own read the kernels' source, on the CPU.
+step "kernels on the CPU, sanitized" 120 "$out/sanitizer.txt" python -m pytest -q \
+  -p no:cacheprovider -m "slow or not slow" -k sanitizer tests/ops/test_cuda_kernels.py
 
 # shellcheck disable=SC2086
 step "bench gpu $bench" 240 "$out/build.txt" python -m rmipo_lite.cli bench gpu $bench \

@@ -9,14 +9,13 @@ costs a second forward pass, and goes on where the longest pair would not fit wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.device_memory import free_bytes
 from rmipo_lite.model import can_checkpoint, causal_lm, device_of, read_head
 from rmipo_lite.ops import head_buffer_bytes
 
@@ -57,32 +56,6 @@ def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> Micro
     fits = int(room / activation_bytes_per_token(model, args, checkpointing))
     most = _MOST if device_of(model).type == "cuda" else _MOST_ON_CPU
     return MicroStepPlan(min(max(fits, _LEAST), most), checkpointing)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a run may still take on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What torch's allocator holds and doesn't use is free to us.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = int(psutil.virtual_memory().available)
-    left = _left_in_container(Path("/sys/fs/cgroup"))
-    return available if left is None else min(available, left)
-
-
-def _left_in_container(folder: Path) -> int | None:
-    """Bytes left under a container's limit (cgroup v2); None where there is no limit.
-
-    Cached file pages count as used there, and are given up when memory is wanted.
-    """
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        lines = (folder / "memory.stat").read_text().split("\n")
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-    cached = next((int(line.split()[1]) for line in lines if line.startswith("file ")), 0)
-    return max(0, limit - used + cached)
 
 
 def fixed_bytes(model: nn.Module) -> int:

@@ -28,6 +28,7 @@ from transformers import (
 
 from rmipo_lite.adapter_files import require_adapter_weights
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.device_memory import free_bytes
 from rmipo_lite.display import in_notebook, in_terminal
 from rmipo_lite.model import causal_lm
 from rmipo_lite.model_files import (
@@ -171,7 +172,7 @@ def _too_large(name: str, args: RMiPOConfig) -> bool:
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
     weight_bytes = sum(p.numel() for p in shell.parameters()) * weight_dtype(args).itemsize
-    free, _ = torch.cuda.mem_get_info()
+    free = free_bytes(torch.device("cuda", torch.cuda.current_device()))
     return weight_bytes > _WEIGHTS_SHARE * free
 
 

@@ -21,9 +21,9 @@ import torch
 from peft import PeftModel
 
 from rmipo_lite import batch
+from rmipo_lite.device_memory import end_peak, start_peak
 from rmipo_lite.display import duration
 from rmipo_lite.model import device_of
-from rmipo_lite.peak_memory import end_peak, start_peak
 from rmipo_lite.state_io import kept_random_state
 from rmipo_lite.tokenization import TokenizedPair
 from rmipo_lite.trainer import RMiPOTrainer

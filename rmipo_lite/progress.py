@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from rmipo_lite.device_memory import memory_in_use
 from rmipo_lite.display import in_notebook, in_terminal
 from rmipo_lite.panel import NotebookPanel
-from rmipo_lite.peak_memory import memory_in_use
 from rmipo_lite.run_progress import RunProgress, metric_line
 from rmipo_lite.text_progress import PlainLines, TerminalBar
 

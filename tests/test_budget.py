@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmipo_lite import batch, budget
+from rmipo_lite import batch, budget, device_memory
 from rmipo_lite.budget import (
     MicroStepPlan,
     activation_bytes_per_token,
@@ -125,13 +125,13 @@ def test_what_the_cpu_allocator_raises_counts() -> None:
 
 
 def test_a_container_gives_up_its_cached_files(tmp_path: Path) -> None:
-    assert budget._left_in_container(tmp_path) is None
+    assert device_memory._left_in_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("32000\n")
     (tmp_path / "memory.current").write_text("30000\n")
     (tmp_path / "memory.stat").write_text("anon 6000\nfile 24000\nfile_mapped 7\n")
-    assert budget._left_in_container(tmp_path) == 26000
+    assert device_memory._left_in_container(tmp_path) == 26000
     (tmp_path / "memory.max").write_text("max\n")
-    assert budget._left_in_container(tmp_path) is None
+    assert device_memory._left_in_container(tmp_path) is None
 
 
 def test_a_model_that_cannot_checkpoint_is_not_asked_to(
@@ -144,7 +144,7 @@ def test_a_model_that_cannot_checkpoint_is_not_asked_to(
 
 
 def test_free_memory_is_a_plausible_number() -> None:
-    assert 2**26 < budget.free_bytes(torch.device("cpu")) < 2**50
+    assert 2**26 < device_memory.free_bytes(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.cuda
@@ -154,3 +154,16 @@ def test_auto_on_a_gpu_stays_below_its_memory(tmp_path: Path) -> None:
     free, _ = torch.cuda.mem_get_info()
     assert 512 <= tokens <= 32768
     assert tokens * activation_bytes_per_token(model, args, False) < free
+
+
+@pytest.mark.parametrize(("share", "free"), [(1.0, 61), (0.1, 4), (0.01, 0)])
+def test_a_process_that_is_limited_to_a_share_of_the_card_knows_it(
+    share: float, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 GB, 60 free; torch holds 5 of which 4 are used."""
+    giga = 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * giga, 80 * giga))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * giga)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * giga)
+    monkeypatch.setattr(torch.cuda.memory, "get_per_process_memory_fraction", lambda device: share)
+    assert device_memory.free_bytes(torch.device("cuda")) == free * giga

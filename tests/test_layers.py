@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rmipo_lite"
 ORDER = [
     {"data_files", "model_files", "template_limits"},
     {"config", "display", "redaction", "data_report", "data_sources", "data_rows", "text_encoder",
-     "authors_tokenization", "cli_options", "plots", "ops", "peak_memory"},
+     "authors_tokenization", "cli_options", "plots", "ops", "device_memory"},
     {"run_progress"},
     {"panel", "text_progress"},
     {"data", "state_io", "progress", "interrupt", "environment"},

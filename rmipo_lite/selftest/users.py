@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmipo_lite import one_liner, preflight
 from rmipo_lite.checkpoint_files import checkpoints
-from rmipo_lite.peak_memory import end_peak, start_peak
+from rmipo_lite.device_memory import end_peak, start_peak
 from rmipo_lite.preflight import Plan
 from rmipo_lite.selftest.children import changed_environment, fresh_command, start
 from rmipo_lite.selftest.parts import VOCAB, tiny_model, train_words, word_rows

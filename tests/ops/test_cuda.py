@@ -32,7 +32,7 @@ def run(function: Any, tensors: list[Tensor], upstream: Tensor, **options: Any) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize(
     ("n", "v", "options"),
