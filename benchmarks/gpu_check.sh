@@ -73,7 +73,7 @@ step "kernels on the CPU, sanitized" 120 "$out/sanitizer.txt" python -m pytest -
   -p no:cacheprovider -m "slow or not slow" -k sanitizer tests/ops/test_cuda_kernels.py
 
 # shellcheck disable=SC2086
-step "bench gpu $bench" 240 "$out/build.txt" python -m rmipo_lite.cli bench gpu $bench \
+step "bench gpu $bench" 420 "$out/build.txt" python -m rmipo_lite.cli bench gpu $bench \
   --output_dir "$scratch/rows"
 find "$scratch/rows" -name gpu.csv -exec cp {} "$out/gpu.csv" \;
 cat "$out/summary.txt"

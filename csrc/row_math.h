@@ -1,5 +1,6 @@
-// The arithmetic of one logit, shared by the CPU and the CUDA kernels so that they can't drift
-// apart. No torch header: nvcc takes 100 s to read one.
+// What the CPU and the CUDA kernels share of a row's work: offsets, what a target asks, and the
+// arithmetic of one logit (the CPU's blocks do that in vectors of their own). No torch header: nvcc
+// takes 100 s to read one.
 #pragma once
 
 #include <cmath>

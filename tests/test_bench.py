@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rmipo_lite import batch
-from rmipo_lite.bench import head, inputs, methods, peers, records, report, rounds, run, step
+from rmipo_lite.bench import (
+    gpu_models,
+    head,
+    inputs,
+    methods,
+    peers,
+    records,
+    report,
+    rounds,
+    run,
+    step,
+)
 from rmipo_lite.bench.authors import authors_step, pad_pairs
 from rmipo_lite.bench.floors import StepFloor, head_floor
 from rmipo_lite.bench.records import Record
@@ -188,6 +203,60 @@ def test_the_methods_are_compared_again(tmp_path: Path) -> None:
     assert main(["bench", "methods", "--quick", "--output_dir", str(tmp_path)]) == 0
     values = _methods(records.read(tmp_path / "quick" / "methods.csv"))
     _complete(values, [methods.Case(pairs, 1e-3, 0) for pairs in methods.PAIRS])
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("Llama-3-8B", 8030.3), ("Qwen2.5-3B", 3085.9), ("Qwen2.5-0.5B", 494.0)]
+)
+def test_the_shapes_are_those_of_the_models(name: str, millions: float) -> None:
+    shape = gpu_models.SHAPES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape.config(**shape.options))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_a_random_model_in_4_bits_is_whole() -> None:
+    model = gpu_models.random_model("rehearsal", torch.device("cpu"))
+    kinds = {name: type(p).__name__ for name, p in model.named_parameters()}
+    assert not [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    assert not [name for name, b in model.named_buffers() if b.device.type == "meta"]
+    assert kinds["model.layers.1.mlp.up_proj.weight"] == "Params4bit"
+    assert kinds["model.embed_tokens.weight"] == "Parameter"
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
+    logits = model(torch.arange(14).view(2, 7)).logits
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+
+
+def test_a_gpu_is_wanted_where_one_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["bench", "gpu", "--output_dir", str(tmp_path)]) == 1
+    assert "--quick rehearses it without one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_everything_for_a_gpu_is_rehearsed_without_one(tmp_path: Path) -> None:
+    """Time on a card is scarce: the script must be right the first time."""
+    script = ROOT / "benchmarks" / "gpu_check.sh"
+    done = subprocess.run(
+        ["bash", script, tmp_path / "out", "--rehearse"],
+        capture_output=True, text=True, timeout=500, env={**os.environ, "PATH": _own_path()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert len(summary) >= 6
+    assert all(line.rstrip().endswith(" ok") for line in summary)
+    rows = records.read(tmp_path / "out" / "gpu.csv")
+    assert {row.op for row in rows} == {"gpu", "gpu step"}
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def _own_path() -> str:
+    """The search path with this Python's own folder first: the script calls `python`."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def line(row: Record) -> str:
         value = f"{value:.4g} {row.unit}"
         if row.low != row.high:
             value += f"   (middle half {row.low:.4g} to {row.high:.4g})"
-    return f"{row.op:8s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
+    return f"{row.op:9s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
 
 
 def _keeps_memory() -> bool:
@@ -82,7 +82,7 @@ def _keeps_memory() -> bool:
 
 
 def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
-    from rmipo_lite.bench import data, gpu_head, head, memory, methods, step
+    from rmipo_lite.bench import data, gpu_head, gpu_step, head, memory, methods, step
 
     if what == "data":
         return data.bench(
@@ -93,7 +93,7 @@ def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) ->
     if what == "head":
         return head.bench_quick() if quick else chain(head.bench(), head.bench_growth())
     if what == "gpu":
-        return gpu_head.bench(rehearse=quick)
+        return chain(gpu_head.bench(rehearse=quick), gpu_step.bench(rehearse=quick))
     if what == "methods":
         return methods.bench(3, (1e-3,), (0,)) if quick else methods.bench()
     if what == "memory":

@@ -1,0 +1,297 @@
+"""Whole training steps on a GPU against trl's SimPO, and what the budget takes on smaller cards.
+
+Eight pairs a step, LoRA r=16, AdamW; random weights in the shapes of known models. Each contender
+runs in a process of its own, since reserved memory is a process's. Ours is `RMiPOTrainer` as a user
+runs it, with its automatic budget. Of trl it is the loss of its CPOTrainer under SimPO, backward
+and the optimizer's step, without what its Trainer adds, in the largest micro-batch that fits and
+with or without checkpointing, whatever is fastest: more than its defaults would give.
+
+`rehearse` runs a tiny model on the CPU, which measures nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from rmipo_lite.bench import peers
+from rmipo_lite.bench.authors import PaddedPairs, pad_pairs
+from rmipo_lite.bench.gpu_models import random_model
+from rmipo_lite.bench.inputs import Lengths
+from rmipo_lite.bench.peers import Absent
+from rmipo_lite.bench.records import Record
+from rmipo_lite.bench.rounds import summarize
+from rmipo_lite.budget import is_out_of_memory
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.demo.data import load_tokenizer
+from rmipo_lite.loading import attach_adapter
+from rmipo_lite.model import disable_dropout, enable_checkpointing
+from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.trainer import RMiPOTrainer
+
+SHORT, LONG = Lengths(200, 300, 274), Lengths(800, 1248, 1248)
+BOTH = (SHORT, LONG)
+
+
+class Case(NamedTuple):
+    """One process: who runs on which model, pairs of which lengths, on a card of how many GB."""
+
+    impl: str
+    model: str
+    lengths: tuple[Lengths, ...]
+    card: int | None = None  # None: the card as it is
+
+
+# What matters most first: the time may not be enough for all.
+CASES = (
+    Case("ours", "Llama-3-8B", BOTH),
+    Case("trl SimPO", "Llama-3-8B", BOTH),
+    Case("ours", "Llama-3-8B", (SHORT,), 8),
+    Case("ours", "Llama-3-8B", (LONG,), 12),
+    Case("ours", "Qwen2.5-0.5B", BOTH),
+    Case("trl SimPO", "Qwen2.5-0.5B", BOTH),
+    Case("ours", "Qwen2.5-3B", BOTH),
+    Case("trl SimPO", "Qwen2.5-3B", BOTH),
+    Case("ours", "Llama-3-8B", (LONG,), 16),
+    Case("ours", "Qwen2.5-3B", (LONG,), 8),
+)
+REHEARSAL = tuple(Case(impl, "rehearsal", (Lengths(5, 7, 6),)) for impl in ("ours", "trl SimPO"))
+PAIRS, WARM, STEPS = 8, 1, 3  # pairs of a step, steps before the clock, steps on it
+BUDGET_S = 280.0  # after which no further case is begun
+_CONTEXT_GB = 0.5  # of a card, that the driver takes before anything runs
+_LIMIT_S = 120  # of one case
+
+
+class Measured(NamedTuple):
+    """What a child says of one case."""
+
+    seconds: list[float]  # of each step
+    reserved: int  # peak, bytes
+    note: str  # how it ran: micro-step, checkpointing
+
+
+def bench(rehearse: bool = False) -> Iterator[Record]:
+    """Seconds, pairs per second and peak reserved memory of every case, and ours over trl's."""
+    start = time.monotonic()
+    found: dict[tuple[str, str, Lengths], Measured] = {}
+    for case in REHEARSAL if rehearse else CASES:
+        try:
+            if time.monotonic() - start > BUDGET_S:
+                raise Absent("no time left")
+            measured = _in_child(case)
+        except (Absent, subprocess.TimeoutExpired, RuntimeError) as reason:
+            for length in case.lengths:
+                value = f"absent: {reason}"[:200]
+                yield Record("gpu step", case.impl, _shape(case, length), "", "time", "s", value)
+            continue
+        for length, one in zip(case.lengths, measured, strict=True):
+            yield from _rows(case.impl, f"{_shape(case, length)}, {one.note}", one)
+            if case.card is None:
+                found[case.impl, case.model, length] = one
+        if case.impl != "ours":
+            for length in case.lengths:
+                yield from _ratio(case, length, found)
+
+
+def _shape(case: Case, length: Lengths) -> str:
+    card = "" if case.card is None else f", a card of {case.card} GB"
+    return f"{case.model} {'/'.join(map(str, length))}{card}"
+
+
+def _rows(impl: str, shape: str, case: Measured) -> Iterator[Record]:
+    def row(metric: str, unit: str, values: Sequence[float]) -> Record:
+        return Record("gpu step", impl, shape, "", metric, unit, *summarize(values))
+
+    if not case.seconds:
+        yield Record("gpu step", impl, shape, "", "time", "s", "absent: nothing fits")
+        return
+    yield row("time", "s", case.seconds)
+    yield row("pairs per second", "1/s", [PAIRS / s for s in case.seconds])
+    yield row("peak reserved", "GiB", [case.reserved / 2**30])
+
+
+def _ratio(
+    case: Case, length: Lengths, found: dict[tuple[str, str, Lengths], Measured]
+) -> Iterator[Record]:
+    ours = found.get(("ours", case.model, length))
+    theirs = found.get((case.impl, case.model, length))
+    if ours is None or theirs is None or not theirs.seconds:
+        return
+    medians = [summarize(one.seconds).median for one in (ours, theirs)]
+    for metric, value in (
+        ("pairs per second over trl's", medians[1] / medians[0]),
+        ("peak reserved over trl's", ours.reserved / max(theirs.reserved, 1)),
+    ):
+        yield Record("gpu step", "ours", _shape(case, length), "", metric, "ratio", value)
+
+
+def _in_child(case: Case) -> list[Measured]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(case)],
+        capture_output=True, text=True, timeout=_LIMIT_S, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"{case.impl} on {case.model}: {lines[-1]}")
+    cases = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(cases, str):
+        raise Absent(cases)
+    return [Measured(*one) for one in cases]
+
+
+# ---- in the child -----------------------------------------------------------------------------
+
+
+def _measure(
+    impl: str, name: str, lengths: Sequence[Lengths], card: int | None
+) -> list[Measured] | str:
+    """Every case of a contender, or why it can't run here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if card is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((card - _CONTEXT_GB) * 1e9 / total)
+    try:
+        run = _trl if impl == "trl SimPO" else _ours
+        return [run(attach_adapter(random_model(name, device), "new"), Lengths(*length), device)
+                for length in lengths]  # fmt: skip
+    except Absent as reason:
+        return str(reason)
+
+
+def _pairs(model: nn.Module, length: Lengths) -> list[TokenizedPair]:
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocab_size = embeddings.weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, vocab_size, (count,), generator=generator).tolist()
+
+    return [TokenizedPair(i, *map(ids, length)) for i in range(PAIRS)]
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every step, from its beginning until the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def _wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start."""
+        self.start = self._wait()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds.append(self._wait() - self.start)
+
+
+def _ours(model: nn.Module, length: Lengths, device: torch.device) -> Measured:
+    clock = _Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RMiPOTrainer(
+            model,  # type: ignore[arg-type]
+            RMiPOConfig(
+                folder,
+                per_device_train_batch_size=PAIRS,
+                num_train_epochs=WARM + STEPS,
+                save_strategy="no",
+                max_length=sum(length),
+                disable_tqdm=True,
+                logging_steps=1000,
+            ),
+            train_dataset=_pairs(model, length),
+            processing_class=load_tokenizer(),
+            callbacks=[clock],
+        )
+        _forget_peak(device)
+        trainer.train()
+        step = trainer.pair_step
+    way = "packed" if step.packing else "padded"
+    note = f"{way}, {step.max_tokens} tokens{', checkpointing' if step.checkpointing else ''}"
+    return Measured(clock.seconds[WARM:], _peak(device), note)
+
+
+def _trl(model: nn.Module, length: Lengths, device: torch.device) -> Measured:
+    """The fastest of trl's ways that fit; none at all is an empty list of seconds."""
+    disable_dropout(model)
+    simpo = peers.TrlSimpoStep(model.train(), load_tokenizer())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    best: Measured | None = None
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_checkpointing(model)
+        for micro in (8, 4, 2, 1):
+            parts = _padded(_pairs(model, length), micro, device)
+            _forget_peak(device)
+            try:
+                seconds = _timed(lambda: _trl_step(simpo, parts, optimizer, device), device)  # noqa: B023
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                optimizer.zero_grad(set_to_none=True)
+                continue
+            note = f"{micro} pairs{', checkpointing' if checkpointing else ''}"
+            case = Measured(seconds, _peak(device), note)
+            if best is None or sum(case.seconds) < sum(best.seconds):
+                best = case
+            break  # smaller ones are slower
+    return best or Measured([], 0, "nothing fits")
+
+
+def _padded(pairs: list[TokenizedPair], micro: int, device: torch.device) -> list[PaddedPairs]:
+    cut = [pairs[i : i + micro] for i in range(0, len(pairs), micro)]
+    return [PaddedPairs(*(part.to(device) for part in pad_pairs(some))) for some in cut]
+
+
+def _trl_step(
+    simpo: peers.TrlSimpoStep,
+    parts: Sequence[PaddedPairs],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    for part in parts:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss: Tensor = simpo(part) / len(parts)
+        loss.backward()
+    optimizer.step()
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> list[float]:
+    clock = _Clock(device)
+    for _ in range(WARM + STEPS):
+        clock.on_step_begin()
+        step()
+        clock.on_step_end()
+    return clock.seconds[WARM:]
+
+
+def _forget_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(*json.loads(sys.argv[1]))))  # noqa: T201
