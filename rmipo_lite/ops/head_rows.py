@@ -14,20 +14,52 @@ from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, even_slices
 from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
 
-# A chunk is as many rows as make about this many logits, within the range where a product still
-# runs at full speed and the buffer stays small (128 MiB in float32). Below 128 rows the products
-# lose a quarter of their speed; above 256 the first touch of a fresh buffer costs more than they
-# gain.
+# On the CPU a chunk is as many rows as make about this many logits, within the range where a
+# product still runs at full speed and the buffer stays small (128 MiB in float32). Below 128 rows
+# the products lose a quarter of their speed; above 256 the first touch of a fresh buffer costs more
+# than they gain.
 _CHUNK_LOGITS = 2**25
 _CHUNK_ROWS = (128, 256)
+# On a GPU every chunk reads the whole weight, so more rows are better, up to what its logits and
+# their derivative may take: this much, and this share of the card. A vocabulary so small that some
+# hundred rows of it stay in the second-level cache is better read from there. A count, not yet
+# measured on a card; `rmipo-lite bench gpu` measures it.
+_CARD_BYTES, _CARD_SHARE = 4 * 10**8, 1 / 40
+_CARD_ROWS = (128, 1024)
+_LEAST_CACHED_ROWS = 256
 # Rows of the weight that are cast at a time on the CPU: 16 MiB in float32 at H = 512.
 _BLOCK_ELEMENTS = 2**22
 
 
-def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
-    """Row ranges of nearly equal size."""
+def card_rows(row_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
+    """Rows of a chunk on a card, a multiple of a product's tile.
+
+    Args:
+        row_bytes: of one row's logits and their derivative.
+        cache_bytes, memory_bytes: of the card's second-level cache and memory.
+    """
+    smallest, largest = _CARD_ROWS
+    cached = cache_bytes // row_bytes // smallest * smallest
+    if cached >= _LEAST_CACHED_ROWS:
+        return min(cached, largest)
+    room = int(min(_CARD_BYTES, _CARD_SHARE * memory_bytes))
+    return min(max(room // row_bytes // smallest * smallest, smallest), largest)
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Rows of a chunk at most, for a head's weight (V, H)."""
+    vocab_size = weight.shape[0]
+    if weight.device.type == "cuda":
+        card = torch.cuda.get_device_properties(weight.device)
+        row_bytes = max(1, vocab_size) * _row_itemsize(weight)
+        return card_rows(row_bytes, card.L2_cache_size, card.total_memory)
     smallest, largest = _CHUNK_ROWS
-    return even_slices(num_rows, min(max(_CHUNK_LOGITS // vocab_size, smallest), largest))
+    return min(max(_CHUNK_LOGITS // max(1, vocab_size), smallest), largest)
+
+
+def _row_itemsize(weight: Tensor) -> int:
+    """Bytes of a logit in float32, and of its derivative where the weight is of 16 bits."""
+    return weight.dtype.itemsize if weight.dtype.itemsize >= 4 else 6
 
 
 def head_buffer_bytes(weight: Tensor) -> int:
@@ -37,10 +69,7 @@ def head_buffer_bytes(weight: Tensor) -> int:
     """
     if weight.device.type == "cpu":
         return 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
-    rows = _chunks(_CHUNK_ROWS[1], weight.shape[0])[0].stop
-    # logits in float32, and where the weight is of 16 bits their derivative in its dtype
-    itemsize = 4 if weight.dtype.itemsize >= 4 else 6
-    return rows * weight.shape[0] * itemsize
+    return chunk_rows(weight) * weight.shape[0] * _row_itemsize(weight)
 
 
 class Head:
@@ -52,7 +81,7 @@ class Head:
         low_precision = hidden.dtype != self.exact
         self.mixed = low_precision and hidden.device.type == "cuda"
         self.cast = low_precision and not self.mixed
-        self.chunks = _chunks(hidden.shape[0], weight.shape[0])
+        self.chunks = even_slices(hidden.shape[0], chunk_rows(weight))
         rows = max((c.stop - c.start for c in self.chunks), default=0)
         self.buffer = hidden.new_empty((rows, weight.shape[0]), dtype=self.exact)
         # On CUDA the second product needs its operand in the weight's dtype; elsewhere the
