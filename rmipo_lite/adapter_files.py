@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,9 +25,14 @@ def non_finite_weight(model: nn.Module, trained_only: bool = False) -> str | Non
     for name, parameter in model.named_parameters():
         if trained_only and not parameter.requires_grad:
             continue
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             return name
     return None
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # Not isfinite().all(): its intermediate results take more memory than a large head itself.
+    return bool(torch.stack(weight.detach().aminmax()).isfinite().all())  # NaN is in both
 
 
 def save_run(model: Any, tokenizer: Any, args: Any, folder: Path, state_dict: Any = None) -> None:

@@ -62,7 +62,7 @@ def segment_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"attention {ATTENTION_NAME!r} does not support {name!r}")
-    if fits(query, value, dropout=dropout, softcap=softcap):
+    if fits(query, key, value, dropout=dropout, softcap=softcap):
         flash = varlen_attention(
             query, key, value, segment_plan, scaling=scaling, sliding_window=sliding_window
         )

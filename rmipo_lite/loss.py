@@ -69,4 +69,5 @@ def chosen_token_nll(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     is_chosen = torch.arange(len(lengths), device=lengths.device) % 2 == 0
     # Sequences tile the tokens, so the flag of each sequence repeats over its length.
     chosen = torch.repeat_interleave(is_chosen, lengths, output_size=token_logps.shape[0])
-    return -token_logps[chosen].sum()
+    # Not token_logps[chosen]: on a GPU that waits until it is known how many there are.
+    return -torch.where(chosen, token_logps, 0.0).sum()

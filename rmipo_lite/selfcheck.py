@@ -25,6 +25,7 @@ from rmipo_lite.tokenization import TokenizedPair
 _FULL_TOLERANCE = 1e-3
 _HALF_MEAN_TOLERANCE = 0.03
 
+_ROWS = 64  # of logits that are held in float32 at a time
 _MAX_TOKENS = 256  # of a side: the check stays a fraction of a step
 
 
@@ -87,9 +88,15 @@ def _check_head(model: nn.Module, inputs: ModelInput, ours: Tensor) -> None:
     logits = model(
         input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False
     ).logits
-    rows = logits.reshape(-1, logits.shape[-1]).index_select(0, inputs.logit_rows)
-    logps = rows.float().log_softmax(-1).gather(1, inputs.target_ids[:, None])[:, 0]
-    difference = _difference(model, ours, logps.double().cpu())
+    logits = logits.reshape(-1, logits.shape[-1])
+    logps = []
+    # Some rows at a time: all of them in float32, twice, would be a small card's last gigabyte.
+    for rows, ids in zip(
+        inputs.logit_rows.split(_ROWS), inputs.target_ids.split(_ROWS), strict=True
+    ):
+        some = logits.index_select(0, rows).float().log_softmax(-1)
+        logps.append(some.gather(1, ids[:, None])[:, 0])
+    difference = _difference(model, ours, torch.cat(logps).double().cpu())
     if difference is not None:
         raise UnsupportedModelError(
             f"model: {type(causal_lm(model)).__name__} turns hidden states into logits in a way "

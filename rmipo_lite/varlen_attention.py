@@ -37,6 +37,7 @@ class Borders(NamedTuple):
 
 def fits(
     query: Tensor,  # (1, heads, T, D)
+    key: Tensor,  # (1, kv_heads, T, D)
     value: Tensor,  # (1, kv_heads, T, D)
     *,
     dropout: float,
@@ -47,6 +48,7 @@ def fits(
     return (
         query.is_cuda
         and query.dtype in _DTYPES
+        and query.dtype == key.dtype == value.dtype
         and value.shape[-1] == head
         and head % 8 == 0
         and head <= _LARGEST_HEAD
@@ -65,8 +67,8 @@ def _has_flash(device: torch.device) -> bool:
 
 
 @cache
-def _shares_heads() -> bool:
-    """Whether this torch's function takes fewer heads of keys than of queries (2.11 doesn't)."""
+def _asks_about_heads() -> bool:
+    """Whether this torch wants to be told of fewer heads of keys; 2.11 hands them to the kernel."""
     return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
@@ -117,10 +119,8 @@ def varlen_attention(
     groups = query.shape[1] // key.shape[1]
     keys, values = (_gathered(x, borders.key_index) for x in (key, value))
     options: dict[str, Any] = {}
-    if groups > 1 and _shares_heads():
+    if groups > 1 and _asks_about_heads():
         options["enable_gqa"] = True
-    elif groups > 1:
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
     # The kernel counts the tokens before a query, transformers the query too.
     narrow = sliding_window is not None and sliding_window < borders.max_k
     left = sliding_window - 1 if narrow and sliding_window is not None else -1

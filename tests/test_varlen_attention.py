@@ -7,6 +7,7 @@ all that is ours: which query is told which keys.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,19 @@ def plain_varlen(
     return torch.cat(pieces)
 
 
-@pytest.fixture(params=["shared heads", "repeated heads"])
-def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def varlen_of_2_11(*args: Any, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+    """Has no word for fewer heads of keys, and takes them."""
+    gqa = args[0].shape[1] != args[1].shape[1]
+    return plain_varlen(*args, scale=scale, window_size=window_size, enable_gqa=gqa)
+
+
+@pytest.fixture(params=[plain_varlen, varlen_of_2_11])
+def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention, "fits", lambda *args, softcap, **_: softcap is None)
-    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
-    shares = request.param == "shared heads"
-    monkeypatch.setattr(varlen_attention, "_shares_heads", lambda: shares)
+    monkeypatch.setattr(varlen, "varlen_attn", request.param)
+    varlen_attention._asks_about_heads.cache_clear()
+    yield
+    varlen_attention._asks_about_heads.cache_clear()
 
 
 def draw(heads: int, kv_heads: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -128,8 +136,8 @@ def test_packed_equals_padded_through_it(kernel: None, name: str, tmp_path: Path
 
 
 def test_a_cpu_or_another_kind_of_attention_goes_by_segments() -> None:
-    query, _, value = draw(4, 4, torch.bfloat16, "cpu")
-    assert not varlen_attention.fits(query, value, dropout=0.0, softcap=None)
+    tensors = draw(4, 4, torch.bfloat16, "cpu")
+    assert not varlen_attention.fits(*tensors, dropout=0.0, softcap=None)
 
 
 @pytest.mark.cuda
@@ -142,7 +150,7 @@ def test_the_flash_kernel_is_attention_by_segments(
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("the flash kernel wants Ampere or newer")
     tensors = draw(*heads, dtype, "cuda")
-    assert varlen_attention.fits(tensors[0], tensors[2], dropout=0.0, softcap=None)
+    assert varlen_attention.fits(*tensors, dropout=0.0, softcap=None)
     one = both(tensors, True, window, monkeypatch)
     exact = [t.detach().double().cpu().requires_grad_() for t in tensors]
     want = both(exact, False, window, monkeypatch)

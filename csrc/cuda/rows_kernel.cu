@@ -171,8 +171,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) rows_kernel(RowArguments
   const A largest = shared_logp_terms[0], log_sum = shared_logp_terms[1];
   const A scale = a.row_scale == nullptr ? A(1) : a.row_scale[row];
   const auto derivative = [&](A logit, int64_t v) {
-    // The one at the target is subtracted before rounding to 16 bits.
-    const A grad = (v == id ? A(1) : A(0)) - exp((logit - largest) - log_sum);
+    // One less the probability at the target, before rounding to 16 bits; expm1 keeps the digits
+    // of a target that is nearly certain.
+    const A log_probability = (logit - largest) - log_sum;
+    const A grad = v == id ? -expm1(log_probability) : -exp(log_probability);
     return grad * scale * a.transform.slope(logit);
   };
   for_row(

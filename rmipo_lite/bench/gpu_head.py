@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.bench import peers
-from rmipo_lite.bench.peers import Absent
+from rmipo_lite.bench.peers import Absent, first_line
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import head_rows, linear_logps
@@ -119,7 +119,7 @@ class _Case:
             except Absent as reason:
                 absent[name] = str(reason)
             except Exception as error:  # out of memory, a compiler that is missing
-                absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                absent[name] = f"{type(error).__name__}: {first_line(error)}"
             else:
                 running[name] = run
         return running, absent

@@ -112,11 +112,14 @@ def _quantize(layers: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 
 def _draw(model: nn.Module, device: torch.device) -> None:
-    """Give every weight that is still on the meta device a value: ones to norms, else random."""
+    """Give every weight that is still on the meta device a value: norms ones, biases zeros."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.device.type != "meta":
                 continue
             values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-            values = values.normal_(0, _SCALE) if weight.dim() > 1 else values.fill_(1.0)
+            if weight.dim() > 1:
+                values.normal_(0, _SCALE)
+            else:
+                values.fill_(0.0 if name == "bias" else 1.0)
             module.register_parameter(name, nn.Parameter(values, requires_grad=False))

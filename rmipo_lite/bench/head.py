@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rmipo_lite.bench import inputs, peers
 from rmipo_lite.bench.floors import head_floor
-from rmipo_lite.bench.peers import Absent
+from rmipo_lite.bench.peers import Absent, first_line
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import linear_logps
@@ -71,7 +71,7 @@ def contenders(
         except Absent as reason:
             absent[name] = str(reason)
         except Exception as error:  # Triton without a GPU fails in ways of its own
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            absent[name] = f"{type(error).__name__}: {first_line(error)}"
         else:
             running[name] = run
     return running, absent

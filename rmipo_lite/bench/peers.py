@@ -36,7 +36,12 @@ def module(name: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except Exception as error:  # a peer's import may fail in any way, and all mean the same
-        raise Absent(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise Absent(f"{name}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text, which may be empty."""
+    return (str(error).splitlines() or [""])[0]
 
 
 # ---- whole steps ----------------------------------------------------------------------------

@@ -47,16 +47,13 @@ def run(
         raise RuntimeError(
             "these benchmarks measure the CPU; hide the GPU with CUDA_VISIBLE_DEVICES= to run them"
         )
-    path = folder / f"{what}.csv"
-    rows: list[Record] = []
+    # What is quick never stands among the measurements.
+    path = (folder / "quick" if quick else folder) / f"{what}.csv"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers'
         for row in _rows(what, quick, pairs, tokenizer):
             say(line(row))
-            rows.append(row)
-    if quick:
-        path = folder / "quick" / path.name  # never among the measurements
-    records.write(path, rows)
+            records.write(path, [row])  # each at once: time on a card may end before the rows do
     if what == "step" and not quick and not _keeps_memory():
         # The allocator reads its settings when a process starts.
         subprocess.run(

@@ -52,7 +52,8 @@ def chunk_rows(weight: Tensor) -> int:
     if weight.device.type == "cuda":
         card = torch.cuda.get_device_properties(weight.device)
         row_bytes = max(1, vocab_size) * _row_itemsize(weight)
-        return card_rows(row_bytes, card.L2_cache_size, card.total_memory)
+        share = torch.cuda.memory.get_per_process_memory_fraction(weight.device)
+        return card_rows(row_bytes, card.L2_cache_size, int(share * card.total_memory))
     smallest, largest = _CHUNK_ROWS
     return min(max(_CHUNK_LOGITS // max(1, vocab_size), smallest), largest)
 
