@@ -1,5 +1,5 @@
-// The one place with the compiler's launch syntax, so that a plain C++ compiler can read the kernels:
-// tests/cuda_on_cpu runs them without a GPU and brings a launch of its own.
+// The one place with the compiler's launch syntax, so that a plain C++ compiler can read the
+// kernels: tests/cuda_on_cpu runs them without a GPU and brings a launch of its own.
 #pragma once
 
 #ifdef __CUDACC__
