@@ -67,7 +67,8 @@ def test_the_head_against_float64(
     rounding = torch.finfo(dtype).eps
     for ours, exact in zip(got, want, strict=True):
         scale = exact.abs().max().item() if exact.numel() else 0.0
-        assert worst(ours.cpu(), exact) <= (4 * rounding + 2e-6) * (1 + scale)
+        # 1e-5 of the scale beside the rounding of the results, as in test_head.py
+        assert worst(ours.cpu(), exact) <= (4 * rounding + 1e-5) * (1 + scale)
 
 
 @pytest.mark.cuda
