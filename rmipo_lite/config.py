@@ -39,7 +39,7 @@ _NUMBERS = (
 _WHOLE_NUMBERS = (
     "max_length", "max_prompt_length", "dataset_num_proc", "max_dropped_in_a_row", "max_steps",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "save_total_limit", "seed", "sample_prompts",
+    "save_total_limit", "seed", "sample_prompts", "eval_completions",
 )  # fmt: skip
 
 
@@ -159,6 +159,12 @@ class RMiPOConfig(TrainingArguments):
         "result; 0 for none.",
     )
 
+    eval_completions: int = _option(
+        8,
+        "So many prompts of an evaluation are answered (sampled, at most 128 tokens), to see "
+        "answers that repeat themselves or no longer end; 0 for none.",
+    )
+
     # transformers' own options with another default
     learning_rate: float = _option(1e-5, "Peak learning rate of the adapter (AdamW).")
     num_train_epochs: float = _option(1.0, "Passes over the pairs.")
@@ -274,9 +280,9 @@ class RMiPOConfig(TrainingArguments):
         )
 
     def _check_step(self) -> None:
-        _require(
-            self.sample_prompts >= 0, "sample_prompts", "a whole number >= 0", self.sample_prompts
-        )
+        for name in ("sample_prompts", "eval_completions"):
+            value = getattr(self, name)
+            _require(value >= 0, name, "a whole number >= 0", value)
         _one_of("kernel_impl", self.kernel_impl, ("auto", "native", "torch"))
         budget = self.max_tokens_per_microstep
         if isinstance(budget, str) and budget.isdigit():

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,6 +68,13 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+class Generated(NamedTuple):
+    """Generated ids, the end token among them where there is one."""
+
+    ids: list[int]
+    ended: bool
+
+
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -88,6 +95,18 @@ def generate_answers(
     empty = [i for i, row in enumerate(ids) if not row]
     if empty:
         raise ValueError(f"prompts: prompt {empty[0]} has no token; an empty text has no answer")
+    answers = []
+    for generated in generate_ids(model, tokenizer, ids, max_new_tokens, **options):
+        answer = Answer(tokenizer.decode(generated.ids, skip_special_tokens=True))
+        answer.ended = generated.ended
+        answers.append(answer)
+    return answers
+
+
+def generate_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, **options: Any
+) -> list[Generated]:
+    """Ids that follow each prompt of ids (none empty); options as for `generate_answers`."""
     config = copy.deepcopy(model.generation_config)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     config.update(pad_token_id=pad, max_new_tokens=max_new_tokens, max_length=None)
@@ -98,11 +117,11 @@ def generate_answers(
     options = config.update(**{"do_sample": False, **options})
     if not config.do_sample:  # a model's own sampling settings only draw warnings when greedy
         config.update(temperature=None, top_p=None, top_k=None)
-    answers: list[Answer] = []
+    generated: list[Generated] = []
     device = next(model.parameters()).device
     with _ready_to_generate(model), torch.no_grad():
-        for start in range(0, len(ids), BATCH):
-            batch = ids[start : start + BATCH]
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
             width = max(map(len, batch))
             rows = [[pad] * (width - len(row)) + row for row in batch]
             mask = [[0] * (width - len(row)) + [1] * len(row) for row in batch]
@@ -112,19 +131,18 @@ def generate_answers(
                 generation_config=config,
                 **options,
             )
-            answers += _decoded(tokenizer, out[:, width:], config.eos_token_id)
-    return answers
+            generated += _up_to_the_end(out[:, width:], config.eos_token_id)
+    return generated
 
 
-def _decoded(tokenizer: Any, ids: torch.Tensor, eos_token_id: int | list[int]) -> list[Answer]:
-    """The texts of generated ids, each with whether an end token stands in it."""
-    ends = torch.as_tensor(eos_token_id, device=ids.device).flatten()
-    answers = []
-    for row in ids:
-        answer = Answer(tokenizer.decode(row, skip_special_tokens=True))
-        answer.ended = bool(torch.isin(row, ends).any())
-        answers.append(answer)
-    return answers
+def _up_to_the_end(ids: torch.Tensor, eos_token_id: int | list[int]) -> list[Generated]:
+    """Each row without what stands after its first end token."""
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    found = []
+    for row in ids.tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), None)
+        found.append(Generated(row if end is None else row[: end + 1], end is not None))
+    return found
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -19,6 +19,9 @@ from rmipo_lite.ops import PairLossOutput
 _SCALED_REWARDS = ("rmipo", "simpo")
 # One float32 rounding step around gamma_max: exp(0) is exact, the affine map after it may not be.
 _AT_MAX_SLACK = 1e-6
+# gamma_min itself is reached at an infinite gap; within this share of the range (a gap of 3 nats)
+# gamma counts as standing there.
+_NEAR_MIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,13 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
     if args.uses_prior:
         undefined = values.chosen_pmi.isnan() | values.rejected_pmi.isnan()
         at_max = values.gamma >= args.gamma_max - _AT_MAX_SLACK
+        near_min = args.gamma_min + _NEAR_MIN * (args.gamma_max - args.gamma_min)
+        at_min = values.gamma <= near_min
         named |= {
             "rmipo/gamma": values.gamma.mean(),
             "rmipo/gamma_std": values.gamma.std(correction=0),
             "rmipo/gamma_at_max": at_max.to(margin.dtype).mean(),
+            "rmipo/gamma_at_min": at_min.to(margin.dtype).mean(),
             "rmipo/pmi_gap": values.pmi_gap.mean(),
             "rmipo/pmi_gap_std": values.pmi_gap.std(correction=0),
             "rmipo/pmi_chosen": _mean_of_defined(values.chosen_pmi),

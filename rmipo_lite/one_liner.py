@@ -37,12 +37,6 @@ from rmipo_lite.trainer_setup import refuse_bad_weights, tokenization_options
 HOLDOUT_SHARE = 0.05
 HOLDOUT_AT_MOST = 200  # pairs
 _SAMPLE_TOKENS = 64  # of an answer that is shown with the result
-# Nats per token. In benchmarks/methods.csv the runs whose answers end lost 0.16 at most, those half
-# of whose answers no longer end 0.97 to 2.6.
-_RUNAWAY_NATS = 0.5
-# Of the held-out pairs, in how many the untrained model may prefer the rejected side.
-_REJECTED_SHARE = 0.6
-_LEAST_PAIRS_TO_JUDGE = 20
 
 
 @nothing_held()
@@ -110,7 +104,8 @@ def train(
             peft_config=peft_config,
             callbacks=[interrupt, *(callbacks or [])],
         )
-        trainer.data_report = report
+        trainer.data_report = trainer.doctor.report = report
+        trainer.doctor.shown_before.add("chosen_longer")  # by the report
         show_progress(trainer)
         with interrupt:
             try:
@@ -139,9 +134,6 @@ def _run(
     before = trainer.evaluate() if eval_pairs else {}
     if interrupt.requested:
         raise KeyboardInterrupt  # before the first step there is nothing to save
-    warning = swapped_labels_warning(before, len(eval_pairs))
-    if warning is not None:
-        say(warning)
     plan = plan_run(trainer, before.get("eval_runtime", 0.0))
     for line in (str(plan), *plan.warnings):
         say(line)
@@ -166,10 +158,8 @@ def _run(
         stopped_at_step=interrupt.stopped_at_step,
         conversational=conversational,
         plan=plan,
+        findings=trainer.doctor.findings,
     )
-    warning = runaway_warning(before, after)
-    if warning is not None:
-        say(warning)
     _save(result, folder)
     return result
 
@@ -182,14 +172,7 @@ def _answer_samples(result: TrainResult) -> None:
     if not isinstance(result.model, PeftModel):
         return  # trained in full: there is no adapter to switch off
     try:
-        samples = result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
-        before, after = samples.cut
-        if after > before:
-            say(
-                f"WARNING: {after} of {len(samples)} sample answers had not ended after "
-                f"{_SAMPLE_TOKENS} tokens, before training {before}. Read them: a model can learn "
-                "never to end, and accuracy and margin don't see that."
-            )
+        result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
     except KeyboardInterrupt:
         say("No samples: stopped")
     except Exception as error:
@@ -222,40 +205,6 @@ def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException
     newest, _ = newest_valid_checkpoint(folder)
     if newest is not None:
         say(f"Stopped; resume=True, output_dir={str(folder)!r} goes on from {newest.name}")
-
-
-def swapped_labels_warning(before: dict[str, float], pairs: int) -> str | None:
-    """What to say when the untrained model mostly prefers the rejected side, else None.
-
-    Args:
-        before: the metrics of the evaluation before training.
-        pairs: how many pairs they are means over; of too few nothing is said.
-    """
-    accuracy = before.get("eval_rewards/accuracies")
-    if accuracy is None or pairs < _LEAST_PAIRS_TO_JUDGE or accuracy >= 1 - _REJECTED_SHARE:
-        return None
-    return (
-        f"WARNING: before any training the model finds the rejected side likelier in "
-        f"{1 - accuracy:.0%} of {pairs} held-out pairs. Look at a few: if chosen and rejected are "
-        "swapped, rename the columns"
-    )
-
-
-def runaway_warning(before: dict[str, float], after: dict[str, float]) -> str | None:
-    """What to say when the margin was won by making both answers unlikely, else None.
-
-    The losses here look at the gap alone, so held-out accuracy and margin rise while the model
-    forgets how to write.
-    """
-    name = "eval_logps/chosen"
-    fell = before.get(name, 0.0) - after.get(name, 0.0)
-    if not fell > _RUNAWAY_NATS:
-        return None
-    return (
-        f"WARNING: the held-out chosen responses became less likely, by {fell:.1f} nats per token. "
-        "Accuracy and margin don't see that. Read result.compare([...]) before using the model; a "
-        "lower learning_rate, fewer steps or sft_weight=0.1 are the usual cures."
-    )
 
 
 def _load(

@@ -1,4 +1,4 @@
-"""One figure of a run: loss, accuracy and margin, gamma and PMI gap, response lengths.
+"""One figure of a run: loss, accuracy and margin, gamma and PMI gap, lengths, its own answers.
 
 Matplotlib is imported when a figure is drawn, and the figure is made without pyplot, so that
 nothing is left in a notebook's global state and no window opens.
@@ -50,6 +50,19 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (
             ("lengths/chosen", "chosen"),
             ("lengths/rejected", "rejected"),
+        ),
+    ),
+    (
+        "Length of held-out answers",
+        "tokens",
+        (("eval_completions/mean_length", "mean"),),
+    ),
+    (
+        "Faults of held-out answers",
+        "share",
+        (
+            ("eval_completions/clipped_ratio", "without an end"),
+            ("eval_completions/repetition", "phrases repeated"),
         ),
     ),
 )

@@ -86,6 +86,7 @@ def report_html(
     """
     rows = metric_rows(result)
     sections: list[tuple[str, str]] = [
+        ("Findings", f'<div class="wide">{result.findings._repr_html_()}</div>'),
         (
             "Held-out metrics",
             table(("metric", "before", "after"), rows) if rows else "<p>None was measured.</p>",
@@ -99,13 +100,18 @@ def report_html(
         ("Data", table(("fact", "value"), result.data_report.facts())),
         ("Options", table(("option", "value"), list(run_options(result.args).items()))),
     ]
-    body = "".join(f"<h2>{escaped(title)}</h2>{content}" for title, content in sections)
     title = f"rmipo_lite run: {short_name(result.base_model_name) or result.output_dir.name}"
+    return page(title, result.headline, sections)
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A whole page; titles are escaped, the sections' HTML is taken as it is and must be safe."""
+    body = "".join(f"<h2>{escaped(name)}</h2>{content}" for name, content in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escaped(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escaped(title)}</h1><p>{escaped(result.headline)}</p>{body}"
+        f"<h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p>{body}"
         f"<p>Made with rmipo_lite {escaped(__version__)}.</p></body></html>\n"
     )
 

@@ -19,6 +19,7 @@ from rmipo_lite import plots, report
 from rmipo_lite.adapter_files import save_run
 from rmipo_lite.checkpoint_files import files_put_in_place
 from rmipo_lite.display import printable, say
+from rmipo_lite.findings import Findings
 from rmipo_lite.generation import Answer, Comparison, Prompt, generate_answers
 from rmipo_lite.loading import short_name, watched_bars
 from rmipo_lite.model_card import metric_rows, model_card
@@ -50,6 +51,7 @@ class TrainResult:
         stopped_at_step: the step a Ctrl-C stopped the run at, None when it ran to its end.
         conversational: whether prompts are rendered by the chat template.
         plan: what the run was expected to take, before its first step.
+        findings: what the doctor found, in plain words; prints and shows as a table.
         unsaved: why the adapter could not be saved at the end; None when it was.
         held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
     """
@@ -65,6 +67,7 @@ class TrainResult:
     stopped_at_step: int | None = None
     conversational: bool = False
     plan: Plan | None = None
+    findings: Findings = field(default_factory=Findings)
     unsaved: str | None = None
     held_out_prompts: list[Prompt] = field(default_factory=list)
     _samples: Comparison | None = field(default=None, init=False)
@@ -93,6 +96,8 @@ class TrainResult:
             before = self.metrics_before.get(f"eval_{name}")
             arrow = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
             parts.append(f"held-out {label} {arrow}")
+        if self.findings:
+            parts.append(f"findings: {', '.join(self.findings.names)}")
         return ", ".join(parts)
 
     def __repr__(self) -> str:
@@ -102,6 +107,8 @@ class TrainResult:
     def _repr_html_(self) -> str:
         rows = metric_rows(self)
         parts = [f"<p><b>{html.escape(repr(self))}</b></p>"]
+        if self.findings:
+            parts.append(self.findings._repr_html_())
         if rows:
             parts.append(report.table(("metric", "before", "after"), rows))
         if self._samples is not None and len(self._samples):

@@ -33,10 +33,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from rmipo_lite import batch, loading, metrics
 from rmipo_lite.budget import plan_micro_steps
 from rmipo_lite.checkpoint import SafeCheckpointing
+from rmipo_lite.completions import completion_numbers
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data import DataReport, load_rows
 from rmipo_lite.data_report import name_rows
 from rmipo_lite.display import say, show_progress
+from rmipo_lite.doctor import Doctor
 from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.metrics import PairValues
 from rmipo_lite.model import disable_dropout
@@ -89,6 +91,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     Attributes:
         data_report: what happened to the training rows, None for tokenised pairs.
+        doctor: watches the run; `doctor.findings` are what it found so far.
         run_log: what the steps did.
 
     Raises:
@@ -150,6 +153,11 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             optimizers=optimizers,
         )
         self.add_callback(_LogLastStep())
+        one_set = eval_pairs if isinstance(eval_pairs, list) else []
+        self.doctor = Doctor(self.args, len(one_set))
+        self.doctor.report = self.data_report
+        self.add_callback(self.doctor)
+        self._can_answer = True
         if not self.args.disable_tqdm:
             show_progress(self)
         # Our batch has no num_items: the loss is a mean over pairs already.
@@ -301,7 +309,23 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             self.model.train(was_training)
         if not parts:
             raise ValueError("eval_dataset: no pair to evaluate")
-        return _evaluated(self._eval_numbers(parts, rows), metric_key_prefix, len(rows))
+        numbers = self._eval_numbers(parts, rows)
+        numbers |= self._answers([pair for inputs in batches for pair in inputs["pairs"]])
+        return _evaluated(numbers, metric_key_prefix, len(rows))
+
+    def _answers(self, pairs: list[TokenizedPair]) -> dict[str, float]:
+        """Numbers of the model's own answers to the first prompts; a run never ends with them."""
+        if not self._can_answer or not self.args.eval_completions:
+            return {}
+        try:
+            return completion_numbers(
+                self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed
+            )
+        except Exception as error:
+            self._can_answer = False
+            reason = (str(error).splitlines() or [""])[0][:200]
+            say(f"Evaluations answer no prompts: {type(error).__name__}: {reason}")
+            return {}
 
     def _may_stop_evaluating(self) -> bool:
         """Whether Ctrl-C asks for an end, and no choice of the best model hangs on the numbers."""

@@ -63,6 +63,7 @@ def test_every_option_of_trl_exists() -> None:
 def test_every_metric_is_one_that_is_logged(tmp_path: Path) -> None:
     trainer = pair_trainer(tmp_path, tiny_tokenizer(), max_steps=1)
     trainer.train()
+    trainer.evaluate(trainer.train_dataset)
     logged = {name for entry in trainer.state.log_history for name in entry}
     wanted = {name for row in table("Metrics") for name in names(row[1])}
     assert wanted - logged == {"rmipo/dropped_pairs"}  # logged when there are any

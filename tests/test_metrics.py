@@ -40,6 +40,7 @@ def test_means_over_pairs_whatever_the_parts(tmp_path: Path) -> None:
     assert reduced["rewards/margins"] == pytest.approx(2.0)
     assert reduced["rmipo/gamma"] == pytest.approx(0.8)
     assert reduced["rmipo/gamma_at_max"] == pytest.approx(1 / 3)
+    assert reduced["rmipo/gamma_at_min"] == pytest.approx(1 / 3)  # up to 0.3 + 0.05 * 1.3
     assert reduced["rmipo/pmi_undefined"] == pytest.approx(1 / 3)
     assert reduced["rmipo/pmi_chosen"] == pytest.approx(2.0)
     assert reduced["lengths/chosen"] == 4.0

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import rmipo_lite
 from rmipo_lite import one_liner, preflight
 from rmipo_lite.generation import Answer, Comparison
-from rmipo_lite.one_liner import runaway_warning, swapped_labels_warning
 from rmipo_lite.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 
@@ -79,26 +78,6 @@ def test_held_out_prompts_are_answered_before_and_after(tokenizer: Any, tmp_path
     assert "What is 1 and 1?" in result._repr_html_()
     none = _train(str(MODEL), tokenizer, tmp_path / "b", eval_dataset=rows[:5], sample_prompts=0)
     assert none._samples is None
-
-
-@pytest.mark.parametrize(("before", "after", "warns"), [(0, 2, True), (2, 2, False), (1, 0, False)])
-def test_answers_that_no_longer_end_are_told(
-    before: int, after: int, warns: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def answers(cut: int) -> list[Answer]:
-        texts = [Answer("text") for _ in range(3)]
-        for text in texts[:cut]:
-            text.ended = False
-        return texts
-
-    result = SimpleNamespace(
-        held_out_prompts=["a", "b", "c"], stopped_at_step=None, model=Mock(spec=PeftModel),
-        args=SimpleNamespace(sample_prompts=3),
-        compare=lambda prompts, **_: Comparison(prompts, answers(before), answers(after)),
-    )  # fmt: skip
-    one_liner._answer_samples(result)  # type: ignore[arg-type]
-    said = capsys.readouterr().out
-    assert ("WARNING: 2 of 3 sample answers had not ended after 64 tokens" in said) == warns
 
 
 def test_a_look_at_the_answers_never_ends_a_run(
@@ -243,30 +222,6 @@ def test_four_bit_trains(tokenizer: Any, tmp_path: Path) -> None:
     assert result.metrics["eval_loss"] < result.metrics_before["eval_loss"]
     moved = [p for n, p in result.model.named_parameters() if "lora_B" in n]
     assert all(p.abs().max() > 0 for p in moved)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "warns"),
-    [(-4.4, -7.9, True), (-4.4, -4.9, False), (-4.4, -3.0, False)],
-)
-def test_a_margin_won_by_forgetting_is_said(before: float, after: float, warns: bool) -> None:
-    name = "eval_logps/chosen"
-    warning = runaway_warning({name: before}, {name: after})
-    assert (warning is not None) == warns
-    if warning is not None:
-        assert "less likely, by 3.5 nats per token" in warning
-    assert runaway_warning({}, {}) is None
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "pairs", "warns"), [(0.35, 40, True), (0.35, 10, False), (0.45, 40, False)]
-)
-def test_swapped_labels_are_suspected(accuracy: float, pairs: int, warns: bool) -> None:
-    warning = swapped_labels_warning({"eval_rewards/accuracies": accuracy}, pairs)
-    assert (warning is not None) == warns
-    if warning is not None:
-        assert "the rejected side likelier in 65% of 40 held-out pairs" in warning
-    assert swapped_labels_warning({}, 100) is None
 
 
 def test_the_plan_is_told_before_and_kept(

@@ -92,7 +92,8 @@ def test_training_lowers_the_loss_and_logs_the_method(tmp_path: Path, tokenizer:
     for name in (
         "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
         "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected", "num_tokens",
-        "rmipo/gamma", "rmipo/gamma_std", "rmipo/gamma_at_max", "rmipo/pmi_gap",
+        "rmipo/gamma", "rmipo/gamma_std", "rmipo/gamma_at_max", "rmipo/gamma_at_min",
+        "rmipo/pmi_gap",
         "rmipo/pmi_chosen", "rmipo/pmi_rejected", "rmipo/pmi_undefined", "grad_norm",
     ):  # fmt: skip
         assert name in log, name

@@ -48,7 +48,7 @@ def _fails_at(place: str, error: type[BaseException]) -> Any:
         "self-check": ("rmipo_lite.trainer.packing_problem", ""),
         "a step": ("rmipo_lite.step.read_head", ""),
         "the update": ("torch.optim.AdamW.step", ""),
-        "the report": ("rmipo_lite.one_liner.runaway_warning", ""),
+        "the result": ("rmipo_lite.one_liner.TrainResult", ""),
     }[place]
     return mock.patch(owner + name, side_effect=error("planted"))
 
@@ -58,7 +58,7 @@ _ENDINGS: tuple[tuple[str, type[BaseException]] | None, ...] = (
     ("self-check", _Planted),
     ("a step", _Planted),
     ("the update", KeyboardInterrupt),
-    ("the report", _Planted),
+    ("the result", _Planted),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite import data, data_report, one_liner
+from rmipo_lite import data, data_report, symptoms
 from rmipo_lite.selftest.mistakes import MISTAKES
 
 NAMES = [mistake.what for mistake in MISTAKES]
@@ -37,7 +37,7 @@ def test_alarms(try_check) -> None:
 def test_alarms_that_are_silent_or_false_are_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_liner, "swapped_labels_warning", lambda *_: None)
+    monkeypatch.setattr(symptoms, "_REJECTED_SHARE", 1.0)
     monkeypatch.setattr(data_report, "LENGTH_BIAS_SHARE", 0.3)
     lost = {loss.trial: loss.message for loss in try_check(38, 0, 2).losses}
     assert "no word of it" in lost[0]
