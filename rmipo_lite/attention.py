@@ -14,7 +14,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,9 +46,12 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segment_plan: SegmentPlan | None = None,
+    attend: Callable[..., Tensor] = scaled_dot_product_attention,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, T, heads, D)
     """Attend within each segment of the plan and to the segment's prefix.
+
+    `attend` is what each segment's attention is computed with.
 
     Raises:
         ValueError: no plan came (the row is not packed), or the model wants a kind of attention
@@ -89,9 +92,7 @@ def segment_attention(
         else:
             # No mask means plain causal, which the fast kernels know by themselves.
             pieces.append(
-                scaled_dot_product_attention(
-                    q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-                )
+                attend(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
             )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
@@ -155,8 +156,10 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 @contextmanager
-def packed_attention(model: nn.Module) -> Iterator[None]:
+def packed_attention(model: nn.Module, name: str = ATTENTION_NAME) -> Iterator[None]:
     """Let the model attend by segments inside the block, and as before after it.
+
+    `name` is under which transformers' interface knows the function.
 
     The backward pass belongs inside: gradient checkpointing runs the forward pass again in it.
     """
@@ -164,9 +167,9 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = ATTENTION_NAME
+            config._attn_implementation = name
         yield
     finally:
         # Parents first: setting a parent's value writes its sub-configs' too.
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own

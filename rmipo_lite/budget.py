@@ -1,13 +1,14 @@
 """How many tokens go through the model at once: `max_tokens_per_microstep="auto"`.
 
-The head never holds logits, so what a micro-step costs is its activations. The estimate is a count
-over the model's shape, on the safe side of what was measured (tests/test_budget.py); where it errs
-all the same, `step.py` halves the budget and repeats the step. Checkpointing is a last resort: it
-costs a second forward pass, and goes on where the longest pair would not fit without.
+The head never holds logits, so what a micro-step costs is its activations. They are counted from
+the model's config (footprint.py); where the count errs all the same, `step.py` halves the budget
+and repeats the step. Checkpointing is a last resort: it costs a second forward pass, and goes on
+where the longest pair would not fit without.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.device_memory import free_bytes
+from rmipo_lite.footprint import Activations, activations_of, optimizer_width, setup_of
 from rmipo_lite.model import can_checkpoint, causal_lm, device_of, read_head
 from rmipo_lite.ops import head_buffer_bytes
 
@@ -24,13 +26,7 @@ _MOST_ON_CPU = 4096
 _LEAST, _MOST = 512, 32768
 # Of the free memory; the rest is for fragmentation and what other programs will want.
 _ACTIVATIONS_SHARE = 0.6
-# Activations a transformer block keeps for its backward pass, in multiples of hidden size (norms,
-# q, k, v, attention output, residuals) and of the MLP's inner size (gate, up, their product), and
-# the gradients that pass through it. Measured on a Llama: 12 to 14 and 4, without those gradients.
-_HIDDEN_COPIES, _INNER_COPIES = 16, 5
 _CUDA_TEXTS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-# Gradient and AdamW's two moments of a trained weight, fp32.
-_TRAINED_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -46,36 +42,57 @@ def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> Micro
 
     `longest` is what the longest pair takes alone, tokens: a pair can't be cut.
     """
-    room = max(0.0, _ACTIVATIONS_SHARE * free_bytes(device_of(model)) - fixed_bytes(model))
+    device = device_of(model)
+    return choose(
+        lambda checkpointing: activations(model, args, checkpointing),
+        free=free_bytes(device) - fixed_bytes(model, args),
+        longest=longest,
+        args=args,
+        on_cuda=device.type == "cuda",
+        may_checkpoint=can_checkpoint(model),
+    )
+
+
+def choose(
+    activations: Callable[[bool], Activations],
+    *,
+    free: float,
+    longest: int,
+    args: RMiPOConfig,
+    on_cuda: bool,
+    may_checkpoint: bool = True,
+) -> MicroStepPlan:
+    """The same for a model that need not be there.
+
+    Args:
+        activations: of a micro-step, by whether they are computed again.
+        free: bytes left beside the weights and what a step takes whatever its tokens.
+        longest: tokens of the longest pair.
+    """
+    room = max(0.0, _ACTIVATIONS_SHARE * free)
     asked = args.max_tokens_per_microstep
     checkpointing = args.wants_checkpointing
-    if args.checkpointing_is_open and can_checkpoint(model):
-        checkpointing = longest > room / activation_bytes_per_token(model, args, False)
+    if args.checkpointing_is_open and may_checkpoint:
+        checkpointing = longest > activations(False).tokens_in(room)
     if isinstance(asked, int):
         return MicroStepPlan(asked, checkpointing)
-    fits = int(room / activation_bytes_per_token(model, args, checkpointing))
-    most = _MOST if device_of(model).type == "cuda" else _MOST_ON_CPU
-    return MicroStepPlan(min(max(fits, _LEAST), most), checkpointing)
+    fits = activations(checkpointing).tokens_in(room)
+    return MicroStepPlan(min(max(fits, _LEAST), _MOST if on_cuda else _MOST_ON_CPU), checkpointing)
 
 
-def fixed_bytes(model: nn.Module) -> int:
+def activations(model: nn.Module, args: RMiPOConfig, checkpointing: bool) -> Activations:
+    """What a loaded model's micro-steps take."""
+    setup = setup_of(model, args.dtype)
+    return activations_of(causal_lm(model).config, setup, checkpointing)
+
+
+def fixed_bytes(model: nn.Module, args: RMiPOConfig) -> int:
     """What a step takes whatever its tokens: gradients, optimizer, the head's buffer."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return _TRAINED_BYTES * trained + head_buffer_bytes(read_head(model).weight)
-
-
-def activation_bytes_per_token(model: nn.Module, args: RMiPOConfig, checkpointing: bool) -> int:
-    """Bytes that one token's activations take until the backward pass."""
-    config = causal_lm(model).config.get_text_config()
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    itemsize = 2 if args.bf16 or args.fp16 else 4
-    layers = int(config.num_hidden_layers)
-    block = (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * itemsize
-    if checkpointing:
-        # Only every block's input is kept, and one block's activations at a time.
-        return layers * hidden * itemsize + block
-    return layers * block
+    width = optimizer_width(str(getattr(args.optim, "value", args.optim)))
+    trained = sum(
+        p.numel() * (p.element_size() + width) for p in model.parameters() if p.requires_grad
+    )
+    return trained + head_buffer_bytes(read_head(model).weight)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -320,6 +320,13 @@ class RMiPOConfig(TrainingArguments):
         return int(self.per_device_train_batch_size) * int(self.gradient_accumulation_steps)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the run computes in, and what weights that it loads are in."""
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    @property
     def uses_prior(self) -> bool:
         """Whether the loss needs the response scored without its prompt."""
         return self.loss_type == "rmipo"

@@ -13,7 +13,7 @@ no DoRA or other variant, no dropout. Everything else keeps peft's own forward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -59,13 +59,15 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     (adapter,) = self.active_adapters
     a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
     rows, device = x.reshape(-1, x.shape[-1]), x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in _CAST_BY_AUTOCAST:
+    # A model on no device at all, whose passes are only counted (footprint.py), has no autocast.
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if is_autocast and x.dtype in _CAST_BY_AUTOCAST:
         rows = rows.to(torch.get_autocast_dtype(device))
     elif not x.dtype == a.dtype == self.base_layer.weight.dtype:
         # The adapter is to be computed in another precision than the base layer: peft's rules.
         return type(self).forward(self, x, *args, **kwargs)
     base = self.base_layer(rows)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
         out = _AddLora.apply(base, rows, a, b, self.scaling[adapter])
     return out.view(*x.shape[:-1], out.shape[-1])
 

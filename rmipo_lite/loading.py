@@ -30,6 +30,7 @@ from rmipo_lite.adapter_files import require_adapter_weights
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.device_memory import free_bytes
 from rmipo_lite.display import in_notebook, in_terminal
+from rmipo_lite.footprint import Setup, weights_of
 from rmipo_lite.model import causal_lm
 from rmipo_lite.model_files import (
     ADAPTER_CONFIG,
@@ -97,7 +98,7 @@ def load_model(
     if folder is not None:
         check_model_folder(folder)
         name = str(folder)
-    kwargs: dict[str, Any] = {"dtype": weight_dtype(args), "use_safetensors": True, **_NO_CODE}
+    kwargs: dict[str, Any] = {"dtype": args.dtype, "use_safetensors": True, **_NO_CODE}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if torch.cuda.is_available() and not args.use_cpu:
@@ -123,13 +124,6 @@ def watched_bars(*, downloads: bool = False) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-def weight_dtype(args: RMiPOConfig) -> torch.dtype:
-    """The dtype weights load in: what the run computes in."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else torch.float32
 
 
 def quantization_for(
@@ -160,7 +154,7 @@ def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=weight_dtype(args),
+        bnb_4bit_compute_dtype=args.dtype,
     )
 
 
@@ -169,10 +163,13 @@ def _too_large(name: str, args: RMiPOConfig) -> bool:
         return False
     with told("model", name, "Wanted a causal language model: a folder, or a hub name"):
         config = AutoConfig.from_pretrained(existing_folder(name) or name, **_NO_CODE)
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
-    weight_bytes = sum(p.numel() for p in shell.parameters()) * weight_dtype(args).itemsize
+    setup = Setup(args.dtype, peft_config=None)
     free = free_bytes(torch.device("cuda", torch.cuda.current_device()))
+    return wants_4bit(weights_of(config, setup).loaded_bytes(setup), free)
+
+
+def wants_4bit(weight_bytes: float, free: float) -> bool:
+    """What quantization="auto" decides on a card, by the bytes of the 16-bit weights and free."""
     return weight_bytes > _WEIGHTS_SHARE * free
 
 

@@ -23,6 +23,7 @@ from peft import PeftModel
 from rmipo_lite import batch
 from rmipo_lite.device_memory import end_peak, start_peak
 from rmipo_lite.display import duration
+from rmipo_lite.footprint import optimizer_width
 from rmipo_lite.model import device_of
 from rmipo_lite.state_io import kept_random_state
 from rmipo_lite.tokenization import TokenizedPair
@@ -187,16 +188,7 @@ def _measure(
 
 def _moment_bytes(trainer: RMiPOTrainer) -> int:
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return trained * _moment_width(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
-
-
-def _moment_width(optimizer: str) -> int:
-    """Bytes that an optimizer keeps for every trained number."""
-    if "8bit" in optimizer:
-        return 2
-    if optimizer in ("sgd", "adafactor"):
-        return 0
-    return 8
+    return trained * optimizer_width(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
 
 
 # ---- counted --------------------------------------------------------------------------------

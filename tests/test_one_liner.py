@@ -7,9 +7,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rmipo_lite
 from rmipo_lite import one_liner, preflight
-from rmipo_lite.generation import Answer, Comparison
 from rmipo_lite.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 

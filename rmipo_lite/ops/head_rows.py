@@ -27,6 +27,7 @@ _CHUNK_ROWS = (128, 256)
 _CARD_BYTES, _CARD_SHARE = 4 * 10**8, 1 / 40
 _CARD_ROWS = (128, 1024)
 _LEAST_CACHED_ROWS = 256
+CPU_BUFFER_BYTES = 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
 # Rows of the weight that are cast at a time on the CPU: 16 MiB in float32 at H = 512.
 _BLOCK_ELEMENTS = 2**22
 
@@ -69,8 +70,14 @@ def head_buffer_bytes(weight: Tensor) -> int:
     For a frozen head and the kernels; plain PyTorch and a trained head take more on the CPU.
     """
     if weight.device.type == "cpu":
-        return 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
+        return CPU_BUFFER_BYTES
     return chunk_rows(weight) * weight.shape[0] * _row_itemsize(weight)
+
+
+def card_buffer_bytes(vocab_size: int, cache_bytes: int, memory_bytes: int) -> int:
+    """The same for a 16-bit head on a card with such a second-level cache and memory."""
+    row_bytes = 6 * vocab_size
+    return card_rows(row_bytes, cache_bytes, memory_bytes) * row_bytes
 
 
 class Head:
