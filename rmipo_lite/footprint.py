@@ -300,7 +300,7 @@ def _remembered(
         what,
         type(config).__name__,
         json.dumps(config.to_dict(), sort_keys=True, default=str),
-        str(setup.dtype),
+        str(setup.dtype.itemsize),
         "" if peft is None else json.dumps(peft.to_dict(), sort_keys=True, default=sorted_text),
         str((setup.quantized, checkpointing)),
     )

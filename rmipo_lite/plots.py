@@ -116,7 +116,7 @@ def _draw(axes: Axes, panel: _Panel, history: History) -> None:
     axes.legend(fontsize="small")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches, made without pyplot, that a notebook shows all the same."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -134,12 +134,12 @@ def figure(history: History) -> Figure:
     """The run's curves in one matplotlib figure; an empty history gives a figure that says so."""
     panels = _panels(history)
     if not panels:
-        empty = _figure(5, 1.5)
+        empty = new_figure(5, 1.5)
         empty.text(0.5, 0.5, "no metric was logged", ha="center", va="center")
         return empty
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    drawn = _figure(4 * columns, 2.8 * rows)
+    drawn = new_figure(4 * columns, 2.8 * rows)
     for place, panel in enumerate(panels, start=1):
         _draw(drawn.add_subplot(rows, columns, place), panel, history)
     return drawn
@@ -162,7 +162,7 @@ def svgs(history: History) -> list[str]:
     drawn = []
     with matplotlib.rc_context(colors):
         for panel in _panels(history):
-            small = _figure(4, 2.8)
+            small = new_figure(4, 2.8)
             small.patch.set_alpha(0.0)
             axes = small.add_subplot()
             axes.patch.set_alpha(0.0)

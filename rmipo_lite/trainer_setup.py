@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rmipo_lite.adapter_files import non_finite_weight
 from rmipo_lite.config import RMiPOConfig, TokenizationMode, TruncationMode
@@ -50,8 +50,12 @@ def refuse_other_vocabulary(pairs: Sequence[TokenizedPair], model: nn.Module) ->
 
 def tokenization_options(args: RMiPOConfig, model: nn.Module) -> TokenizationOptions:
     """The run's tokenisation, `max_length` clamped to the model's context (with one line)."""
-    config = causal_lm(model).config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    return options_for(args, causal_lm(model).config)
+
+
+def options_for(args: RMiPOConfig, config: PretrainedConfig) -> TokenizationOptions:
+    """The same for a model of which only the config is there."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_length = args.max_length
     if context is not None and (max_length is None or max_length > context):
         if max_length is not None:

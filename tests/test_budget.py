@@ -4,20 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
-from rmipo_lite import batch, budget, device_memory
-from rmipo_lite.budget import (
-    MicroStepPlan,
-    activation_bytes_per_token,
-    is_out_of_memory,
-    plan_micro_steps,
-)
+from rmipo_lite import budget, device_memory
+from rmipo_lite.budget import MicroStepPlan, is_out_of_memory, plan_micro_steps
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.loading import attach_adapter
-from rmipo_lite.model import scored_hidden
-from rmipo_lite.selftest.parts import random_pairs, tiny_model
-from rmipo_lite.step import PairStep
+from rmipo_lite.ops import CPU_BUFFER_BYTES
+from rmipo_lite.selftest.parts import tiny_model
 
 
 def _args(tmp_path: Path, **options: object) -> RMiPOConfig:
@@ -33,12 +26,17 @@ def test_a_number_is_taken_as_it_is(tmp_path: Path) -> None:
     assert plan == MicroStepPlan(max_tokens=77, checkpointing=False)
 
 
+def _free_for(model: nn.Module, args: RMiPOConfig, tokens: float) -> int:
+    """Free memory that leaves room for so many tokens without checkpointing."""
+    per_step = budget.activations(model, args, False).bytes_of(tokens)
+    return int(budget.fixed_bytes(model, args) + per_step / 0.6)
+
+
 def test_auto_follows_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args = tiny_model(), _args(tmp_path)
     _free(monkeypatch, 2**40)
     assert plan_micro_steps(model, args, 100).max_tokens == 4096  # more doesn't pay on a CPU
-    per_token = activation_bytes_per_token(model, args, False)
-    _free(monkeypatch, int((budget.fixed_bytes(model) + 1000.5 * per_token) / 0.6))
+    _free(monkeypatch, _free_for(model, args, 1000.5))
     plan = plan_micro_steps(model, args, 100)
     assert plan.max_tokens == 1000
     assert not plan.checkpointing
@@ -48,8 +46,7 @@ def test_checkpointing_only_where_the_longest_pair_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, args = tiny_model(), _args(tmp_path)
-    per_token = activation_bytes_per_token(model, args, False)
-    _free(monkeypatch, int((budget.fixed_bytes(model) + 700.5 * per_token) / 0.6))
+    _free(monkeypatch, _free_for(model, args, 700.5))
     assert not plan_micro_steps(model, args, 700).checkpointing
     needed = plan_micro_steps(model, args, 701)
     assert needed.checkpointing
@@ -61,44 +58,12 @@ def test_checkpointing_only_where_the_longest_pair_needs_it(
     assert plan_micro_steps(model, _args(tmp_path, gradient_checkpointing=True), 5).checkpointing
 
 
-def test_activations_by_hand(tmp_path: Path) -> None:
-    """2 layers of (16 * 32 + 5 * 48) floats of 4 bytes; checkpointed, 2 inputs and one block."""
-    args, block = _args(tmp_path), 16 * 32 + 5 * 48
-    assert activation_bytes_per_token(tiny_model(), args, False) == 2 * block * 4
-    assert activation_bytes_per_token(tiny_model(), args, True) == (2 * 32 + block) * 4
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("inner", [64, 512])
-def test_the_count_bounds_what_autograd_keeps(bf16: bool, inner: int, tmp_path: Path) -> None:
-    """Measured by collecting every tensor saved for backward: below the count, above half of it."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=128, intermediate_size=inner, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, dtype=dtype,
-    )  # fmt: skip
-    model = attach_adapter(LlamaForCausalLM(config).to(dtype), "new").train()
-    args = _args(tmp_path, bf16=bf16)
-    step = PairStep(
-        model, args, 10**6, packing=True,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-    )  # fmt: skip
-    inputs = batch.policy_input(random_pairs(4, longest=200), packing=True)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with step._engaged(), step.autocast(), hooks:
-        hidden = scored_hidden(model, inputs)
-    assert hidden.requires_grad
-    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    count = activation_bytes_per_token(model, args, False) * inputs.num_tokens
-    assert 0.5 * count < kept < count
+def test_what_is_trained_takes_gradient_and_moments(tmp_path: Path) -> None:
+    model = tiny_model()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for optimizer, width in (("adamw_torch", 8), ("adamw_8bit", 2), ("sgd", 0)):
+        args = _args(tmp_path, optim=optimizer)
+        assert budget.fixed_bytes(model, args) == trained * (4 + width) + CPU_BUFFER_BYTES
 
 
 @pytest.mark.parametrize(
@@ -153,7 +118,7 @@ def test_auto_on_a_gpu_stays_below_its_memory(tmp_path: Path) -> None:
     tokens = plan_micro_steps(model, args, 100).max_tokens
     free, _ = torch.cuda.mem_get_info()
     assert 512 <= tokens <= 32768
-    assert tokens * activation_bytes_per_token(model, args, False) < free
+    assert budget.activations(model, args, False).bytes_of(tokens) < free
 
 
 @pytest.mark.parametrize(("share", "free"), [(1.0, 61), (0.1, 4), (0.01, 0)])

@@ -79,7 +79,7 @@ def _keeps_memory() -> bool:
 
 
 def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
-    from rmipo_lite.bench import data, gpu_head, gpu_step, head, memory, methods, step
+    from rmipo_lite.bench import data, estimates, gpu_head, gpu_step, head, memory, methods, step
 
     if what == "data":
         return data.bench(
@@ -93,6 +93,8 @@ def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) ->
         return chain(gpu_head.bench(rehearse=quick), gpu_step.bench(rehearse=quick))
     if what == "methods":
         return methods.bench(3, (1e-3,), (0,)) if quick else methods.bench()
+    if what == "estimate":
+        return estimates.bench(estimates.CASES[:1], steps=2) if quick else estimates.bench()
     if what == "memory":
         if quick:
             return memory.bench([(32000, "fp32")], draws=1)
