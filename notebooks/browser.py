@@ -1,6 +1,6 @@
 """Opens notebooks and reports in a real browser, and takes the README's pictures.
 
-    python notebooks/browser.py           # docs/live_view.png, docs/report.png
+    python notebooks/browser.py           # docs/live_view.png, report.png, and three more
 
 JupyterLab is started on a copy of a notebook, headless Chromium (the system's own, driven by
 Playwright) opens it, runs all cells and waits for the kernel. `tests/test_browser.py` does so too.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -158,6 +159,40 @@ def code_cells(path: Path) -> int:
     return sum(cell["cell_type"] == "code" for cell in cells)
 
 
+def write_looks(folder: Path) -> dict[str, Path]:
+    """Pages of what is there before, during and after a run, by the picture's name."""
+    from transformers import LlamaConfig
+
+    import rmipo_lite
+    from rmipo_lite import demo, plots, report
+
+    rows = demo.load_rows()
+    swapped = set(random.Random(1).sample(range(len(rows)), 80))
+    flawed = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i in swapped else row
+        for i, row in enumerate(rows)
+    ]
+    look = rmipo_lite.inspect(flawed, demo.MODEL)
+    shape = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+        name_or_path="the shape of Llama-3-8B",
+    )  # fmt: skip
+    estimate = rmipo_lite.estimate(shape, gpu="RTX 3060 12GB")
+    tables = [("Memory and time", estimate._repr_html_()), ("", plots.svg(estimate.plot()))]
+    ruined = rmipo_lite.train(
+        demo.MODEL, demo.length_biased_rows(), output_dir=folder / "wordy", learning_rate=3e-3,
+        max_steps=90, logging_steps=5,
+    )  # fmt: skip
+    return {
+        "inspect": look.report(folder / "inspect.html"),
+        "estimate": report.write_report(
+            folder / "estimate.html", report.page("Before a run", "Nothing is loaded.", tables)
+        ),
+        "findings": ruined.report(folder / "findings.html"),
+    }
+
+
 def main() -> int:
     """Take the pictures."""
     DOCS.mkdir(exist_ok=True)
@@ -176,6 +211,11 @@ def main() -> int:
         with browser_page(viewport={"width": 1000, "height": 1250}) as page:
             page.goto((folder / "quickstart" / "run.html").as_uri())
             page.screenshot(path=DOCS / "report.png")
+        looks = write_looks(folder)
+        for picture, height in (("inspect", 1215), ("estimate", 1460), ("findings", 650)):
+            with browser_page(viewport={"width": 1000, "height": height}) as page:
+                page.goto(looks[picture].as_uri())
+                page.screenshot(path=DOCS / f"{picture}.png")
     return 0
 
 

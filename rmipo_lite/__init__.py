@@ -17,7 +17,9 @@ _HOME = {
     "RMiPOConfig": "config",
     "RMiPOTrainer": "trainer",
     "TrainResult": "result",
+    "estimate": "estimation",
     "info": "environment",
+    "inspect": "inspection",
     "linear_logps": "ops",
     "rmipo_loss": "ops",
     "train": "one_liner",
@@ -28,7 +30,9 @@ __all__ = [
     "RMiPOTrainer",
     "TrainResult",
     "__version__",
+    "estimate",
     "info",
+    "inspect",
     "linear_logps",
     "rmipo_loss",
     "train",
@@ -43,6 +47,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 if TYPE_CHECKING:
     from rmipo_lite.config import RMiPOConfig
     from rmipo_lite.environment import info
+    from rmipo_lite.estimation import estimate
+    from rmipo_lite.inspection import inspect
     from rmipo_lite.one_liner import train
     from rmipo_lite.ops import linear_logps, rmipo_loss
     from rmipo_lite.result import TrainResult

@@ -59,12 +59,11 @@ def _train(given: dict[str, Any]) -> int:
 
 def _inspect(given: dict[str, Any]) -> int:
     options = _options("inspect", given, "dataset")
-    report, top = options.pop("report", None), options.pop("top", None)
+    report, top = options.pop("report", None), options.pop("top", 3)
     import rmipo_lite
 
     inspection = rmipo_lite.inspect(options.pop("dataset"), options.pop("model", None), **options)
-    say(str(inspection))
-    del top
+    say(inspection.text(top))
     if report is not None:
         inspection.report(report)
     return OK

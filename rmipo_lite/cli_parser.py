@@ -145,7 +145,9 @@ def _add_inspect(commands: Any, argv: Sequence[str]) -> None:
         "--output_dir", "--output-dir", help="folder of the scores; a second call goes on there"
     )
     inspect.add_argument("--report", metavar="FILE", help="write an HTML page")
-    inspect.add_argument("--top", type=int, help="suspicious pairs to print (default: 10)")
+    inspect.add_argument(
+        "--top", type=int, help="suspicious pairs to print of each kind (default: 3)"
+    )
 
 
 def _add_estimate(commands: Any, argv: Sequence[str]) -> None:

@@ -163,8 +163,8 @@ class Estimate:
     def _repr_html_(self) -> str:
         return (
             f"<p><b>{report.escaped(self.title)}</b></p>"
-            f"{report.table(('', ''), self.facts())}{report.table(_HEAD, self._rows())}"
-            f"<p>{_TIME_NOTE}</p>"
+            f"{report.table(('part', 'takes'), self.facts())}<p>On common cards:</p>"
+            f"{report.table(_HEAD, self._rows())}<p>{_TIME_NOTE}</p>"
         )
 
     def to_pandas(self) -> pd.DataFrame:

@@ -167,11 +167,12 @@ def svgs(history: History) -> list[str]:
             axes = small.add_subplot()
             axes.patch.set_alpha(0.0)
             _draw(axes, panel, history)
-            drawn.append(_svg(small))
+            drawn.append(svg(small))
     return drawn
 
 
-def _svg(drawn: Figure) -> str:
+def svg(drawn: Figure) -> str:
+    """A figure as one `<svg>` element that takes the width it is given."""
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().replace(_INK, "currentColor")

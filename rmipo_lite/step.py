@@ -21,11 +21,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from rmipo_lite import batch, loss
 from rmipo_lite.attention import packed_attention
 from rmipo_lite.batch import ModelInput
-from rmipo_lite.budget import is_out_of_memory
+from rmipo_lite.budget import is_out_of_memory, plan_micro_steps
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.display import say
 from rmipo_lite.fused_lora import fused_lora
@@ -38,6 +39,7 @@ from rmipo_lite.model import (
     scored_hidden,
 )
 from rmipo_lite.ops import device_flag
+from rmipo_lite.selfcheck import packing_problem
 from rmipo_lite.state_io import random_state, set_random_state
 from rmipo_lite.tokenization import TokenizedPair
 
@@ -308,3 +310,54 @@ class PairStep:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.full_like(parameter, torch.inf)
+
+
+def make_step(
+    model: nn.Module,
+    args: RMiPOConfig,
+    pairs: Sequence[TokenizedPair],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prior_bos_id: int | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> PairStep:
+    """A `PairStep` for this model and data: packing where the self-check allows it, and a budget.
+
+    What it decides against the options it says in one line.
+
+    Args:
+        model: the model as it will run.
+        args: the options of the run.
+        pairs: what will run, or some of it: the self-check takes its sample from them, and the
+            longest decides on checkpointing. None at all: nothing is checked.
+        tokenizer: for the token that fills padded rows.
+        prior_bos_id: as for `PairStep`.
+        autocast: as for `PairStep`.
+
+    Raises:
+        UnsupportedModelError: our head disagrees with the model's own logits.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(i for i in ids if i is not None)
+    packing = args.packing
+    if packing and pairs:
+        problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
+        if problem is not None:
+            packing = False
+            say(f"Packed batches are off for this model, padded ones are used: {problem}")
+    longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
+    plan = plan_micro_steps(model, args, longest)
+    step = PairStep(
+        model=model,
+        args=args,
+        max_tokens=plan.max_tokens,
+        packing=packing,
+        prior_bos_id=prior_bos_id,
+        pad_id=pad_id,
+        autocast=autocast,
+    )
+    if plan.checkpointing:
+        step.enable_checkpointing()
+        if args.checkpointing_is_open:
+            say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
+    return step

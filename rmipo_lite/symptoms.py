@@ -133,8 +133,8 @@ def easy_pairs(chart: Chart) -> Finding | None:
         return None
     return Finding(
         "easy_pairs",
-        f"before any training the model already prefers the chosen side in {accuracy:.0%} of "
-        f"{chart.pairs} held-out pairs",
+        f"the model already prefers the chosen side in {accuracy:.0%} of {chart.pairs} held-out "
+        "pairs",
         "The pairs are too easy, or the model has seen them; held-out accuracy can't show progress "
         "here, so judge by answers, and look for harder pairs",
         level="note",

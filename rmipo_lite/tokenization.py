@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -25,9 +26,11 @@ __all__ = [
     "TokenizedPair",
     "encode_prompt",
     "prepare_tokenizer",
+    "tokenize_in_chunks",
     "tokenize_rows",
 ]
 
+_COLUMNS = ("prompt", "chosen", "rejected")
 MIN_ROWS_PER_PROCESS = 500  # below, starting a process costs more than it saves
 
 
@@ -48,10 +51,40 @@ def tokenize_rows(
     outcomes = _in_processes(rows, tokenizer, options)
     if outcomes is None:
         outcomes = tokenize(rows, tokenizer, options)
-    pairs = _count(outcomes, report)
+    counter = _Counter(report)
+    pairs = counter.add(outcomes)
+    counter.finish()
     if not pairs:
         raise ValueError(nothing_left(report))
     return pairs
+
+
+def tokenize_in_chunks(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizationOptions,
+    report: DataReport,
+    rows_per_chunk: int,
+) -> Iterator[list[Outcome]]:
+    """What becomes of the rows, some at a time: `tokenize_rows` where the ids of all are too many.
+
+    The report is complete when the iterator ends. All in this process: `options.num_proc` would
+    start processes for every chunk.
+
+    Raises:
+        ValueError: as `tokenize_rows`, at the first chunk, or at the end where no pair is left.
+    """
+    tokenizer = prepare_tokenizer(tokenizer, options.chat_template)
+    _check(rows, tokenizer, options)
+    counter = _Counter(report)
+    left = 0
+    for start in range(0, len(rows), rows_per_chunk):
+        outcomes = tokenize(rows[start : start + rows_per_chunk], tokenizer, options)
+        left += len(counter.add(outcomes))
+        yield outcomes
+    counter.finish()
+    if not left:
+        raise ValueError(nothing_left(report))
 
 
 def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -103,29 +136,43 @@ def _in_processes(
         return None
 
 
-def _count(outcomes: Sequence[Outcome], report: DataReport) -> list[TokenizedPair]:
-    """Move every outcome into the report; the pairs that are left."""
-    pairs: list[TokenizedPair] = []
-    kept = [outcome for outcome in outcomes if outcome.pair is not None]
-    for outcome in outcomes:
-        report.special_token_rows += outcome.special_text
-        report.identical_pairs += outcome.identical
-        if outcome.pair is not None:
-            pairs.append(outcome.pair)
-            continue
-        report.kept -= 1
-        if outcome.refused:
-            report.refuse(outcome.row, outcome.refused, outcome.example)
-        else:
-            report.drop(outcome.row, outcome.dropped, outcome.example)
-    report.check()
-    for outcome in kept:
+class _Counter:
+    """Moves outcomes into a report, as many at a time as there are; holds three ints a pair."""
+
+    def __init__(self, report: DataReport) -> None:
+        self._report = report
+        self._lengths = {name: array("q") for name in _COLUMNS}
+
+    def add(self, outcomes: Sequence[Outcome]) -> list[TokenizedPair]:
+        """Count these outcomes; the pairs that are left of them."""
+        report = self._report
+        pairs: list[TokenizedPair] = []
+        for outcome in outcomes:
+            report.special_token_rows += outcome.special_text
+            report.identical_pairs += outcome.identical
+            if outcome.pair is not None:
+                pairs.append(outcome.pair)
+                self._keep(outcome)
+                continue
+            report.kept -= 1
+            if outcome.refused:
+                report.refuse(outcome.row, outcome.refused, outcome.example)
+            else:
+                report.drop(outcome.row, outcome.dropped, outcome.example)
+        report.check()
+        return pairs
+
+    def _keep(self, outcome: Outcome) -> None:
+        report = self._report
         report.truncated_pairs += outcome.prompt_cut or outcome.responses_cut > 0
         report.truncated_prompts += outcome.prompt_cut
         report.truncated_responses += outcome.responses_cut
         report.chosen_longer_pairs += outcome.lengths[1] > outcome.lengths[2]
         report.template_stripped += outcome.stripped
         report.template_rewritten += outcome.rewritten
-    columns = zip(*(outcome.lengths for outcome in kept), strict=True)
-    report.set_lengths(**dict(zip(("prompt", "chosen", "rejected"), columns, strict=False)))
-    return pairs
+        for column, length in zip(self._lengths.values(), outcome.lengths, strict=True):
+            column.append(length)
+
+    def finish(self) -> None:
+        """Store the lengths' percentiles."""
+        self._report.set_lengths(**self._lengths)

@@ -30,8 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from rmipo_lite import batch, loading, metrics
-from rmipo_lite.budget import plan_micro_steps
+from rmipo_lite import loading, metrics
 from rmipo_lite.checkpoint import SafeCheckpointing
 from rmipo_lite.completions import completion_numbers
 from rmipo_lite.config import RMiPOConfig
@@ -43,9 +42,8 @@ from rmipo_lite.interrupt import GracefulInterrupt
 from rmipo_lite.metrics import PairValues
 from rmipo_lite.model import disable_dropout
 from rmipo_lite.run_log import RunLog
-from rmipo_lite.selfcheck import packing_problem
 from rmipo_lite.state_io import kept_random_state
-from rmipo_lite.step import PairStep, StepOutcome
+from rmipo_lite.step import PairStep, StepOutcome, make_step
 from rmipo_lite.tokenization import TokenizedPair, prepare_tokenizer, tokenize_rows
 from rmipo_lite.trainer_setup import (
     is_tokenized,
@@ -190,30 +188,14 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     # ---- set-up ---------------------------------------------------------------------------
 
     def _make_step(self, pairs: Sequence[TokenizedPair]) -> PairStep:
-        ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
-        pad_id = next(i for i in ids if i is not None)
-        packing = self.args.packing
-        if packing and pairs:
-            problem = packing_problem(self.model, pairs, self.args.kernel_impl, pad_id)
-            if problem is not None:
-                packing = False
-                say(f"Packed batches are off for this model, padded ones are used: {problem}")
-        longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
-        plan = plan_micro_steps(self.model, self.args, longest)
-        step = PairStep(
-            model=self.model,
-            args=self.args,
-            max_tokens=plan.max_tokens,
-            packing=packing,
+        return make_step(
+            self.model,
+            self.args,
+            pairs,
+            tokenizer=self._tokenizer,
             prior_bos_id=self._prior_bos_id,
-            pad_id=pad_id,
             autocast=self.accelerator.autocast,
         )
-        if plan.checkpointing:
-            step.enable_checkpointing()
-            if self.args.checkpointing_is_open:
-                say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
-        return step
 
     # ---- training -------------------------------------------------------------------------
 

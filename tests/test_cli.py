@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import rmipo_lite
+from rmipo_lite import demo
 from rmipo_lite.cli import main
 from rmipo_lite.cli_options import config_fields, convert
 from rmipo_lite.environment import info
@@ -185,3 +187,69 @@ def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None
     assert Path(found.cache).is_absolute()
     assert found.precision.split()[0] in ("fp32", "bf16", "fp16")
     assert str(found) == repr(found)
+
+
+# ---- looking before training ----------------------------------------------------------------
+
+
+def _pairs_file(folder: Path) -> Path:
+    path = folder / "pairs.jsonl"
+    rows = demo.load_rows()[:40]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_inspect_prints_and_writes_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = _pairs_file(tmp_path), tmp_path / "data.html"
+    assert main(["inspect", str(file)]) == 0
+    assert "prompt, words" in capsys.readouterr().out
+    words = [str(file), "--model", str(demo.MODEL), "--report", str(page), "--top", "1"]
+    assert main(["inspect", *words, "--loss_type=simpo", "--output-dir", str(tmp_path / "s")]) == 0
+    said = capsys.readouterr().out
+    assert "Under tiny-llama" in said
+    assert "gamma, reward units             0.500    0.500" in said  # simpo's constant one
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (tmp_path / "s").is_dir()
+
+
+def test_estimate_prints_the_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _pairs_file(tmp_path)
+    words = [str(demo.MODEL), str(file), "--gpu", "T4", "--max_length", "128"]
+    assert main(["estimate", *words]) == 0
+    said = capsys.readouterr().out
+    assert "on T4 16GB (nothing was loaded)" in said
+    assert "40 of 40 rows" in said
+    assert "RTX 5090 32GB" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["inspect"], 2, "inspect: dataset missing: rmipo-lite inspect DATASET"),
+        (["estimate"], 2, "estimate: model missing: rmipo-lite estimate MODEL"),
+        (["estimate", str(demo.MODEL), "--gpu", "potato"], 1, "no card is known as 'potato'"),
+        (["estimate", str(demo.MODEL), "--gqu", "T4"], 2, "(did you mean --gpu?)"),
+        (["inspect", "absent.jsonl"], 1, "absent.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_options_files_know_each_commands_own_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {demo.MODEL}\ngpu: 8GB\nbeta: 3\n", encoding="utf-8")
+    assert main(["estimate", "--config", str(file)]) == 0
+    assert "on 8 GB card" in capsys.readouterr().out
+    file.write_text("resume: true\n", encoding="utf-8")
+    assert main(["estimate", str(demo.MODEL), "--config", str(file)]) == 2
+    assert "unknown option 'resume'" in capsys.readouterr().err

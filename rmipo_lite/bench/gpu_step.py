@@ -34,6 +34,8 @@ from rmipo_lite.bench.rounds import summarize
 from rmipo_lite.budget import is_out_of_memory
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
+from rmipo_lite.estimation import estimate
+from rmipo_lite.footprint import setup_of
 from rmipo_lite.loading import attach_adapter
 from rmipo_lite.model import disable_dropout, enable_checkpointing
 from rmipo_lite.tokenization import TokenizedPair
@@ -78,6 +80,7 @@ class Measured(NamedTuple):
     seconds: list[float]  # of each step
     reserved: int  # peak, bytes
     note: str  # how it ran: micro-step, checkpointing
+    estimated: int = 0  # bytes that `estimate` counts for our run, the driver's context left out
 
 
 def bench(rehearse: bool = False) -> Iterator[Record]:
@@ -119,6 +122,8 @@ def _rows(impl: str, shape: str, case: Measured) -> Iterator[Record]:
     yield row("time", "s", case.seconds)
     yield row("pairs per second", "1/s", [PAIRS / s for s in case.seconds])
     yield row("peak reserved", "GiB", [case.reserved / 2**30])
+    if case.estimated:
+        yield row("peak estimated", "GiB", [case.estimated / 2**30])
 
 
 def _ratio(
@@ -229,7 +234,20 @@ def _ours(model: nn.Module, length: Lengths, device: torch.device) -> Measured:
         step = trainer.pair_step
     way = "packed" if step.packing else "padded"
     note = f"{way}, {step.max_tokens} tokens{', checkpointing' if step.checkpointing else ''}"
-    return Measured(clock.seconds[WARM:], _peak(device), note)
+    return Measured(clock.seconds[WARM:], _peak(device), note, _estimated(model, length))
+
+
+def _estimated(model: nn.Module, length: Lengths) -> int:
+    """What is counted from the model's config for this machine, whole card."""
+    setup = setup_of(model, torch.bfloat16)
+    fit = estimate(
+        model,
+        _pairs(model, length),
+        quantization="4bit" if setup.quantized else "none",
+        per_device_train_batch_size=PAIRS,
+        max_length=sum(length),
+    ).fit
+    return fit.peak - fit.parts["context"]
 
 
 def _trl(model: nn.Module, length: Lengths, device: torch.device) -> Measured:

@@ -45,7 +45,7 @@ class _Planted(RuntimeError):
 def _fails_at(place: str, error: type[BaseException]) -> Any:
     """Let train() fail in the middle: while it packs, steps, evaluates or saves."""
     owner, name = {
-        "self-check": ("rmipo_lite.trainer.packing_problem", ""),
+        "self-check": ("rmipo_lite.step.packing_problem", ""),
         "a step": ("rmipo_lite.step.read_head", ""),
         "the update": ("torch.optim.AdamW.step", ""),
         "the result": ("rmipo_lite.one_liner.TrainResult", ""),
