@@ -109,6 +109,10 @@ def model_card(result: TrainResult) -> str:
             if rows
             else "None was measured.",
             "",
+            "## Findings",
+            "",
+            _code(redact_text(str(result.findings))),
+            "",
             "## What may be concluded",
             "",
             _CLAIMS,

@@ -21,8 +21,8 @@ Kind = Literal["label", "generic", "almost_equal"]
 GENERIC_PMI = 0.1  # nats per token up to which a response doesn't depend on its prompt
 
 RULES: dict[Kind, str] = {
-    "label": "the model prefers the rejected one, and not for being a common text: log-prob gap and "
-    "PMI gap (chosen - rejected) are both below 0; the surest first, by their sum",
+    "label": "the model prefers the rejected one, and not for being a common text: log-prob gap "
+    "and PMI gap (chosen - rejected) are both below 0; the surest first, by their sum",
     "generic": "a generic response wins: the chosen one's PMI is at most "
     f"{GENERIC_PMI} nats per token and below the rejected one's; lowest PMI gap first",
     "almost_equal": "chosen and rejected are almost the same: at least "
@@ -104,7 +104,10 @@ def pairs_of(
 
 def _why(kind: Kind, numbers: dict[str, float]) -> str:
     if kind == "almost_equal":
-        return f"{numbers['similarity']:.0%} of the words are the same"
+        share = numbers["similarity"]
+        return (
+            "they differ in whitespace alone" if share == 1 else f"{share:.1%} of the words agree"
+        )
     chosen, rejected = numbers["chosen_logps"], numbers["rejected_logps"]
     pmi = f"PMI {numbers['chosen_pmi']:.2f} against {numbers['rejected_pmi']:.2f}"
     if kind == "label":

@@ -51,8 +51,9 @@ def test_a_run_that_runs_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     # Said while the run went on, and not when it was over.
     assert said.index("became less likely") < said.index("30 steps in")
     assert "findings: chosen_longer" in repr(result)
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     page = result.report(tmp_path / "run.html").read_text(encoding="utf-8")
-    for text in (page, result._repr_html_(), str(result.findings)):
+    for text in (page, card, result._repr_html_(), str(result.findings)):
         assert "the chosen response is the longer one in 100%" in " ".join(text.split())
 
 
