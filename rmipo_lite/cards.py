@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _GIB, _MIB = 2**30, 2**20
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)?", re.IGNORECASE)
 _LARGEST_GB = 512  # of a memory that stands alone; more is a card's number
-_DECORATION = re.compile(r"nvidia|geforce|tesla|quadro|rtx|hbm\w*|pcie|sxm\d?|laptop|gpu|[^a-z0-9]")
+_DECORATION = re.compile(r"nvidia|geforce|tesla|quadro|rtx|hbm\w*|pcie|sxm\d?|gpu|[^a-z0-9]")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def _card(
 
 CARDS = (
     _card("T4 16GB", 15, 65, 320, 4, 7.5),  # 15 GiB with its error correction on, as on Colab
+    _card("RTX 2060 6GB", 6, 26, 336, 3, 7.5),
     _card("RTX 2070 8GB", 8, 30, 448, 4, 7.5),
     _card("RTX 2080 Ti 11GB", 11, 54, 616, 5.5, 7.5),
     _card("RTX 3050 8GB", 8, 18, 224, 2, 8.6),

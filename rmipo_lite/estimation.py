@@ -7,7 +7,9 @@ floating-point operations over a share of the card's peak: an order of magnitude
 
 from __future__ import annotations
 
+import heapq
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from rmipo_lite.footprint import Setup, Weights, activations_of, optimizer_width
 from rmipo_lite.model import causal_lm
 from rmipo_lite.model_files import ADAPTER_CONFIG, base_of_adapter, existing_folder, told
 from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
+from rmipo_lite.row_tokens import TokenizationOptions, prompt_room
 from rmipo_lite.tokenization import TokenizedPair, tokenize_rows
 from rmipo_lite.trainer_setup import is_tokenized, options_for
 
@@ -41,7 +44,7 @@ _CARD_UTILISATION, _CPU_UTILISATION = 0.4, 0.7
 # Of a card's memory, what tensors may take: the rest is the allocator's fragments.
 _USABLE = 0.95
 _ASSUMED_PAIRS = 10_000
-_ASSUMED = TokenizedPair(0, [1] * 200, [1] * 300, [1] * 274)
+_ASSUMED = (200, 300, 274)
 _SHORTER = (1024, 768, 512, 384, 256, 128)
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -80,6 +83,14 @@ def estimate(
     if quantization not in ("auto", "none", "4bit"):
         raise ValueError(f"quantization: wanted 'auto', 'none' or '4bit', got {quantization!r}")
     precision = {name: bool(config.pop(name, False)) for name in ("bf16", "fp16")}
+    if all(precision.values()):
+        raise ValueError("bf16, fp16: wanted one of them, got both")
+    if isinstance(peft_config, str) and peft_config not in ("auto", "new"):
+        raise ValueError(
+            f"peft_config must be 'auto', 'new', None or a peft config, got {peft_config[:80]!r}"
+        )
+    for name in ("use_cpu", "output_dir"):  # of a run, and a run's options may come as they are
+        config.pop(name, None)
     args = RMiPOConfig("rmipo-estimate", use_cpu=True, **config)
     shape = _config_of(model)
     name = model if isinstance(model, str) else str(shape.name_or_path or type(shape).__name__)
@@ -121,6 +132,9 @@ def _config_of(model: str | PretrainedConfig | nn.Module) -> PretrainedConfig:
 # ---- the pairs ------------------------------------------------------------------------------
 
 
+_Lengths = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class _Workload:
     """Tokens of a dataset.
@@ -130,6 +144,8 @@ class _Workload:
         longest: packed tokens of the longest pair, and `step` of an optimizer step of such.
         policy, prior, scored: tokens read with and without prompts, and scored, in one epoch.
         note: where the lengths come from.
+        lengths: prompt, chosen and rejected of what a shorter `max_length` would cut; none where
+            it would cut nothing, as of pairs that are tokenised already.
     """
 
     pairs: int
@@ -139,6 +155,7 @@ class _Workload:
     prior: int
     scored: int
     note: str
+    lengths: tuple[_Lengths, ...] = ()
 
 
 def _workload(
@@ -151,10 +168,22 @@ def _workload(
     options = options_for(args, shape)
     if dataset is None:
         most = options.max_length or 1024
-        prompt = min(len(_ASSUMED.prompt_ids), most // 2)
-        longest = prompt + 2 * (most - prompt)
-        note = f"assumed: 200 + 300 + 274 tokens, the longest {prompt} + 2 x {most - prompt}"
-        return _counted([_ASSUMED], _ASSUMED_PAIRS, longest, args.pairs_per_step * longest, note)
+        usual = _cut(_ASSUMED, most)
+        prompt = min(_ASSUMED[0], most // 2)
+        longest = (prompt, most - prompt, most - prompt)
+        texts = " + ".join(map(str, usual))
+        note = f"assumed: {texts} tokens, the longest {prompt} + 2 x {longest[1]}"
+        found = _counted([_pair(usual)], [_pair(longest)] * args.pairs_per_step, args, note)
+        times = _ASSUMED_PAIRS
+        return replace(
+            found,
+            pairs=times,
+            policy=times * found.policy,
+            prior=times * found.prior,
+            scored=times * found.scored,
+            lengths=(longest,) * args.pairs_per_step,
+        )
+    lengths: tuple[_Lengths, ...] = ()
     if is_tokenized(dataset):
         pairs, kept = list(dataset), f"{len(dataset)} pairs"
     else:
@@ -163,22 +192,49 @@ def _workload(
         rows, report = load_rows(dataset)
         pairs = tokenize_rows(rows, tokenizer, options, report)
         kept = f"{report.kept} of {report.total} rows"
-    lengths = sorted((batch.packed_length(pair) for pair in pairs), reverse=True)
-    note = f"{kept}, the longest of {lengths[0]} tokens"
-    step = sum(lengths[: args.pairs_per_step])
-    return _counted(pairs, len(pairs), lengths[0], step, note)
+        if options.mode != "authors":  # whose rules cut otherwise
+            lengths = tuple(_lengths_of(pair) for pair in pairs)
+    found = _counted(pairs, pairs, args, kept)
+    note = f"{kept}, the longest of {found.longest} tokens"
+    return replace(found, note=note, lengths=lengths)
 
 
 def _counted(
-    pairs: list[TokenizedPair], count: int, longest: int, step: int, note: str
+    pairs: list[TokenizedPair], longest: list[TokenizedPair], args: RMiPOConfig, note: str
 ) -> _Workload:
-    """The workload of `count` pairs like these."""
-    times = count // len(pairs)
+    """The workload of these pairs; what a step takes at most is looked for in `longest`."""
     responses = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
-    policy = sum(batch.packed_length(pair) for pair in pairs)
-    return _Workload(
-        count, longest, step, times * policy, times * responses, times * responses, note
-    )
+    policy = sum(batch.micro_step_tokens([pair], args.packing) for pair in pairs)
+    most, step = _longest(longest, args)
+    return _Workload(len(pairs), most, step, policy, responses, responses, note)
+
+
+def _longest(pairs: Iterable[TokenizedPair], args: RMiPOConfig) -> tuple[int, int]:
+    """Tokens of the longest pair, and of an optimizer step of the longest."""
+    tokens = (batch.micro_step_tokens([pair], args.packing) for pair in pairs)
+    most = heapq.nlargest(args.pairs_per_step, tokens)
+    return most[0], sum(most)
+
+
+def _shortened(work: _Workload, max_length: int, args: RMiPOConfig) -> _Workload:
+    """The same pairs under a shorter `max_length`."""
+    longest, step = _longest((_pair(_cut(of, max_length)) for of in work.lengths), args)
+    return replace(work, longest=longest, step=step)
+
+
+def _cut(lengths: _Lengths, max_length: int) -> _Lengths:
+    """What `max_length` leaves of a prompt and its two responses."""
+    prompt = prompt_room(lengths, TokenizationOptions(max_length=max_length))
+    left = max_length - prompt
+    return prompt, min(lengths[1], left), min(lengths[2], left)
+
+
+def _lengths_of(pair: TokenizedPair) -> _Lengths:
+    return len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+
+
+def _pair(lengths: _Lengths) -> TokenizedPair:
+    return TokenizedPair(0, *([1] * length for length in lengths))
 
 
 # ---- a card ---------------------------------------------------------------------------------
@@ -290,13 +346,9 @@ class _Case:
         if found and self._fit(card, setup, args, self.work).fits:
             return found
         longest = options_for(args, self.shape).max_length or self.work.longest
-        for shorter in (length for length in _SHORTER if length < longest):
-            share = shorter / longest
-            work = replace(
-                self.work,
-                longest=int(self.work.longest * share),
-                step=int(self.work.step * share),
-            )
+        shorter_ones = [length for length in _SHORTER if length < longest and self.work.lengths]
+        for shorter in shorter_ones:
+            work = _shortened(self.work, shorter, args)
             if self._fit(card, setup, args, work).fits:
                 return {**found, "max_length": shorter}
         return None

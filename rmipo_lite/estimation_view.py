@@ -23,7 +23,7 @@ class Fit:
 
     Attributes:
         card: its name.
-        memory: bytes there; on a CPU those that are free.
+        memory: bytes there are, free or not.
         weights: what the weights are held in: "4-bit", "bf16", "fp16" or "fp32".
         checkpointing: whether activations are computed again in the backward pass.
         max_tokens: of a micro-step.
@@ -200,7 +200,7 @@ class Estimate:
         axes.set_yticks(places, [f"{fit.card}{'' if fit.fits else ' *'}" for fit in fits])
         axes.invert_yaxis()
         axes.set_xlabel("GiB; the mark is what the card has, * does not fit")
-        axes.set_title(self.model)
+        axes.set_title(printable(self.model), parse_math=False)
         axes.legend(fontsize="small")
         return drawn
 

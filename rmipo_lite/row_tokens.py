@@ -172,7 +172,7 @@ def _outcome(
     for name, response in zip(("chosen", "rejected"), responses, strict=True):
         if encoder.special_ids.issuperset(response.ids):
             return _verdict(row, Dropped(name, "a response", "control or unknown tokens alone"))
-    room = _prompt_room(lengths, options)
+    room = prompt_room(lengths, options)
     short_prompt = _cut_left(prompt, room, encoder.front(prompt))
     budget = None if options.max_length is None else options.max_length - len(short_prompt)
     chosen, rejected = (response.ids[:budget] for response in responses)
@@ -196,7 +196,7 @@ def _outcome(
     )
 
 
-def _prompt_room(lengths: tuple[int, int, int], options: TokenizationOptions) -> int:
+def prompt_room(lengths: tuple[int, int, int], options: TokenizationOptions) -> int:
     """How many tokens the prompt may keep; see the module's docstring."""
     prompt, chosen, rejected = lengths
     room = prompt

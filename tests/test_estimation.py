@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import rmipo_lite
-from rmipo_lite import budget, demo, loading
+from rmipo_lite import budget, demo, estimation, loading
 from rmipo_lite.bench import estimates
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.estimation_view import Estimate
@@ -153,6 +153,22 @@ class _Memory:
         self.total = self.available = total
 
 
+def test_what_a_shorter_max_length_cuts_is_cut_as_in_a_run() -> None:
+    """The prompt keeps half of it at least, the responses their first tokens in what is left."""
+    assert estimation._cut((100, 50, 40), 200) == (100, 50, 40)
+    assert estimation._cut((100, 150, 40), 200) == (100, 100, 40)
+    assert estimation._cut((180, 50, 40), 200) == (150, 50, 40)
+
+
+def test_padded_batches_count_their_padding() -> None:
+    pairs = [TokenizedPair(0, [5] * 10, [5] * 40, [5] * 20)] * 4
+    config = LlamaConfig(**_SMALL)
+    packed = rmipo_lite.estimate(config, pairs, gpu="3060")
+    padded = rmipo_lite.estimate(config, pairs, gpu="3060", packing=False)
+    # a pair is 10 + 40 + 20 tokens less the two last, or twice 10 + 40 less one
+    assert packed.tokens - padded.tokens == 4 * (68 - 98)
+
+
 def test_a_dataset_gives_real_lengths() -> None:
     rows = demo.load_rows()[:100]
     found = rmipo_lite.estimate(str(demo.MODEL), rows, gpu="cpu")
@@ -180,6 +196,8 @@ def test_4_bit_is_decided_by_the_same_number() -> None:
         ({"gpu": "potato"}, "gpu: no card is known"),
         ({"quantization": "8bit"}, "quantization: wanted 'auto', 'none' or '4bit', got '8bit'"),
         ({"beta": -1}, "beta must be a number > 0"),
+        ({"bf16": True, "fp16": True}, "bf16, fp16: wanted one of them, got both"),
+        ({"peft_config": "lora"}, "peft_config must be 'auto', 'new', None or a peft config"),
     ],
 )
 def test_bad_input(options: dict[str, Any], words: str) -> None:
