@@ -176,7 +176,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
     try:
         return COMMANDS[command](given)
     except KeyboardInterrupt:
-        _complain("interrupted; `--resume` goes on from the last checkpoint")
+        way = "; `--resume` goes on from the last checkpoint" if command == "train" else ""
+        _complain("interrupted" + way)
         return INTERRUPTED
     except UsageError as error:
         _complain(str(error))

@@ -11,6 +11,7 @@ not end an evening's run. Rows are never repaired by guessing.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import random
 import re
@@ -82,7 +83,7 @@ def load_rows(
             raise
         raise type(error)(argument + str(error).removeprefix("dataset")) from error
     rows: list[Row] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[bytes, ...]] = set()
     for index, record in enumerate(records):
         try:
             if isinstance(record, Broken):
@@ -104,9 +105,9 @@ def load_rows(
     return rows, report
 
 
-def _count_texts(row: Row, seen: set[tuple[str, str, str]], report: DataReport) -> None:
+def _count_texts(row: Row, seen: set[tuple[bytes, ...]], report: DataReport) -> None:
     """Duplicates, and text responses that repeat their prompt."""
-    key = (_key(row.prompt), _key(row.chosen), _key(row.rejected))
+    key = tuple(_digest(_key(side)) for side in (row.prompt, row.chosen, row.rejected))
     report.duplicate_rows += key in seen
     seen.add(key)
     prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
@@ -114,6 +115,11 @@ def _count_texts(row: Row, seen: set[tuple[str, str, str]], report: DataReport) 
         report.responses_repeating_prompt += (
             len(prompt) > 20 and chosen.startswith(prompt) and rejected.startswith(prompt)
         )
+
+
+def _digest(text: str) -> bytes:
+    """A text that is only compared: a second copy of every text would double the memory."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _key(side: str | list[Message]) -> str:

@@ -112,7 +112,7 @@ class Inspection:
 
         Logps, priors, PMI and PMI gap are in nats per token, gamma in reward units, lengths in
         `unit`; weight is the share of its full pull that a pair has on the model. NaN where a
-        number is undefined or not finite.
+        number is undefined or not finite; for the loss a pair without PMI has gap 0.
         """
         import pandas as pd
 
@@ -151,8 +151,10 @@ class Inspection:
         """The `n` most suspicious pairs of each kind, or of one; the rules are `RULES`.
 
         Raises:
-            ValueError: no such kind.
+            ValueError: no such kind, or `n` is below 0.
         """
+        if n < 0:
+            raise ValueError(f"n: wanted a whole number >= 0, got {n}")
         if kind is not None and kind not in get_args(Kind):
             raise ValueError(f"kind: wanted one of {', '.join(get_args(Kind))}, got {kind!r}")
         return [

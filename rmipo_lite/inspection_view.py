@@ -287,21 +287,5 @@ def figure(inspection: Inspection) -> Figure:
 
 
 def _histograms(inspection: Inspection) -> str:
-    """The panels as SVG, as many beside each other as the page has room for."""
-    import matplotlib
-
-    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    colors: dict[Any, Any] = dict.fromkeys(ink, plots._INK)
-    colors |= {"legend.framealpha": 0.0, "svg.fonttype": "none"}
-    drawn = []
-    with matplotlib.rc_context(colors):
-        for draw in _panels(inspection):
-            small = plots.new_figure(4, 2.8)
-            small.patch.set_alpha(0.0)
-            axes = small.add_subplot()
-            axes.patch.set_alpha(0.0)
-            draw(axes)
-            drawn.append(plots.svg(small))
-    box = '<div style="flex:1 1 17rem;max-width:26rem">'
-    shown = "".join(f"{box}{panel}</div>" for panel in drawn)
-    return f'<div style="display:flex;flex-wrap:wrap;gap:.5rem">{shown}</div>'
+    """The panels as SVG."""
+    return plots.beside([plots.svg_panel(draw) for draw in _panels(inspection)])

@@ -129,6 +129,7 @@ def _numbers(
     pairs: Sequence[TokenizedPair], values: PairValues, args: RMiPOConfig
 ) -> list[Numbers]:
     """Every column of these pairs, rounded to float32."""
+    undefined = values.chosen_pmi.isnan() | values.rejected_pmi.isnan()
     table = {
         "chosen_logps": values.chosen_logps,
         "rejected_logps": values.rejected_logps,
@@ -136,7 +137,8 @@ def _numbers(
         "rejected_prior_logps": values.rejected_logps - values.rejected_pmi,
         "chosen_pmi": values.chosen_pmi,
         "rejected_pmi": values.rejected_pmi,
-        "pmi_gap": values.pmi_gap,
+        # NaN, not the 0 that the loss takes, where a side has no PMI.
+        "pmi_gap": torch.where(undefined, torch.nan, values.pmi_gap),
         "gamma": values.gamma,
         "loss": values.loss,
         "weight": loss_weight(values, args),
@@ -179,6 +181,7 @@ def mean_scores(scores: PairScores, args: RMiPOConfig) -> dict[str, float]:
         name: torch.from_numpy(scores.columns[name][finite]).double()
         for name in PairValues.__dataclass_fields__
     }
+    values["pmi_gap"] = values["pmi_gap"].nan_to_num(0.0)  # as the loss takes it
     own = {name: float(scores.columns[name][finite].mean(dtype=float)) for name in _OWN_MEANS}
     return own | metrics.reduce([PairValues(**values)], args) | dropped
 
@@ -230,7 +233,8 @@ def identity(
         "truncation_mode": options.truncation_mode,
     }
     return {
-        "model": {"name": name_of(model), "weights": _fingerprint(model)},
+        "model_name": name_of(model),
+        "model": _fingerprint(model),
         "tokenizer": tokens.hexdigest(),
         "dataset": {"rows": len(rows), "sha256": data.hexdigest()},
         "options": named,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -154,21 +154,33 @@ def svgs(history: History) -> list[str]:
 
     They take the width they are given, and their text the colour of the page, light or dark.
     """
+    return [
+        svg_panel(lambda axes, panel=panel: _draw(axes, panel, history))  # type: ignore[misc]
+        for panel in _panels(history)
+    ]
+
+
+def svg_panel(draw: Callable[[Axes], None]) -> str:
+    """One small panel, drawn by `draw`, as an `<svg>` element in the page's own colours."""
     import matplotlib
 
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     colors: dict[Any, Any] = dict.fromkeys(ink, _INK)
     colors |= {"legend.framealpha": 0.0, "svg.fonttype": "none"}
-    drawn = []
     with matplotlib.rc_context(colors):
-        for panel in _panels(history):
-            small = new_figure(4, 2.8)
-            small.patch.set_alpha(0.0)
-            axes = small.add_subplot()
-            axes.patch.set_alpha(0.0)
-            _draw(axes, panel, history)
-            drawn.append(svg(small))
-    return drawn
+        small = new_figure(4, 2.8)
+        small.patch.set_alpha(0.0)
+        axes = small.add_subplot()
+        axes.patch.set_alpha(0.0)
+        draw(axes)
+        return svg(small)
+
+
+def beside(panels: Sequence[str]) -> str:
+    """Panels as many beside each other as the page has room for."""
+    box = '<div style="flex:1 1 17rem;max-width:26rem">'
+    shown = "".join(f"{box}{panel}</div>" for panel in panels)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:.5rem">{shown}</div>'
 
 
 def svg(drawn: Figure) -> str:

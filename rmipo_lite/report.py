@@ -66,9 +66,7 @@ def _samples(comparison: Comparison) -> str:
 
 def curves(history: plots.History) -> str:
     """The run's curves, as many beside each other as the page has room for."""
-    box = '<div style="flex:1 1 17rem;max-width:26rem">'
-    drawn = "".join(f"{box}{panel}</div>" for panel in plots.svgs(history))
-    return f'<div style="display:flex;flex-wrap:wrap;gap:.5rem">{drawn}</div>'
+    return plots.beside(plots.svgs(history))
 
 
 def report_html(

@@ -19,6 +19,7 @@ from rmipo_lite.display import say
 
 SCORES_FILE = "pair_scores.jsonl"
 FORMAT = 1
+NAME = "model_name"  # of the header: told, not compared
 LENGTHS = ("prompt_length", "chosen_length", "rejected_length")  # tokens; of responses the scored
 NUMBERS = (
     "chosen_logps", "rejected_logps", "chosen_prior_logps", "rejected_prior_logps",
@@ -86,16 +87,23 @@ class ScoreFile:
         found = _parsed(line) if line.endswith(b"\n") else None
         if found is None or not {"row", *_COLUMNS} <= found.keys():
             return False
-        self._places[int(found["row"])] = len(self._places)
-        values = (found[name] for name in _COLUMNS)
-        self._table.extend(np.nan if value is None else value for value in values)
+        try:
+            row = int(found["row"])
+            values = array("f", [np.nan if found[n] is None else found[n] for n in _COLUMNS])
+        except (TypeError, ValueError, OverflowError):
+            return False
+        if row not in self._places:
+            self._places[row] = len(self._places)
+            self._table += values
         return True
 
     def _refuse_other(self, path: Path, found: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps(self._header))
-        others = [name for name in wanted if found.get(name) != wanted[name]]
+        # A folder's name may be told in several ways: the weights say which model it is.
+        others = [n for n in wanted if n != NAME and found.get(n) != wanted[n]]
         if others:
-            there, now = _difference(found.get(others[0]), wanted[others[0]])
+            first = NAME if others[0] == "model" else others[0]
+            there, now = _difference(found.get(first), wanted.get(first))
             raise ValueError(
                 f"output_dir: {path} holds the scores of other {' and '.join(others)} ({there} "
                 f"there, {now} now); name another folder, or remove the file"

@@ -22,6 +22,7 @@ from rmipo_lite.tokenization import (
     TokenizedPair,
     encode_prompt,
     prepare_tokenizer,
+    tokenize_in_chunks,
     tokenize_rows,
 )
 
@@ -309,6 +310,55 @@ def test_processes_give_the_same_pairs(tokenizer: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr("rmipo_lite.tokenization.MIN_ROWS_PER_PROCESS", 1)
     records = [pair_of(chosen=f" {i}") for i in range(9)]
     assert run(records, tokenizer, num_proc=2)[0] == run(records, tokenizer)[0]
+
+
+# ---- in chunks ------------------------------------------------------------------------------
+
+
+def in_chunks(
+    records: list[dict[str, Any]], tokenizer: Any, per_chunk: int, **options: Any
+) -> tuple[list[TokenizedPair], DataReport]:
+    rows, report = load_rows(records)
+    chosen = TokenizationOptions(**options)
+    outcomes = [
+        outcome
+        for chunk in tokenize_in_chunks(rows, tokenizer, chosen, report, per_chunk)
+        for outcome in chunk
+    ]
+    assert [outcome.row for outcome in outcomes] == [row.index for row in rows]
+    report.check()
+    return [outcome.pair for outcome in outcomes if outcome.pair is not None], report
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 5, 100])
+def test_chunks_give_the_same_pairs_and_the_same_report(tokenizer: Any, per_chunk: int) -> None:
+    records = [
+        pair_of(),
+        pair_of(chosen="</s>"),
+        pair_of(chosen=" yes</s>"),
+        chat("yes", "no", "Hi", "Hello", "How?"),
+        pair_of(chosen=" word" * 60, rejected=" a"),
+        chat(" yes", "no"),
+        pair_of(chosen=" word" * 60 + " a", rejected=" word" * 60 + " b"),
+    ]
+    options = {"max_length": 24, "chat_template": WITH_BOS}
+    pairs, report = run(records, tokenizer, **options)
+    chunked, of_chunks = in_chunks(records, tokenizer, per_chunk, **options)
+    assert chunked == pairs
+    assert of_chunks == report
+
+
+def test_nothing_left_of_all_chunks_is_an_error(tokenizer: Any) -> None:
+    records = [pair_of(chosen="</s>"), pair_of(chosen="<pad>")]
+    with pytest.raises(ValueError, match=r"2 rows .*control or unknown tokens alone"):
+        in_chunks(records, tokenizer, 1)
+
+
+def test_bad_options_are_told_at_the_first_chunk(tokenizer: Any) -> None:
+    rows, report = load_rows([pair_of()])
+    chunks = tokenize_in_chunks(rows, tokenizer, TokenizationOptions(max_length=1), report, 1)
+    with pytest.raises(ValueError, match="at least 2"):
+        next(chunks)
 
 
 # ---- generation sees what training saw ------------------------------------------------------
