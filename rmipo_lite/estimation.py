@@ -7,31 +7,27 @@ floating-point operations over a share of the card's peak: an order of magnitude
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from rmipo_lite import batch, loading
+from rmipo_lite import loading
 from rmipo_lite.budget import choose
 from rmipo_lite.cards import COMMON, Card, find_card
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data import load_rows
+from rmipo_lite.device_memory import free_bytes
 from rmipo_lite.estimation_view import Estimate, Fit
 from rmipo_lite.footprint import Setup, Weights, activations_of, optimizer_width, weights_of
 from rmipo_lite.model import causal_lm
 from rmipo_lite.model_files import ADAPTER_CONFIG, base_of_adapter, existing_folder, told
 from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
-from rmipo_lite.row_tokens import TokenizationOptions, prompt_room
-from rmipo_lite.tokenization import TokenizedPair, tokenize_rows
-from rmipo_lite.trainer_setup import is_tokenized, options_for
+from rmipo_lite.trainer_setup import options_for
+from rmipo_lite.workload import Workload, shortened, workload
 
 __all__ = ["Estimate", "estimate"]
 
@@ -43,8 +39,6 @@ _CONTEXT_BYTES = 2**29
 _CARD_UTILISATION, _CPU_UTILISATION = 0.4, 0.7
 # Of a card's memory, what tensors may take: the rest is the allocator's fragments.
 _USABLE = 0.95
-_ASSUMED_PAIRS = 10_000
-_ASSUMED = (200, 300, 274)
 _SHORTER = (1024, 768, 512, 384, 256, 128)
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -94,14 +88,14 @@ def estimate(
     args = RMiPOConfig("rmipo-estimate", use_cpu=True, **config)
     shape = _config_of(model)
     name = model if isinstance(model, str) else str(shape.name_or_path or type(shape).__name__)
-    adapter = loading.default_lora() if isinstance(peft_config, str) else peft_config
+    adapter = _adapter_of(model, peft_config)
     case = _Case(
         shape,
         args,
         adapter,
         quantization,
         precision,
-        _workload(name, shape, dataset, tokenizer, args),
+        workload(name, shape, dataset, tokenizer, args),
     )
     return Estimate(
         model=loading.short_name(name) if isinstance(model, str) else name,
@@ -129,112 +123,20 @@ def _config_of(model: str | PretrainedConfig | nn.Module) -> PretrainedConfig:
         return found
 
 
-# ---- the pairs ------------------------------------------------------------------------------
-
-
-_Lengths = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class _Workload:
-    """Tokens of a dataset.
-
-    Attributes:
-        pairs: how many.
-        longest: packed tokens of the longest pair, and `step` of an optimizer step of such.
-        policy, prior, scored: tokens read with and without prompts, and scored, in one epoch.
-        note: where the lengths come from.
-        lengths: prompt, chosen and rejected of what a shorter `max_length` would cut; none where
-            it would cut nothing, as of pairs that are tokenised already.
-    """
-
-    pairs: int
-    longest: int
-    step: int
-    policy: int
-    prior: int
-    scored: int
-    note: str
-    lengths: tuple[_Lengths, ...] = ()
-
-
-def _workload(
-    name: str,
-    shape: PretrainedConfig,
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | str | None,
-    args: RMiPOConfig,
-) -> _Workload:
-    options = options_for(args, shape)
-    if dataset is None:
-        most = options.max_length or 1024
-        usual = _cut(_ASSUMED, most)
-        prompt = min(_ASSUMED[0], most // 2)
-        longest = (prompt, most - prompt, most - prompt)
-        texts = " + ".join(map(str, usual))
-        note = f"assumed: {texts} tokens, the longest {prompt} + 2 x {longest[1]}"
-        found = _counted([_pair(usual)], [_pair(longest)] * args.pairs_per_step, args, note)
-        times = _ASSUMED_PAIRS
-        return replace(
-            found,
-            pairs=times,
-            policy=times * found.policy,
-            prior=times * found.prior,
-            scored=times * found.scored,
-            lengths=(longest,) * args.pairs_per_step,
-        )
-    lengths: tuple[_Lengths, ...] = ()
-    if is_tokenized(dataset):
-        pairs, kept = list(dataset), f"{len(dataset)} pairs"
-    else:
-        if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = loading.load_tokenizer(tokenizer or name)
-        rows, report = load_rows(dataset)
-        pairs = tokenize_rows(rows, tokenizer, options, report)
-        kept = f"{report.kept} of {report.total} rows"
-        if options.mode != "authors":  # whose rules cut otherwise
-            lengths = tuple(_lengths_of(pair) for pair in pairs)
-    found = _counted(pairs, pairs, args, kept)
-    note = f"{kept}, the longest of {found.longest} tokens"
-    return replace(found, note=note, lengths=lengths)
-
-
-def _counted(
-    pairs: list[TokenizedPair], longest: list[TokenizedPair], args: RMiPOConfig, note: str
-) -> _Workload:
-    """The workload of these pairs; what a step takes at most is looked for in `longest`."""
-    responses = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
-    policy = sum(batch.micro_step_tokens([pair], args.packing) for pair in pairs)
-    most, step = _longest(longest, args)
-    return _Workload(len(pairs), most, step, policy, responses, responses, note)
-
-
-def _longest(pairs: Iterable[TokenizedPair], args: RMiPOConfig) -> tuple[int, int]:
-    """Tokens of the longest pair, and of an optimizer step of the longest."""
-    tokens = (batch.micro_step_tokens([pair], args.packing) for pair in pairs)
-    most = heapq.nlargest(args.pairs_per_step, tokens)
-    return most[0], sum(most)
-
-
-def _shortened(work: _Workload, max_length: int, args: RMiPOConfig) -> _Workload:
-    """The same pairs under a shorter `max_length`."""
-    longest, step = _longest((_pair(_cut(of, max_length)) for of in work.lengths), args)
-    return replace(work, longest=longest, step=step)
-
-
-def _cut(lengths: _Lengths, max_length: int) -> _Lengths:
-    """What `max_length` leaves of a prompt and its two responses."""
-    prompt = prompt_room(lengths, TokenizationOptions(max_length=max_length))
-    left = max_length - prompt
-    return prompt, min(lengths[1], left), min(lengths[2], left)
-
-
-def _lengths_of(pair: TokenizedPair) -> _Lengths:
-    return len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-
-
-def _pair(lengths: _Lengths) -> TokenizedPair:
-    return TokenizedPair(0, *([1] * length for length in lengths))
+def _adapter_of(
+    model: str | PretrainedConfig | nn.Module, peft_config: PeftConfig | str | None
+) -> PeftConfig | None:
+    """The adapter that `train` would go on with, or attach."""
+    if not isinstance(peft_config, str):
+        return peft_config
+    if peft_config == "auto" and isinstance(model, PeftModel):
+        own: PeftConfig = model.active_peft_config
+        return own
+    folder = existing_folder(model) if isinstance(model, str) else None
+    if peft_config == "auto" and folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        with told("adapter", str(model), "Wanted a folder that holds an adapter"):
+            return PeftConfig.from_pretrained(str(folder))
+    return loading.default_lora()
 
 
 # ---- a card ---------------------------------------------------------------------------------
@@ -252,7 +154,7 @@ def _card_of(gpu: str | float | None) -> Card:
             known, memory=real.total_memory, cache=real.L2_cache_size, capability=capability
         )
     if gpu is None or str(gpu).lower() == CPU:
-        return Card(CPU, psutil.virtual_memory().total, None, None, 0, 0.0)
+        return Card(CPU, free_bytes(torch.device(CPU)), None, None, 0, 0.0)
     return find_card(gpu)
 
 
@@ -265,7 +167,7 @@ class _Case:
     adapter: PeftConfig | None
     quantization: str
     precision: dict[str, bool]  # bf16 or fp16, where the caller asked for it
-    work: _Workload
+    work: Workload
 
     def on(self, card: Card) -> Fit:
         """What `train` would do on this card, and whether it fits."""
@@ -288,7 +190,7 @@ class _Case:
             return replace(setup, quantized=loading.wants_4bit(weights, free))
         return replace(setup, quantized=self.quantization == "4bit")
 
-    def _fit(self, card: Card, setup: Setup, args: RMiPOConfig, work: _Workload) -> Fit:
+    def _fit(self, card: Card, setup: Setup, args: RMiPOConfig, work: Workload) -> Fit:
         weights = weights_of(self.shape, setup)
         parts = self._parts(card, setup, weights)
         taken = sum(parts.values())
@@ -348,7 +250,7 @@ class _Case:
         longest = options_for(args, self.shape).max_length or self.work.longest
         shorter_ones = [length for length in _SHORTER if length < longest and self.work.lengths]
         for shorter in shorter_ones:
-            work = _shortened(self.work, shorter, args)
+            work = shortened(self.work, shorter, args)
             if self._fit(card, setup, args, work).fits:
                 return {**found, "max_length": shorter}
         return None

@@ -23,7 +23,7 @@ class Fit:
 
     Attributes:
         card: its name.
-        memory: bytes there are, free or not.
+        memory: bytes there are; on a CPU those that are free.
         weights: what the weights are held in: "4-bit", "bf16", "fp16" or "fp32".
         checkpointing: whether activations are computed again in the backward pass.
         max_tokens: of a micro-step.

@@ -160,6 +160,7 @@ def _shell(config: PretrainedConfig, setup: Setup, layers: int | None) -> nn.Mod
         if setup.peft_config is not None:
             # In the run's precision, which is what autocast makes of an adapter in a pass.
             adapter = copy.deepcopy(setup.peft_config)
+            adapter.inference_mode = False  # a saved one is frozen until it goes on
             model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     disable_dropout(model)
     return model.train()

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import rmipo_lite
-from rmipo_lite import budget, demo, estimation, loading
+from rmipo_lite import budget, demo, loading
 from rmipo_lite.bench import estimates
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.estimation_view import Estimate
@@ -153,13 +154,6 @@ class _Memory:
         self.total = self.available = total
 
 
-def test_what_a_shorter_max_length_cuts_is_cut_as_in_a_run() -> None:
-    """The prompt keeps half of it at least, the responses their first tokens in what is left."""
-    assert estimation._cut((100, 50, 40), 200) == (100, 50, 40)
-    assert estimation._cut((100, 150, 40), 200) == (100, 100, 40)
-    assert estimation._cut((180, 50, 40), 200) == (150, 50, 40)
-
-
 def test_padded_batches_count_their_padding() -> None:
     pairs = [TokenizedPair(0, [5] * 10, [5] * 40, [5] * 20)] * 4
     config = LlamaConfig(**_SMALL)
@@ -219,8 +213,22 @@ def test_an_adapters_folder_is_its_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     adapted = attach_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), "new")
     adapted.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
-    ours = rmipo_lite.estimate(str(tmp_path / "adapter"), gpu="cpu").fit
-    assert ours.parts == rmipo_lite.estimate(str(tmp_path / "base"), gpu="cpu").fit.parts
+    ours = rmipo_lite.estimate(str(tmp_path / "adapter"), gpu="3060").fit
+    assert ours.parts == rmipo_lite.estimate(str(tmp_path / "base"), gpu="3060").fit.parts
+
+
+def test_an_adapter_that_goes_on_has_its_own_rank(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**_SMALL)).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = attach_adapter(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
+    for model in (adapted, str(tmp_path / "adapter")):
+        sizes = [
+            rmipo_lite.estimate(model, gpu="3060", peft_config=wanted).fit.parts["adapter"]
+            for wanted in ("auto", "new")
+        ]
+        assert sizes[0] == 4 * 5 * 2 * (64 + 64)
+        assert sizes[1] > 10 * sizes[0]
 
 
 def test_gpt2_whose_context_is_short() -> None:

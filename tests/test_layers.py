@@ -34,7 +34,7 @@ ORDER = [
     {"preflight"},
     {"model_card"},
     {"report"},
-    {"inspection_view", "estimation_view"},
+    {"inspection_view", "estimation_view", "workload"},
     {"result", "inspection", "estimation"},
     {"one_liner"},
     {"demo"},
