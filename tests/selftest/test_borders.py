@@ -22,8 +22,8 @@ def test_space_marks_in_front_of_responses_are_found(
 
 
 def test_one_more_token_of_prompt_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = row_tokens._prompt_room
-    monkeypatch.setattr(row_tokens, "_prompt_room", lambda *rest: real(*rest) + 1)
+    real = row_tokens.prompt_room
+    monkeypatch.setattr(row_tokens, "prompt_room", lambda *rest: real(*rest) + 1)
     assert try_check(10, *range(27)).lost > 5
 
 
