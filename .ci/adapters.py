@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM
 
 import rmipo_lite
 from rmipo_lite import RMiPOConfig, TrainResult
-from rmipo_lite.adapter_files import ADAPTER_FILE
-from rmipo_lite.loading import load_model
+from rmipo_lite.checkpoints.weights import ADAPTER_FILE
+from rmipo_lite.model.loading import load_model
 from rmipo_lite.selftest.parts import VOCAB, tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Lost, expect
 

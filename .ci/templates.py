@@ -3,7 +3,7 @@
     pip install --no-deps trl==1.16.0 && python .ci/templates.py
     python .ci/templates.py FOLDER      # the *.jinja files of a folder instead
 
-A trial gives one pair of answers to `rmipo_lite.tokenization.tokenize_rows`, alone and among the
+A trial gives one pair of answers to `rmipo_lite.tokens.tokenize_rows.tokenize_rows`, alone and among the
 other conversations, and is right in one of two ways. Kept: prompt and scored tokens are those
 that this script finds by itself, by comparing renderings of answers that have no letter in common
 (the package looks for a known word). Refused: for a reason that this script finds too, and with
@@ -30,9 +30,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rmipo_lite.data import Row
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.tokenization import TokenizationOptions, TokenizedPair, tokenize_rows
+from rmipo_lite.data.rows import Row
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 
 Message = dict[str, str]
 CONTROL = re.compile(

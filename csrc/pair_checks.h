@@ -6,6 +6,12 @@
 
 namespace rmipo {
 
+inline LossType loss_type_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number < kNumLossTypes, "pair_losses: loss_type must be 0 to ",
+                  kNumLossTypes - 1, ", got ", number);
+  return static_cast<LossType>(number);
+}
+
 struct PairTensors {
   Tensor token_logps, cu_seqlens;
   std::optional<Tensor> prior_token_logps, prior_cu_seqlens;

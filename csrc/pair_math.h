@@ -8,8 +8,9 @@
 
 namespace rmipo {
 
-// Order shared with rmipo_lite/ops/native.py.
+// `kernel` of the table in rmipo_lite/ops/losses.py.
 enum class LossType : int64_t { kRmipo = 0, kSimpo = 1, kHinge = 2, kSimper = 3 };
+constexpr int64_t kNumLossTypes = 4;
 
 struct PairOptions {
   LossType loss_type;
@@ -52,11 +53,13 @@ RMIPO_HD double margin(double gap, const PairOptions& o) {
   switch (o.loss_type) {
     case LossType::kRmipo:
       return adaptive_gamma(gap, o.gamma_min, o.gamma_max);
+    case LossType::kSimpo:
+    case LossType::kHinge:
+      return o.simpo_gamma;
     case LossType::kSimper:
       return 0.0;
-    default:
-      return o.simpo_gamma;
   }
+  return nan("");  // no such loss; refused before
 }
 
 RMIPO_HD LossAndGrads pair_loss(double chosen, double rejected, double gamma,
@@ -74,11 +77,12 @@ RMIPO_HD LossAndGrads pair_loss(double chosen, double rejected, double gamma,
       const double slope = shortfall > 0 ? -o.beta : 0.0;
       return {shortfall > 0 ? shortfall : 0.0, slope, -slope};
     }
-    default: {
+    case LossType::kSimper: {
       const double w = exp(chosen), l = exp(rejected);
       return {l - w, -w, l};
     }
   }
+  return {nan(""), nan(""), nan("")};  // no such loss; refused before
 }
 
 // Raw pointers of one call. prior_borders is null where there is no prior pass.

@@ -33,8 +33,8 @@ RMIPO_HD Target classify(int64_t id, int64_t vocab_size) {
 // product -> logit: softcap * tanh((product + bias) * scale / softcap); softcap 0 means none.
 template <typename A>
 struct Transform {
-  A scale;
   A softcap;
+  A scale;
 
   RMIPO_HD A logit(A product, A bias) const {
     const A x = (product + bias) * scale;

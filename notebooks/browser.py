@@ -1,6 +1,6 @@
 """Opens notebooks and reports in a real browser, and takes the README's pictures.
 
-    python notebooks/browser.py           # docs/live_view.png, report.png, and three more
+    python notebooks/browser.py           # docs/live_view.png, page.png, and three more
 
 JupyterLab is started on a copy of a notebook, headless Chromium (the system's own, driven by
 Playwright) opens it, runs all cells and waits for the kernel. `tests/test_browser.py` does so too.
@@ -164,7 +164,9 @@ def write_looks(folder: Path) -> dict[str, Path]:
     from transformers import LlamaConfig
 
     import rmipo_lite
-    from rmipo_lite import demo, plots, report
+    from rmipo_lite import demo
+    from rmipo_lite.output import plots
+    from rmipo_lite.output import page
 
     rows = demo.load_rows()
     swapped = set(random.Random(1).sample(range(len(rows)), 80))
@@ -186,8 +188,8 @@ def write_looks(folder: Path) -> dict[str, Path]:
     )  # fmt: skip
     return {
         "inspect": look.report(folder / "inspect.html"),
-        "estimate": report.write_report(
-            folder / "estimate.html", report.page("Before a run", "Nothing is loaded.", tables)
+        "estimate": page.write_report(
+            folder / "estimate.html", page.html_page("Before a run", "Nothing is loaded.", tables)
         ),
         "findings": ruined.report(folder / "findings.html"),
     }
@@ -210,7 +212,7 @@ def main() -> int:
             wait_until_run(page, code_cells(notebook))
         with browser_page(viewport={"width": 1000, "height": 1250}) as page:
             page.goto((folder / "quickstart" / "run.html").as_uri())
-            page.screenshot(path=DOCS / "report.png")
+            page.screenshot(path=DOCS / "page.png")
         looks = write_looks(folder)
         for picture, height in (("inspect", 1215), ("estimate", 1460), ("findings", 650)):
             with browser_page(viewport={"width": 1000, "height": height}) as page:

@@ -11,18 +11,18 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from rmipo_lite.version import __version__
 
 _HOME = {
     "RMiPOConfig": "config",
-    "RMiPOTrainer": "trainer",
-    "TrainResult": "result",
-    "estimate": "estimation",
+    "RMiPOTrainer": "training.trainer",
+    "TrainResult": "results.result",
+    "estimate": "planning.estimation",
     "info": "environment",
-    "inspect": "inspection",
+    "inspect": "inspection.inspection",
     "linear_logps": "ops",
     "rmipo_loss": "ops",
-    "train": "one_liner",
+    "train": "run",
 }
 
 __all__ = [
@@ -47,12 +47,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 if TYPE_CHECKING:
     from rmipo_lite.config import RMiPOConfig
     from rmipo_lite.environment import info
-    from rmipo_lite.estimation import estimate
-    from rmipo_lite.inspection import inspect
-    from rmipo_lite.one_liner import train
+    from rmipo_lite.inspection.inspection import inspect
     from rmipo_lite.ops import linear_logps, rmipo_loss
-    from rmipo_lite.result import TrainResult
-    from rmipo_lite.trainer import RMiPOTrainer
+    from rmipo_lite.planning.estimation import estimate
+    from rmipo_lite.results.result import TrainResult
+    from rmipo_lite.run import train
+    from rmipo_lite.training.trainer import RMiPOTrainer
 
 
 def __getattr__(name: str) -> Any:

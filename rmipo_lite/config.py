@@ -10,20 +10,26 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 
-LossType = Literal["rmipo", "simpo", "hinge", "simper"]
+from rmipo_lite.ops.losses import (
+    LOSSES,
+    Loss,
+    PairOptions,
+    loss_named,
+    losses_with,
+    option_problem,
+)
+from rmipo_lite.ops.native import Impl
+
 PriorMode = Literal["live", "cached"]
 PriorContext = Literal["none", "bos"]
 TokenizationMode = Literal["separate", "authors"]
 TruncationMode = Literal["keep_end", "keep_start"]
-
-# Losses whose formula has a two-sided form that label smoothing can mix (METHODS: logistic ones).
-SMOOTHABLE_LOSSES = ("rmipo", "simpo")
-
 
 # What other packages and programs call options of ours, for errors.
 _OTHER_NAMES = {
@@ -32,15 +38,6 @@ _OTHER_NAMES = {
     "steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
 }
-_NUMBERS = (
-    "beta", "gamma_min", "gamma_max", "simpo_gamma", "label_smoothing", "sft_weight",
-    "learning_rate", "num_train_epochs", "warmup_steps", "logging_steps",
-)  # fmt: skip
-_WHOLE_NUMBERS = (
-    "max_length", "max_prompt_length", "dataset_num_proc", "max_dropped_in_a_row", "max_steps",
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "save_total_limit", "seed", "sample_prompts", "eval_completions",
-)  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -60,8 +57,8 @@ class RMiPOConfig(TrainingArguments):
             what came.
     """
 
-    # The method (arXiv 2604.24804, equation 11; formulas in rmipo_lite/ops/reference.py)
-    loss_type: str = _option("rmipo", "Loss: rmipo, simpo, hinge or simper.")
+    # The method (arXiv 2604.24804, equation 11; formulas in ops/losses.py)
+    loss_type: str = _option("rmipo", f"Loss: {', '.join(LOSSES)}.")
     beta: float = _option(2.0, "Scale of the log-probability gap, 1/nat, > 0.")
     gamma_min: float = _option(
         0.3, "rmipo: smallest target margin, reached at a large PMI gap, reward units."
@@ -76,24 +73,26 @@ class RMiPOConfig(TrainingArguments):
         "gamma is in nats per token.",
     )
     simpo_gamma: float = _option(
-        0.5, "simpo, hinge: constant target margin outside beta, reward units."
+        0.5,
+        f"{losses_with(margin='constant')}: constant target margin outside beta, reward units.",
     )
     label_smoothing: float = _option(
-        0.0, "rmipo, simpo: assumed share of swapped labels, in [0, 0.5)."
+        0.0,
+        f"{losses_with(smoothable=True)}: assumed share of swapped labels, in [0, 0.5).",
     )
     sft_weight: float = _option(
         0.0,
         "Weight of the mean negative log-probability per chosen token (nats per token, mean over "
         "all chosen tokens of the optimizer step), >= 0.",
     )
-    prior: str = _option(
+    prior: PriorMode = _option(
         "live",
         "rmipo: live scores the bare response under the current policy at every step (exact); "
         "cached scores it once before training: an approximation whose gamma drifts away, by "
         "0.06-0.11 at learning rate 1e-4 and 0.4-0.6 at 1e-3 within 150 steps of a 260K-parameter "
         "model.",
     )
-    prior_context: str = _option(
+    prior_context: PriorContext = _option(
         "none",
         "rmipo: none scores the bare response from its second token on, as the authors; bos puts "
         "the tokenizer's BOS in front and scores every token.",
@@ -107,10 +106,10 @@ class RMiPOConfig(TrainingArguments):
     max_prompt_length: int | None = _option(
         None, "Longest prompt, tokens (needed for tokenization=authors); None: no own limit."
     )
-    truncation_mode: str = _option(
+    truncation_mode: TruncationMode = _option(
         "keep_end", "tokenization=authors only: which end of a too long prompt stays."
     )
-    tokenization: str = _option(
+    tokenization: TokenizationMode = _option(
         "separate",
         "separate: prompt and response tokenised apart and joined; authors: the joint encoding of "
         "the authors' code, for exact comparison, with packing=False only.",
@@ -128,7 +127,7 @@ class RMiPOConfig(TrainingArguments):
         "Pack the pairs of a micro-step into one row without padding, every prompt once. A "
         "self-check before training compares it with the padded form on the run's own data.",
     )
-    max_tokens_per_microstep: str | int = _option(
+    max_tokens_per_microstep: Literal["auto"] | int = _option(
         "auto",
         "Tokens that go through the model at once (prompts counted once when packed); auto: from "
         "the device's free memory. Splitting never changes the result. Where memory runs out all "
@@ -139,7 +138,7 @@ class RMiPOConfig(TrainingArguments):
         "Compute activations again in the backward pass, for memory; None: only where the longest "
         "pair would not fit otherwise, or memory ran out.",
     )
-    kernel_impl: str = _option(
+    kernel_impl: Impl = _option(
         "auto", "auto, native (the compiled extension) or torch (the plain PyTorch reference)."
     )
     disable_dropout: bool = _option(
@@ -187,7 +186,7 @@ class RMiPOConfig(TrainingArguments):
     dataloader_pin_memory: bool = _option(
         False, "Nothing to pin: rows are built per micro-step, after the dataloader."
     )
-    report_to: str | list[str] | None = _option("none", "Trackers to report to.")  # noqa: RUF009
+    report_to: str | list[str] | None = _option("none", "Trackers to report to.")
 
     def __new__(cls, *args: Any, **options: Any) -> RMiPOConfig:
         """Raise TypeError for an option that isn't there, with the name of the nearest."""
@@ -202,7 +201,9 @@ class RMiPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Reject nonsense, then let transformers resolve its own options."""
-        self._check_numbers()
+        if str(self.max_tokens_per_microstep).isdigit():  # the command line and YAML give a text
+            self.max_tokens_per_microstep = int(self.max_tokens_per_microstep)
+        self._check_types()
         self._check_method()
         self._check_data()
         self._check_step()
@@ -216,45 +217,29 @@ class RMiPOConfig(TrainingArguments):
                 if hasattr(self, name):
                     setattr(self, name, None)
 
-    def _check_numbers(self) -> None:
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            _require(is_number, name, "a number", value)
-        for name in _WHOLE_NUMBERS:
-            value = getattr(self, name)
-            is_whole = value is None or (
-                isinstance(value, Integral) and not isinstance(value, bool)
-            )
-            _require(is_whole, name, "a whole number", value)
+    def _check_types(self) -> None:
+        """Every value against its annotation, so that a new option is checked by itself."""
+        hints = get_type_hints(RMiPOConfig)
+        own = own_option_names()
+        for option in fields(RMiPOConfig):
+            kinds = _members(hints[option.name])
+            value = getattr(self, option.name)
+            # transformers sees to its own options that aren't plain numbers
+            if option.init and (option.name in own or set(kinds) <= _NUMERIC):
+                wanted = " or ".join(dict.fromkeys(map(_kind_in_words, kinds)))
+                _require(any(_is_a(value, kind) for kind in kinds), option.name, wanted, value)
         _require(self.learning_rate >= 0, "learning_rate", "a number >= 0", self.learning_rate)
 
     def _check_method(self) -> None:
-        _one_of("loss_type", self.loss_type, get_args(LossType))
-        _one_of("prior", self.prior, get_args(PriorMode))
-        _one_of("prior_context", self.prior_context, get_args(PriorContext))
-        _require(self.beta > 0, "beta", "a number > 0", self.beta)
-        _require(
-            0 <= self.gamma_min <= self.gamma_max < float("inf"),
-            "gamma_min, gamma_max",
-            "0 <= gamma_min <= gamma_max",
-            (self.gamma_min, self.gamma_max),
-        )
-        _require(self.simpo_gamma >= 0, "simpo_gamma", "a number >= 0", self.simpo_gamma)
-        _require(
-            0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", self.label_smoothing
-        )
-        _require(
-            self.label_smoothing == 0 or self.loss_type in SMOOTHABLE_LOSSES,
-            "label_smoothing",
-            f"0 for loss_type={self.loss_type!r} (only {' and '.join(SMOOTHABLE_LOSSES)} have it)",
-            self.label_smoothing,
-        )
+        try:
+            problem = option_problem(self.pair_options, strict=True)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(f"RMiPOConfig: {problem}")
         _require(0 <= self.sft_weight < float("inf"), "sft_weight", ">= 0", self.sft_weight)
 
     def _check_data(self) -> None:
-        _one_of("tokenization", self.tokenization, get_args(TokenizationMode))
-        _one_of("truncation_mode", self.truncation_mode, get_args(TruncationMode))
         for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "None or a whole number >= 1", value)
@@ -283,12 +268,9 @@ class RMiPOConfig(TrainingArguments):
         for name in ("sample_prompts", "eval_completions"):
             value = getattr(self, name)
             _require(value >= 0, name, "a whole number >= 0", value)
-        _one_of("kernel_impl", self.kernel_impl, ("auto", "native", "torch"))
         budget = self.max_tokens_per_microstep
-        if isinstance(budget, str) and budget.isdigit():
-            self.max_tokens_per_microstep = budget = int(budget)
         _require(
-            budget == "auto" or (isinstance(budget, int) and budget >= 1),
+            budget == "auto" or budget >= 1,
             "max_tokens_per_microstep",
             "'auto' or a whole number >= 1",
             budget,
@@ -327,9 +309,19 @@ class RMiPOConfig(TrainingArguments):
         return torch.float16 if self.fp16 else torch.float32
 
     @property
+    def loss(self) -> Loss:
+        """The table's entry of `loss_type`."""
+        return loss_named(self.loss_type)
+
+    @property
+    def pair_options(self) -> PairOptions:
+        """The constants of the loss."""
+        return PairOptions(*(getattr(self, name) for name in PairOptions._fields))
+
+    @property
     def uses_prior(self) -> bool:
         """Whether the loss needs the response scored without its prompt."""
-        return self.loss_type == "rmipo"
+        return self.loss.needs_prior
 
     @property
     def checkpointing_is_open(self) -> bool:
@@ -358,5 +350,28 @@ def _require(holds: bool, name: str, wanted: str, came: object) -> None:
         raise ValueError(f"RMiPOConfig: {name} must be {wanted}, got {came!r}")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, name, "one of " + ", ".join(allowed), value)
+_NUMERIC = {int, float, type(None)}
+_IN_WORDS = {float: "a number", int: "a whole number", bool: "True or False", type(None): "None"}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(member for part in get_args(hint) for member in _members(part))
+    return (hint,)
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _kind_in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        names = get_args(kind)
+        return repr(names[0]) if len(names) == 1 else "one of " + ", ".join(names)
+    return _IN_WORDS.get(kind, "a text" if kind is str else getattr(kind, "__name__", str(kind)))

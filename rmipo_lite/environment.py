@@ -12,7 +12,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from rmipo_lite import __version__
+from rmipo_lite.version import __version__
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors",
@@ -65,9 +65,9 @@ def versions() -> dict[str, str]:
 
 
 def _backend(device_type: str) -> str:
-    from rmipo_lite.ops import native
+    from rmipo_lite.ops import library
 
-    status = native.status(device_type)
+    status = library.status(device_type)
     if not status.available:
         return f"PyTorch reference: {status.reason}"
     where = f", {status.path}" if status.path else ""
@@ -115,7 +115,7 @@ def info() -> Environment:
     """
     import torch
 
-    from rmipo_lite.ops import native
+    from rmipo_lite.ops import library
 
     return Environment(
         versions=versions(),
@@ -125,5 +125,5 @@ def info() -> Environment:
             kind: _backend(kind)
             for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
         },
-        cache=str(native.cache_dir()),
+        cache=str(library.cache_dir()),
     )

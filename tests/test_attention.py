@@ -8,12 +8,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rmipo_lite import batch
-from rmipo_lite.attention import ATTENTION_NAME, packed_attention
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.selfcheck import packing_problem
+from rmipo_lite.model import batch
+from rmipo_lite.model.attention import ATTENTION_NAME, packed_attention
+from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.selftest.parts import ARCHITECTURES, VOCAB, random_pairs, tiny_model
-from rmipo_lite.step import PairStep
+from rmipo_lite.training.step import PairStep
 
 
 def _run(model: nn.Module, packing: bool, tmp_path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rmipo_lite.authors_tokenization import AuthorsRules, encode_pair
-from rmipo_lite.data import Row
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.tokenization import TokenizationOptions, TokenizedPair, tokenize_rows
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import Row
+from rmipo_lite.tokens.authors import AuthorsRules, encode_pair
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 
 CONFIGS = ("keep_end", "keep_start", "no_trunc")
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rmipo_lite import batch
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.model import batch
+from rmipo_lite.tokens.pair import TokenizedPair
 
 PAIR = TokenizedPair(row=0, prompt_ids=[1, 5, 6], chosen_ids=[7, 8, 2], rejected_ids=[9, 2])
 

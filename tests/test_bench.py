@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rmipo_lite import batch
 from rmipo_lite.bench import (
     gpu_models,
     head,
@@ -28,7 +27,8 @@ from rmipo_lite.bench import (
 from rmipo_lite.bench.authors import authors_step, pad_pairs
 from rmipo_lite.bench.floors import StepFloor, head_floor
 from rmipo_lite.bench.records import Record
-from rmipo_lite.cli import main
+from rmipo_lite.cli.main import main
+from rmipo_lite.model import batch
 from rmipo_lite.ops import head_blocks
 from tests.conftest import ROOT
 from tests.test_golden import BATCHES, _model, _read, _tokens

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from rmipo_lite import budget, device_memory
-from rmipo_lite.budget import MicroStepPlan, is_out_of_memory, plan_micro_steps
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import CPU_BUFFER_BYTES
+from rmipo_lite.planning import budget, device
+from rmipo_lite.planning.budget import MicroStepPlan, is_out_of_memory, plan_micro_steps
 from rmipo_lite.selftest.parts import tiny_model
 
 
@@ -90,13 +90,13 @@ def test_what_the_cpu_allocator_raises_counts() -> None:
 
 
 def test_a_container_gives_up_its_cached_files(tmp_path: Path) -> None:
-    assert device_memory._left_in_container(tmp_path) is None
+    assert device._left_in_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("32000\n")
     (tmp_path / "memory.current").write_text("30000\n")
     (tmp_path / "memory.stat").write_text("anon 6000\nfile 24000\nfile_mapped 7\n")
-    assert device_memory._left_in_container(tmp_path) == 26000
+    assert device._left_in_container(tmp_path) == 26000
     (tmp_path / "memory.max").write_text("max\n")
-    assert device_memory._left_in_container(tmp_path) is None
+    assert device._left_in_container(tmp_path) is None
 
 
 def test_a_model_that_cannot_checkpoint_is_not_asked_to(
@@ -109,7 +109,7 @@ def test_a_model_that_cannot_checkpoint_is_not_asked_to(
 
 
 def test_free_memory_is_a_plausible_number() -> None:
-    assert 2**26 < device_memory.free_bytes(torch.device("cpu")) < 2**50
+    assert 2**26 < device.free_bytes(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.cuda
@@ -131,4 +131,4 @@ def test_a_process_that_is_limited_to_a_share_of_the_card_knows_it(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * giga)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * giga)
     monkeypatch.setattr(torch.cuda.memory, "get_per_process_memory_fraction", lambda device: share)
-    assert device_memory.free_bytes(torch.device("cuda")) == free * giga
+    assert device.free_bytes(torch.device("cuda")) == free * giga

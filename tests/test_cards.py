@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite.cards import CARDS, COMMON, find_card
+from rmipo_lite.planning.cards import CARDS, COMMON, find_card
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rmipo_lite import template_limits
-from rmipo_lite.data import load_rows
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.tokenization import (
-    TokenizationOptions,
-    TokenizedPair,
-    prepare_tokenizer,
-    tokenize_rows,
-)
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import load_rows
+from rmipo_lite.tokens import template_limits
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 
 # A model of each thing templates do, in the byte-level tokenizer's own control tokens.
 HEAD = "{% for m in messages %}{% if m['role'] == 'assistant' %}A:"

@@ -18,15 +18,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from rmipo_lite import checkpoint_files
-from rmipo_lite.checkpoint import (
+from rmipo_lite.checkpoints import sealed_folder
+from rmipo_lite.checkpoints.random_state import random_state, set_random_state
+from rmipo_lite.checkpoints.sealed_folder import (
+    MANIFEST,
+    checkpoints,
+    read_manifest,
+    staged_checkpoint,
+)
+from rmipo_lite.checkpoints.state import load_state, save_state
+from rmipo_lite.checkpoints.trainer_mixin import (
     CheckpointError,
     load_adapter_weights,
     newest_valid_checkpoint,
     verify_checkpoint,
 )
-from rmipo_lite.checkpoint_files import MANIFEST, checkpoints, read_manifest, staged_checkpoint
-from rmipo_lite.state_io import load_state, random_state, save_state, set_random_state
 from tests.conftest import ROOT
 from tests.trainer_parts import (
     SafeTrainer,
@@ -159,7 +165,7 @@ KILLED_RUN = """
 import sys, time
 from pathlib import Path
 from tests.trainer_parts import make_trainer
-import rmipo_lite.checkpoint_files as files
+from rmipo_lite.checkpoints import sealed_folder as files
 real = files._sha256
 def slow(path):                       # stretch the save, so that a kill falls into it
     print("saving", flush=True)
@@ -259,7 +265,7 @@ def test_a_renamed_checkpoint_and_a_path_out_of_the_folder_are_refused(run_copy:
     path = run_copy / "checkpoint-4" / MANIFEST
     content = json.loads(path.read_text())
     content["files"]["../checkpoint-2/manifest.json"] = {"size": 1, "sha256": ""}
-    path.write_text(checkpoint_files._manifest_text(content))
+    path.write_text(sealed_folder._manifest_text(content))
     with pytest.raises(CheckpointError, match="leaves the checkpoint's folder"):
         verify_checkpoint(path.parent)
 
@@ -287,7 +293,7 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
 
     monkeypatch.setattr(Path, "write_text", failing(Path.write_text))
     monkeypatch.setattr(Path, "open", failing(Path.open))
-    monkeypatch.setattr("rmipo_lite.state_io.save_file", failing(save_file_of_state_io()))
+    monkeypatch.setattr("rmipo_lite.checkpoints.state.save_file", failing(save_file_of_state_io()))
     failures = 0
     while True:
         calls["left"] = failures
@@ -311,14 +317,14 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
 def test_a_failed_save_is_told_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = checkpoint_files.seal
+    real = sealed_folder.seal
 
     def full(folder: Path, *, step: int, **rest: Any) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
         real(folder, step=step, **rest)
 
-    monkeypatch.setattr(checkpoint_files, "seal", full)
+    monkeypatch.setattr(sealed_folder, "seal", full)
     trainer = make_trainer(tmp_path / "a", max_steps=6)
     trainer.train()
     out = capsys.readouterr().out
@@ -326,7 +332,7 @@ def test_a_failed_save_is_told_and_training_goes_on(
     assert "MiB are free" in out
     assert len(trainer.failed_saves) == 1
     assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-2", "checkpoint-6"]
-    monkeypatch.setattr(checkpoint_files, "seal", real)
+    monkeypatch.setattr(sealed_folder, "seal", real)
     whole = make_trainer(tmp_path / "b", max_steps=6)
     whole.train()
     assert same_weights(adapter_weights(trainer), adapter_weights(whole))

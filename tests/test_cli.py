@@ -14,8 +14,8 @@ import pytest
 
 import rmipo_lite
 from rmipo_lite import demo
-from rmipo_lite.cli import main
-from rmipo_lite.cli_options import config_fields, convert
+from rmipo_lite.cli.config_options import config_fields, convert
+from rmipo_lite.cli.main import main
 from rmipo_lite.environment import info
 from tests.conftest import ROOT
 
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_help_is_quick_and_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom rmipo_lite.cli import main\ncode = main(['--help'])\n"
+        "import sys\nfrom rmipo_lite.cli.main import main\ncode = main(['--help'])\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(code)"
     )
     done = subprocess.run(

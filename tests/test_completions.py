@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmipo_lite import completions, demo
-from rmipo_lite.completions import CLIPPED, MEAN_LENGTH, REPETITION, completion_numbers
-from rmipo_lite.generation import Generated
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite import demo
+from rmipo_lite.model.generation import Generated
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.watch import completions
+from rmipo_lite.watch.completions import CLIPPED, MEAN_LENGTH, REPETITION, completion_numbers
 
 
 @pytest.fixture(scope="module")

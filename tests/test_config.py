@@ -28,9 +28,9 @@ def test_defaults_of_the_design(tmp_path: Path) -> None:
         ({"loss_type": "dpo"}, "loss_type must be one of rmipo, simpo, hinge, simper, got 'dpo'"),
         (
             {"gamma_min": 2},
-            "gamma_min, gamma_max must be 0 <= gamma_min <= gamma_max, got (2, 1.6)",
+            "gamma_min must be at most gamma_max = 1.6, got 2",
         ),
-        ({"gamma_max": float("nan")}, "gamma_min, gamma_max must be"),
+        ({"gamma_max": float("nan")}, "gamma_max must be a number >= 0, got nan"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), got 0.5"),
         (
             {"label_smoothing": 0.1, "loss_type": "hinge"},

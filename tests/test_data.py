@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rmipo_lite import data_files, data_rows
-from rmipo_lite.data import DataReport, Row, load_rows, split_holdout
+from rmipo_lite.data import files, normalise
+from rmipo_lite.data.holdout import split_holdout
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import Row, load_rows
 
 ROWS = [
     {"prompt": f"Question {i}?", "chosen": f"Good {i}.", "rejected": f"Bad {i}."} for i in range(5)
@@ -425,7 +427,7 @@ def test_broken_lines_cost_themselves_alone(tmp_path: Path) -> None:
 
 
 def test_a_line_over_the_limit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
     good = lines_of(ROWS[:1])[0]
     rows, report = load_rows(write_lines(tmp_path / "a.jsonl", [good, b"x" * 5000, good]))
     assert [row.index for row in rows] == [0, 2]
@@ -435,10 +437,10 @@ def test_a_line_over_the_limit_is_skipped(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_document_in_one_long_line_is_no_long_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     assert len(load_rows(tmp_path / "a.json")[0]) == 5
-    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
     with pytest.raises(ValueError, match="more than 100 bytes; split it"):
         load_rows(tmp_path / "a.json")
 
@@ -469,17 +471,17 @@ def test_a_csv_row_with_an_unquoted_comma_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_csv_line_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "a" * 1000)
     with pytest.raises(ValueError, match="a line longer than 100 characters"):
         load_rows(tmp_path / "a.csv")
 
 
 def test_parquet_that_expands_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10_000)
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list([{**ROWS[0], "chosen": "x" * 500}] * 3000).to_parquet(path)
-    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", path.stat().st_size)
     with pytest.raises(ValueError, match="expands to more than"):
         load_rows(path)
 
@@ -506,7 +508,7 @@ def test_columns_that_can_be_read_once(tmp_path: Path) -> None:
 
 
 def test_gzip_bomb_and_cut_gzip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "GZIP_FREE_BYTES", 10_000)
+    monkeypatch.setattr(files, "GZIP_FREE_BYTES", 10_000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"0" * 10_000_000))
     with pytest.raises(ValueError, match="expands to more than 200 times"):
@@ -596,7 +598,7 @@ def test_holdout_bounds() -> None:
 
 def test_transcripts_of_several_turns() -> None:
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
-    prompt, chosen, _ = data_rows.normalise({"chosen": text + "d", "rejected": text + "e"})
+    prompt, chosen, _ = normalise.normalise({"chosen": text + "d", "rejected": text + "e"})
     assert [message["role"] for message in prompt] == ["user", "assistant", "user"]
     assert chosen == [assistant("d")]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from rmipo_lite.display import duration, in_notebook, in_terminal, printable, say, show
-from rmipo_lite.progress import ProgressDisplay, attach_progress, metric_line
+from rmipo_lite.output.console import duration, in_notebook, in_terminal, printable, say, show
+from rmipo_lite.watch.progress import ProgressDisplay, metric_line, show_progress
 from tests.trainer_parts import make_trainer
 
 
@@ -111,7 +111,7 @@ def test_metric_line_takes_what_is_there_in_a_fixed_order() -> None:
 def _train(tmp_path: Path, **display: Any) -> None:
     trainer = make_trainer(tmp_path, max_steps=3, save_strategy="no", eval_strategy="steps",
                            eval_steps=2)  # fmt: skip
-    attach_progress(trainer, ProgressDisplay(**display))
+    show_progress(trainer, ProgressDisplay(**display))
     names = {type(c).__name__ for c in trainer.callback_handler.callbacks}
     assert not names & {"PrinterCallback", "ProgressCallback"}
     trainer.train()
@@ -153,7 +153,7 @@ def test_the_bar_is_closed_when_training_raises(
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     trainer = make_trainer(tmp_path, save_strategy="no", callbacks=[Fail()])
-    display = attach_progress(trainer, ProgressDisplay(live=True))
+    display = show_progress(trainer, ProgressDisplay(live=True))
     with pytest.raises(RuntimeError, match="planted"):
         trainer.train()
     assert display._view._progress is None  # type: ignore[attr-defined]

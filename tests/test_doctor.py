@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import rmipo_lite
-from rmipo_lite import completions, demo, trainer
+from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.doctor import Doctor
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.training import trainer
+from rmipo_lite.watch import completions
+from rmipo_lite.watch.doctor import Doctor
 
 
 def _swap(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:

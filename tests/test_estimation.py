@@ -10,13 +10,14 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import rmipo_lite
-from rmipo_lite import budget, demo, loading
+from rmipo_lite import demo
 from rmipo_lite.bench import estimates
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.estimation_view import Estimate
-from rmipo_lite.footprint import Setup, activations_of, weights_of
-from rmipo_lite.loading import attach_adapter
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.model.adapter import attach_adapter
+from rmipo_lite.planning import budget, quantization
+from rmipo_lite.planning.estimation_view import Estimate
+from rmipo_lite.planning.footprint import Setup, activations_of, weights_of
+from rmipo_lite.tokens.pair import TokenizedPair
 
 # The shape of Llama-3-8B.
 _8B: dict[str, Any] = {
@@ -181,7 +182,7 @@ def test_4_bit_is_decided_by_the_same_number() -> None:
     nbytes = weights_of(config, setup).loaded_bytes(setup)
     assert nbytes == 2 * 8_030_261_248
     for free, quantized in ((nbytes / 0.6 + 1, False), (nbytes / 0.6 - 1, True)):
-        assert loading.wants_4bit(nbytes, free) is quantized
+        assert quantization.wants_4bit(nbytes, free) is quantized
 
 
 @pytest.mark.parametrize(

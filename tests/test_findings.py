@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rmipo_lite.findings import Finding, Findings
+from rmipo_lite.output.findings import Finding, Findings
 
 _LONG = Finding("a", "the loss <b>rose</b> from 0.1 to 0.9\x1b[31m", "Lower it", steps=(20, 90))
 _NOTE = Finding("b", "both fall", "That is normal", level="note")

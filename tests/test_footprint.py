@@ -13,12 +13,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from rmipo_lite import batch, footprint
-from rmipo_lite.attention import packed_attention
-from rmipo_lite.footprint import Setup, activations_of, optimizer_width, weights_of
-from rmipo_lite.fused_lora import fused_lora
-from rmipo_lite.loading import attach_adapter, default_lora
-from rmipo_lite.model import scored_hidden
+from rmipo_lite.model import batch
+from rmipo_lite.model.adapter import attach_adapter, default_lora
+from rmipo_lite.model.attention import packed_attention
+from rmipo_lite.model.backbone import scored_hidden
+from rmipo_lite.model.fused_lora import fused_lora
+from rmipo_lite.planning import footprint
+from rmipo_lite.planning.footprint import Setup, activations_of, optimizer_width, weights_of
 from rmipo_lite.selftest.parts import random_pairs
 
 _FP32, _BF16 = (Setup(dtype, default_lora()) for dtype in (torch.float32, torch.bfloat16))

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rmipo_lite.fused_lora import fused_lora, is_plain
+from rmipo_lite.model.fused_lora import fused_lora, is_plain
 from rmipo_lite.selftest.parts import tiny_model
 
 

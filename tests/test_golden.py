@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rmipo_lite import metrics
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.step import PairStep, StepOutcome
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.step import PairStep, StepOutcome
+from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 
 VALUE = 2e-5  # absolute, fp32
@@ -86,13 +86,13 @@ def _options(variant: str) -> dict[str, Any]:
 
 def _run(
     model: PreTrainedModel, pairs: list[TokenizedPair], variant: str, packing: bool, tmp_path: Path
-) -> tuple[StepOutcome, metrics.PairValues]:
+) -> tuple[StepOutcome, pair_values.PairValues]:
     args = RMiPOConfig(str(tmp_path), **_options(variant))
     model.zero_grad()
     step = PairStep(model, args, max_tokens=10**6, packing=packing)
     outcome = step.train(pairs, lambda loss: loss.backward())
     assert not outcome.dropped
-    return outcome, metrics.concat(outcome.values)
+    return outcome, pair_values.concat(outcome.values)
 
 
 def _close(ours: torch.Tensor, recorded: list[float], what: str) -> None:
@@ -106,7 +106,7 @@ def _close(ours: torch.Tensor, recorded: list[float], what: str) -> None:
 
 
 def _check(
-    outcome: StepOutcome, values: metrics.PairValues, recorded: dict[str, Any], what: str
+    outcome: StepOutcome, values: pair_values.PairValues, recorded: dict[str, Any], what: str
 ) -> None:
     _close(outcome.loss, recorded["loss"], f"{what} loss")
     _close(values.loss, recorded["losses"], f"{what} losses")
@@ -194,7 +194,7 @@ def test_what_is_nan_there_is_finite_and_reported_here(
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert values.gamma[0] == pytest.approx(1.6)
     assert values.pmi_gap[0] == 0
-    reduced = metrics.reduce([values], RMiPOConfig(str(tmp_path)))
+    reduced = pair_values.reduce([values], RMiPOConfig(str(tmp_path)))
     assert reduced["rmipo/pmi_undefined"] == pytest.approx(1 / len(pairs))
     assert all(value == value for value in reduced.values())
     for variant in ("simpo", "hinge", "simper"):

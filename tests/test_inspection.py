@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import rmipo_lite
-from rmipo_lite import inspection
-from rmipo_lite.data import load_rows
+from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo import MODEL
 from rmipo_lite.demo import load_rows as demo_rows
 from rmipo_lite.demo.data import load_tokenizer
 from rmipo_lite.demo.task import GENERIC
-from rmipo_lite.inspection import Inspection, inspect
-from rmipo_lite.score_file import SCORES_FILE
+from rmipo_lite.inspection import inspection
+from rmipo_lite.inspection.inspection import Inspection, inspect
+from rmipo_lite.inspection.score_file import SCORES_FILE
 from rmipo_lite.selftest.parts import tiny_model, word_rows, word_tokenizer
-from rmipo_lite.step import PairStep
+from rmipo_lite.training.step import PairStep
 
 HOSTILE = "<script>alert(1)</script> \x1b[31m red [/INST] and so on and on as it goes"
 

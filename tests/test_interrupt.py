@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from rmipo_lite.checkpoint import newest_valid_checkpoint
-from rmipo_lite.checkpoint_files import checkpoints
-from rmipo_lite.interrupt import GracefulInterrupt
+from rmipo_lite.checkpoints.sealed_folder import checkpoints
+from rmipo_lite.checkpoints.trainer_mixin import newest_valid_checkpoint
+from rmipo_lite.training.interrupt import GracefulInterrupt
 from tests.trainer_parts import adapter_weights, make_trainer, same_weights, tiny_peft
 
 

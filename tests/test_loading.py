@@ -11,11 +11,12 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rmipo_lite import loading
-from rmipo_lite.adapter_files import save_weights
+from rmipo_lite.checkpoints.weights import save_weights
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import adapter, loading, names
+from rmipo_lite.planning import quantization
 from rmipo_lite.selftest.parts import random_pairs, tiny_model, word_tokenizer
-from rmipo_lite.step import PairStep
+from rmipo_lite.training.step import PairStep
 
 
 def _trainable(model: nn.Module) -> int:
@@ -23,7 +24,7 @@ def _trainable(model: nn.Module) -> int:
 
 
 def test_default_adapter_is_every_linear_layer_but_the_head() -> None:
-    model = loading.attach_adapter(tiny_model(), "auto")
+    model = adapter.attach_adapter(tiny_model(), "auto")
     targets = model.peft_config["default"].target_modules
     assert {target.rsplit(".", 1)[-1] for target in targets} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -35,26 +36,26 @@ def test_default_adapter_is_every_linear_layer_but_the_head() -> None:
 
 def test_a_second_call_goes_on_with_the_adapter_and_never_nests() -> None:
     base = tiny_model()
-    first = loading.attach_adapter(base, "auto")
+    first = adapter.attach_adapter(base, "auto")
     size = _trainable(first)
-    assert loading.attach_adapter(base, "auto") is first
-    assert loading.attach_adapter(first, "auto") is first
-    assert loading.attach_adapter(first, None) is first
+    assert adapter.attach_adapter(base, "auto") is first
+    assert adapter.attach_adapter(first, "auto") is first
+    assert adapter.attach_adapter(first, None) is first
     assert _trainable(first) == size
 
 
 def test_new_replaces_the_adapter() -> None:
     base = tiny_model()
-    first = loading.attach_adapter(base, "auto")
+    first = adapter.attach_adapter(base, "auto")
     with torch.no_grad():
         for name, parameter in first.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(1.0)
-    second = loading.attach_adapter(first, "new")
+    second = adapter.attach_adapter(first, "new")
     assert second is not first
-    assert _trainable(second) == _trainable(loading.attach_adapter(tiny_model(), "auto"))
+    assert _trainable(second) == _trainable(adapter.attach_adapter(tiny_model(), "auto"))
     assert all(p.abs().max() == 0 for n, p in second.named_parameters() if "lora_B" in n)
-    third = loading.attach_adapter(second, LoraConfig(r=2, target_modules=["q_proj"]))
+    third = adapter.attach_adapter(second, LoraConfig(r=2, target_modules=["q_proj"]))
     assert third.peft_config["default"].r == 2
 
 
@@ -64,7 +65,7 @@ def test_layers_of_an_unknown_adapter_are_refused() -> None:
     base = tiny_model()
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="pass the PeftModel that get_peft_model returned"):
-        loading.attach_adapter(base, "auto")
+        adapter.attach_adapter(base, "auto")
 
 
 def test_unknown_word_for_the_adapter() -> None:
@@ -72,20 +73,20 @@ def test_unknown_word_for_the_adapter() -> None:
         with pytest.raises(
             ValueError, match="peft_config must be 'auto', 'new', None or a peft config, got"
         ):
-            loading.attach_adapter(tiny_model(), wrong)  # type: ignore[arg-type]
+            adapter.attach_adapter(tiny_model(), wrong)  # type: ignore[arg-type]
 
 
 def test_layers_that_the_model_has_not_are_told_with_those_it_has() -> None:
     with pytest.raises(
         ValueError, match=r"peft_config: .*'query'.* are called down_proj, .*q_proj"
     ):
-        loading.attach_adapter(tiny_model(), LoraConfig(target_modules=["query"]))
+        adapter.attach_adapter(tiny_model(), LoraConfig(target_modules=["query"]))
 
 
 def test_an_adapter_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     args = RMiPOConfig(str(tmp_path / "out"), use_cpu=True)
-    adapted = loading.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
+    adapted = adapter.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
     save_weights(adapted, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
@@ -104,17 +105,17 @@ def test_lora_on_tied_ends_is_refused_and_taken_off(target: str) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     config = LoraConfig(r=2, target_modules=["q_proj", target])
     with pytest.raises(ValueError, match=f"LoRA on .*{target}, but embedding and head are tied"):
-        loading.attach_adapter(model, config)
+        adapter.attach_adapter(model, config)
     assert not [name for name, _ in model.named_modules() if "lora" in name]
-    assert loading.attach_adapter(model, "auto")
+    assert adapter.attach_adapter(model, "auto")
     untied = tiny_model("llama", tie_word_embeddings=False)
-    assert loading.attach_adapter(untied, config)
+    assert adapter.attach_adapter(untied, config)
 
 
 def test_an_adapter_folder_goes_on_training(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     args = RMiPOConfig(str(tmp_path / "run"))
-    model = loading.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
+    model = adapter.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -124,23 +125,25 @@ def test_an_adapter_folder_goes_on_training(tmp_path: Path) -> None:
     assert isinstance(loaded, PeftModel)
     ids = torch.arange(3, 9)[None]
     torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
-    assert _trainable(loading.attach_adapter(loaded, "auto")) == _trainable(model)
+    assert _trainable(adapter.attach_adapter(loaded, "auto")) == _trainable(model)
 
 
 @pytest.mark.parametrize("word", ["8bit", "yes", 4])
 def test_unknown_quantization(word: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="quantization must be 'auto', 'none', '4bit' or"):
-        loading.quantization_for("x", RMiPOConfig(str(tmp_path)), word)
+        quantization.quantization_for("x", RMiPOConfig(str(tmp_path)), word)
 
 
 def test_auto_stays_unquantised_on_the_cpu(tmp_path: Path) -> None:
-    assert loading.quantization_for("x", RMiPOConfig(str(tmp_path), use_cpu=True), "auto") is None
+    assert (
+        quantization.quantization_for("x", RMiPOConfig(str(tmp_path), use_cpu=True), "auto") is None
+    )
 
 
 def _four_bit(tmp_path: Path) -> nn.Module:
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     args = RMiPOConfig(str(tmp_path / "run"))
-    config = loading.quantization_for(str(tmp_path / "base"), args, "4bit")
+    config = quantization.quantization_for(str(tmp_path / "base"), args, "4bit")
     return loading.load_model(str(tmp_path / "base"), args, config)
 
 
@@ -162,7 +165,7 @@ def test_every_lora_tensor_has_a_gradient_after_an_evaluation(
     It does so on CPUs with AVX512-BF16, so this one is made to say it has that.
     """
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    model = loading.attach_adapter(_four_bit(tmp_path), "auto")
+    model = adapter.attach_adapter(_four_bit(tmp_path), "auto")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -201,8 +204,8 @@ def test_every_lora_tensor_has_a_gradient_after_an_evaluation(
     ],
 )
 def test_run_names_stay_in_their_folder(name: str, wanted: str) -> None:
-    assert loading.run_name(name) == wanted
-    assert re.fullmatch(r"[\w.-]+", loading.run_name(name))
+    assert names.run_name(name) == wanted
+    assert re.fullmatch(r"[\w.-]+", names.run_name(name))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model().save_pretrained(root / "base")
     word_tokenizer().save_pretrained(root / "base")
     base = loading.load_model(str(root / "base"), RMiPOConfig(str(root / "run")))
-    loading.attach_adapter(base, "auto").save_pretrained(root / "adapter")
+    adapter.attach_adapter(base, "auto").save_pretrained(root / "adapter")
     return root
 
 

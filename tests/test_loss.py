@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo_lite import loss
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.training.prior import cached_prior, chosen_token_nll, losses
 
 
 def _out(chosen, rejected, prior_chosen, prior_rejected, tmp_path: Path, **options):
@@ -18,7 +18,7 @@ def _out(chosen, rejected, prior_chosen, prior_rejected, tmp_path: Path, **optio
     borders = torch.tensor([0, len(chosen), len(chosen) + len(rejected)], dtype=torch.int32)
     prior_borders = torch.tensor([0, len(prior_chosen), len(prior)], dtype=torch.int32)
     args = RMiPOConfig(str(tmp_path), **options)
-    return loss.losses(token_logps, borders, (prior, prior_borders), args)
+    return losses(token_logps, borders, (prior, prior_borders), args)
 
 
 def test_equal_sides(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_cached_prior_equals_the_live_one(tmp_path: Path) -> None:
         torch.tensor([0, 2, 3, 4, 4], dtype=torch.int32),
     )
     cache = {7: (-4.0, -3.0), 9: (-2.0, math.nan)}
-    cached = loss.cached_prior([7, 9], cache, torch.device("cpu"))
-    a = loss.losses(token_logps, borders, live, args)
-    b = loss.losses(token_logps, borders, cached, args)
+    cached = cached_prior([7, 9], cache, torch.device("cpu"))
+    a = losses(token_logps, borders, live, args)
+    b = losses(token_logps, borders, cached, args)
     assert torch.equal(a.loss, b.loss)
     assert torch.equal(a.gamma, b.gamma)
 
@@ -83,4 +83,4 @@ def test_cached_prior_equals_the_live_one(tmp_path: Path) -> None:
 def test_chosen_token_nll_counts_chosen_tokens_only() -> None:
     token_logps = torch.tensor([-1.0, -2.0, -10.0, -4.0, -20.0])
     borders = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
-    assert loss.chosen_token_nll(token_logps, borders).item() == 7.0
+    assert chosen_token_nll(token_logps, borders).item() == 7.0

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo_lite import metrics
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.metrics import PairValues
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.pair_values import PairValues
 
 
 def _values(chosen: list[float], rejected: list[float], gamma: list[float]) -> PairValues:
@@ -33,8 +33,8 @@ def test_means_over_pairs_whatever_the_parts(tmp_path: Path) -> None:
         PairValues(**{k: getattr(whole, k)[a:b] for k in PairValues.__dataclass_fields__})
         for a, b in ((0, 1), (1, 3))
     ]
-    assert metrics.reduce(parts, args) == metrics.reduce([whole], args)
-    reduced = metrics.reduce(parts, args)
+    assert pair_values.reduce(parts, args) == pair_values.reduce([whole], args)
+    reduced = pair_values.reduce(parts, args)
     assert reduced["rewards/accuracies"] == pytest.approx(2 / 3)
     assert reduced["rewards/chosen"] == pytest.approx(-4.0)
     assert reduced["rewards/margins"] == pytest.approx(2.0)
@@ -49,10 +49,10 @@ def test_means_over_pairs_whatever_the_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("loss_type", "scale"), [("simpo", 2.0), ("hinge", 1.0), ("simper", 1.0)])
 def test_rewards_scale_with_the_loss(loss_type: str, scale: float, tmp_path: Path) -> None:
     args = RMiPOConfig(str(tmp_path), loss_type=loss_type)
-    reduced = metrics.reduce([_values([-1.0, -3.0], [-2.0, -2.0], [0.5, 0.5])], args)
+    reduced = pair_values.reduce([_values([-1.0, -3.0], [-2.0, -2.0], [0.5, 0.5])], args)
     assert reduced["rewards/chosen"] == pytest.approx(-2.0 * scale)
     assert not any(name.startswith("rmipo/") for name in reduced)
 
 
 def test_no_pairs_no_numbers(tmp_path: Path) -> None:
-    assert metrics.reduce([], RMiPOConfig(str(tmp_path))) == {}
+    assert pair_values.reduce([], RMiPOConfig(str(tmp_path))) == {}

@@ -8,15 +8,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rmipo_lite import batch
-from rmipo_lite.model import (
+from rmipo_lite.model import batch
+from rmipo_lite.model.backbone import (
     UnsupportedModelError,
     causal_lm,
     disable_dropout,
-    read_head,
     scored_hidden,
 )
-from rmipo_lite.selfcheck import packing_problem
+from rmipo_lite.model.head import read_head
+from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 
 

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 
-from rmipo_lite.near_duplicates import near_duplicate_groups, similarity
+from rmipo_lite.inspection.near_duplicates import near_duplicate_groups, similarity
 
 Texts = tuple[str, str, str]
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rmipo_lite
-from rmipo_lite import one_liner, preflight
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite import run
+from rmipo_lite.training import rehearsal
+from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 
 MODEL = REFERENCES / "model_sft"
@@ -243,7 +244,7 @@ def test_the_plan_is_told_before_and_kept(
 def test_a_plan_changes_nothing_in_the_run(tokenizer: Any, tmp_path: Path, monkeypatch) -> None:
     options = {"max_steps": 20, "disable_dropout": False}
     planned = _train(str(MODEL), tokenizer, tmp_path / "a", **options)
-    monkeypatch.setattr(preflight, "_LEAST_STEPS", 99)
+    monkeypatch.setattr(rehearsal, "_LEAST_STEPS", 99)
     unplanned = _train(str(MODEL), tokenizer, tmp_path / "b", **options)
     losses = [[log["loss"] for log in r.history if "loss" in log] for r in (planned, unplanned)]
     assert losses[0] == losses[1]
@@ -253,7 +254,7 @@ def test_too_little_disk_is_said_before(
     tokenizer: Any, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda _: usage)
     _train(str(MODEL), tokenizer, tmp_path / "run", max_steps=1)
     assert "1000 bytes are free: some saves will fail" in capsys.readouterr().out
 
@@ -310,13 +311,13 @@ class _CtrlC(TrainerCallback):
 def test_ctrl_c_cuts_an_evaluation_short(
     evaluation: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    real = one_liner.show_progress
+    real = run.show_progress
 
     def with_ctrl_c(trainer: Any) -> None:
         real(trainer)
         trainer.add_callback(_CtrlC(evaluation))
 
-    monkeypatch.setattr(one_liner, "show_progress", with_ctrl_c)
+    monkeypatch.setattr(run, "show_progress", with_ctrl_c)
     handler = signal.getsignal(signal.SIGINT)
     if evaluation == 1:  # before the first step: nothing was trained, nothing is written
         with pytest.raises(KeyboardInterrupt):

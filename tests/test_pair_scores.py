@@ -14,16 +14,23 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from rmipo_lite import metrics
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data import Row
-from rmipo_lite.metrics import PairValues
+from rmipo_lite.data.rows import Row
+from rmipo_lite.inspection.pair_scores import (
+    PairScores,
+    identity,
+    loss_weight,
+    mean_scores,
+    score_pairs,
+)
+from rmipo_lite.inspection.score_file import NUMBERS, SCORES_FILE, ScoreFile
 from rmipo_lite.ops import pair_loss
-from rmipo_lite.pair_scores import PairScores, identity, loss_weight, mean_scores, score_pairs
-from rmipo_lite.score_file import NUMBERS, SCORES_FILE, ScoreFile
 from rmipo_lite.selftest.parts import random_pairs, tiny_model, word_tokenizer
-from rmipo_lite.step import PairStep, make_step
-from rmipo_lite.tokenization import TokenizationOptions, TokenizedPair
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.step import PairStep, make_step
 
 COUNT, CHUNK = 23, 8
 
@@ -124,10 +131,10 @@ def test_chunks_change_rounding_alone(tmp_path: Path) -> None:
 def test_means_are_those_of_an_evaluation(tmp_path: Path) -> None:
     step = step_of(tmp_path)
     parts = [values for _, values in step.evaluate(random_pairs(COUNT))]
-    wanted = metrics.reduce(parts, step.args)
+    wanted = pair_values.reduce(parts, step.args)
     means = mean_scores(scored(step), step.args)
     assert {name: means[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
-    assert means["loss"] == pytest.approx(float(metrics.concat(parts).loss.mean()), abs=1e-4)
+    assert means["loss"] == pytest.approx(float(pair_values.concat(parts).loss.mean()), abs=1e-4)
     assert means["rmipo/dropped_pairs"] == 0
 
 
@@ -229,7 +236,7 @@ def test_pairs_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 def test_progress_says_how_long_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rmipo_lite.pair_scores._SAY_EVERY", 0.0)
+    monkeypatch.setattr("rmipo_lite.inspection.pair_scores._SAY_EVERY", 0.0)
     scored(step_of(tmp_path))
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "Scored 23 of 23 rows, about 0 s left"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from rmipo_lite import panel, progress
-from rmipo_lite.panel import NotebookPanel, panel_html
-from rmipo_lite.progress import ProgressDisplay, attach_progress
-from rmipo_lite.run_progress import RunProgress
+from rmipo_lite.watch import panel, progress
+from rmipo_lite.watch.panel import NotebookPanel, panel_html
+from rmipo_lite.watch.progress import ProgressDisplay, show_progress
+from rmipo_lite.watch.run_progress import RunProgress
 from tests.trainer_parts import make_trainer
 
 LINE = {
@@ -120,7 +120,7 @@ def test_a_run_in_a_notebook_is_one_panel_that_updates(
     monkeypatch.setattr(panel, "REDRAW_SECONDS", 0.0)
     trainer = make_trainer(tmp_path, max_steps=3, save_strategy="no", eval_strategy="steps",
                            eval_steps=2, logging_steps=1)  # fmt: skip
-    attach_progress(trainer)
+    show_progress(trainer)
     trainer.evaluate()
     trainer.train()
     trainer.evaluate()

@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rmipo_lite import plots
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.generation import Answer, Comparison, generate_answers, prompt_ids
-from rmipo_lite.model_card import model_card
-from rmipo_lite.result import TrainResult
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.model.generation import Answer, generate_answers, prompt_ids
+from rmipo_lite.output import plots
+from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.model_card import model_card
+from rmipo_lite.results.result import TrainResult
 from tests.trainer_parts import tiny_llama, tiny_peft, tiny_tokenizer
 
 PROMPTS = ["w1 w2 w3 w4", "w5"]

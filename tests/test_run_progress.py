@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite import run_progress
-from rmipo_lite.run_progress import RunProgress
+from rmipo_lite.watch import run_progress
+from rmipo_lite.watch.run_progress import RunProgress
 
 
 @pytest.fixture

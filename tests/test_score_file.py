@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rmipo_lite.score_file import LENGTHS, NUMBERS, SCORES_FILE, Numbers, ScoreFile
+from rmipo_lite.inspection.score_file import LENGTHS, NUMBERS, SCORES_FILE, Numbers, ScoreFile
 
 HEADER = {"model": "abc", "model_name": "tiny", "dataset": {"rows": 9}, "options": {"beta": 2.0}}
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from rmipo_lite import batch, metrics
-from rmipo_lite import step as step_module
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.loading import attach_adapter
+from rmipo_lite.model import batch
+from rmipo_lite.model.adapter import attach_adapter
 from rmipo_lite.ops import head as head_module
 from rmipo_lite.ops import head_blocks
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
-from rmipo_lite.step import PairStep
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import pair_values
+from rmipo_lite.training import step as step_module
+from rmipo_lite.training.step import PairStep
 from tests.conftest import ROOT
 
 
@@ -63,9 +64,9 @@ def test_cached_prior_equals_live_while_the_policy_stands_still(tmp_path: Path) 
     # And the cache is used: another policy moves the live gamma only.
     with torch.no_grad():
         model.lm_head.weight.mul_(3.0)
-    before = metrics.concat(cached.values).chosen_pmi
-    after = metrics.concat(cached_step.train(pairs, _backward).values)
-    moved_by = after.chosen_logps - metrics.concat(cached.values).chosen_logps
+    before = pair_values.concat(cached.values).chosen_pmi
+    after = pair_values.concat(cached_step.train(pairs, _backward).values)
+    moved_by = after.chosen_logps - pair_values.concat(cached.values).chosen_logps
     defined = ~before.isnan()
     torch.testing.assert_close(
         (after.chosen_pmi - before)[defined], moved_by[defined], atol=1e-4, rtol=0
@@ -86,10 +87,10 @@ def test_prior_context_bos_scores_the_first_token_too(tmp_path: Path) -> None:
     model, pairs = tiny_model(), random_pairs(2)
     step = _step(model, tmp_path, prior_context="bos")
     step.prior_bos_id = 1
-    values = metrics.concat([v for _, v in step.evaluate(pairs)])
+    values = pair_values.concat([v for _, v in step.evaluate(pairs)])
     # Pair 1 has one-token responses, which without BOS have no prior.
     assert torch.isfinite(values.chosen_pmi).all()
-    bare = metrics.concat([v for _, v in _step(model, tmp_path).evaluate(pairs)])
+    bare = pair_values.concat([v for _, v in _step(model, tmp_path).evaluate(pairs)])
     assert bare.chosen_pmi[1].isnan()
     assert bare.gamma[1] == pytest.approx(1.6)
 
@@ -99,7 +100,7 @@ def test_empty_prompt_of_bos_gives_no_gap(tmp_path: Path) -> None:
     pairs = [replace(pair, prompt_ids=[1]) for pair in random_pairs(3)]
     step = _step(tiny_model(), tmp_path, prior_context="bos")
     step.prior_bos_id = 1
-    values = metrics.concat([v for _, v in step.evaluate(pairs)])
+    values = pair_values.concat([v for _, v in step.evaluate(pairs)])
     assert values.chosen_pmi.abs().max() < 1e-5
     assert values.pmi_gap.abs().max() < 1e-5
 
@@ -149,9 +150,9 @@ def test_nothing_finite_leaves_no_gradient(tmp_path: Path) -> None:
 
 def test_evaluation_has_no_gradient_and_the_same_values(tmp_path: Path) -> None:
     model, pairs = tiny_model(), random_pairs(4)
-    values = metrics.concat([v for _, v in _step(model, tmp_path).evaluate(pairs)])
+    values = pair_values.concat([v for _, v in _step(model, tmp_path).evaluate(pairs)])
     assert all(p.grad is None for p in model.parameters())
-    trained = metrics.concat(_step(model, tmp_path).train(pairs, _backward).values)
+    trained = pair_values.concat(_step(model, tmp_path).train(pairs, _backward).values)
     torch.testing.assert_close(values.loss, trained.loss, atol=1e-6, rtol=0)
 
 
@@ -183,7 +184,7 @@ class _Fault:
 PLACES = {
     "forward": (step_module, "scored_hidden", 1),
     "head": (head_blocks, "_add_product", 1),
-    "loss": (step_module.loss, "losses", 1),
+    "loss": (step_module, "losses", 1),
     "prior": (step_module, "scored_hidden", 2),
     "prior's head": (head_blocks.native, "fold_logits", 2),
     "head's backward": (head_module, "_scale_directions", 1),
@@ -298,11 +299,11 @@ def test_evaluation_and_cached_priors_survive_it_too(
 ) -> None:
     model, pairs = tiny_model(), random_pairs(6)
     step = _step(model, tmp_path, prior="cached")
-    values = metrics.concat([v for _, v in step.evaluate(pairs)])
+    values = pair_values.concat([v for _, v in step.evaluate(pairs)])
     cache = step.prior_means(pairs)
     fault = _Fault(step_module.scored_hidden, 2)
     monkeypatch.setattr(step_module, "scored_hidden", fault)
-    again = metrics.concat([v for _, v in step.evaluate(pairs)])
+    again = pair_values.concat([v for _, v in step.evaluate(pairs)])
     assert fault.raised == 1
     torch.testing.assert_close(again.loss.sort()[0], values.loss.sort()[0], atol=1e-5, rtol=0)
     fault.at = fault.calls + 1

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from rmipo_lite.data import Row
-from rmipo_lite.suspicious import RULES, candidates, pairs_of
+from rmipo_lite.data.rows import Row
+from rmipo_lite.inspection.suspicious import RULES, candidates, pairs_of
 
 # row -> chosen_logps, rejected_logps, chosen_pmi, rejected_pmi, all nats per token
 VALUES = {

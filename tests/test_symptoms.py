@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data_report import DataReport
-from rmipo_lite.symptoms import SYMPTOMS, Chart, examine
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.watch.symptoms import SYMPTOMS, Chart, examine
 
 _STEPS = 100
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rmipo_lite.data import load_rows
+from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo import load_rows as demo_rows
-from rmipo_lite.text_checks import TextReport, check_texts
+from rmipo_lite.inspection.text_checks import TextReport, check_texts
 
 Record = dict[str, Any]
 PROMPT = "Tell me something about number {} please"

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from rmipo_lite.data import load_rows
+from rmipo_lite.data.rows import load_rows
+from rmipo_lite.inspection.token_checks import TokenChecks, length_bias
 from rmipo_lite.selftest.parts import word_tokenizer
-from rmipo_lite.token_checks import TokenChecks, length_bias
-from rmipo_lite.tokenization import (
-    TokenizationOptions,
-    prepare_tokenizer,
-    tokenize_in_chunks,
-)
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.tokens.tokenize_rows import tokenize_in_chunks
 
 Record = dict[str, Any]
 

@@ -13,18 +13,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rmipo_lite.data import Row, load_rows
-from rmipo_lite.data_report import DataReport
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import Row, load_rows
 from rmipo_lite.selftest.encoders import sentencepiece_like
-from rmipo_lite.text_encoder import TextEncoder
-from rmipo_lite.tokenization import (
-    TokenizationOptions,
-    TokenizedPair,
-    encode_prompt,
-    prepare_tokenizer,
-    tokenize_in_chunks,
-    tokenize_rows,
-)
+from rmipo_lite.tokens.encoder import TextEncoder
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.tokens.tokenize_rows import encode_prompt, tokenize_in_chunks, tokenize_rows
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +292,7 @@ def test_report_numbers(tokenizer: Any) -> None:
 def test_unpicklable_tokenizer_falls_back_to_one_process(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmipo_lite.tokenization.MIN_ROWS_PER_PROCESS", 1)
+    monkeypatch.setattr("rmipo_lite.tokens.tokenize_rows.MIN_ROWS_PER_PROCESS", 1)
     locked = adding_bos(tokenizer)
     locked.lock = threading.Lock()
     records = [pair_of(chosen=f" {i}") for i in range(4)]
@@ -307,7 +303,7 @@ def test_unpicklable_tokenizer_falls_back_to_one_process(
 
 @pytest.mark.slow
 def test_processes_give_the_same_pairs(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmipo_lite.tokenization.MIN_ROWS_PER_PROCESS", 1)
+    monkeypatch.setattr("rmipo_lite.tokens.tokenize_rows.MIN_ROWS_PER_PROCESS", 1)
     records = [pair_of(chosen=f" {i}") for i in range(9)]
     assert run(records, tokenizer, num_proc=2)[0] == run(records, tokenizer)[0]
 

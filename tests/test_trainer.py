@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from rmipo_lite import step as step_module
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
-from rmipo_lite.trainer import RMiPOTrainer
-from rmipo_lite.trainer_setup import prior_bos_id
+from rmipo_lite.tokens.options import prior_bos_id
+from rmipo_lite.training import step as step_module
+from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 
 MODEL = REFERENCES / "model_sft"
@@ -330,7 +330,7 @@ def test_several_devices_are_refused(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_quantising_a_loaded_model_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    from rmipo_lite.loading import nf4_config
+    from rmipo_lite.planning.quantization import nf4_config
 
     args = RMiPOConfig(str(tmp_path))
     with pytest.raises(ValueError, match="for a model given by name or folder"):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from rmipo_lite import attention, varlen_attention
-from rmipo_lite.attention import segment_attention
-from rmipo_lite.batch import Segment, SegmentPlan
+from rmipo_lite.model import attention, varlen_attention
+from rmipo_lite.model.attention import segment_attention
+from rmipo_lite.model.batch import Segment, SegmentPlan
 from rmipo_lite.selftest.parts import ARCHITECTURES, tiny_model
 from tests.test_attention import _assert_same
 

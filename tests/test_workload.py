@@ -6,8 +6,8 @@ from transformers import LlamaConfig
 
 from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.workload import cut, shortened, workload
+from rmipo_lite.planning.workload import cut, shortened, workload
+from rmipo_lite.tokens.pair import TokenizedPair
 
 
 def test_what_a_shorter_max_length_cuts_is_cut_as_in_a_run() -> None:

@@ -17,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from rmipo_lite.checkpoint import SafeCheckpointing
+from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
 
 VOCABULARY = 64
 

@@ -195,7 +195,7 @@ RMIPO_CLONES float fold_row(BFloat16* x, const BFloat16* bias, int64_t n, int64_
 
 template <typename T>
 void fold_rows(Tensor& logits, const Tensor& target_ids, int64_t first_id,
-               const std::optional<Tensor>& bias, double logit_scale, double logit_softcap,
+               const std::optional<Tensor>& bias, double logit_softcap, double logit_scale,
                Tensor& row_max, Tensor& row_sum, Tensor& target_logits,
                std::optional<Tensor>& directions) {
   using A = typename Accumulate<T>::type;
@@ -209,7 +209,7 @@ void fold_rows(Tensor& logits, const Tensor& target_ids, int64_t first_id,
   A* u = directions ? static_cast<A*>(directions->mutable_data_ptr()) : nullptr;
   const int64_t width = directions ? directions->size(1) : 0;
   const int64_t u_stride = directions ? directions->stride(0) : 0;
-  const Transform<A> t{static_cast<A>(logit_scale), static_cast<A>(logit_softcap)};
+  const Transform<A> t{static_cast<A>(logit_softcap), static_cast<A>(logit_scale)};
   rmipo::for_rows(logits.size(0), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* row = x + rmipo::row_offset(r, stride, 0);
@@ -228,7 +228,7 @@ void fold_rows(Tensor& logits, const Tensor& target_ids, int64_t first_id,
 }
 
 void fold_logits(Tensor logits, Tensor target_ids, int64_t first_id, std::optional<Tensor> bias,
-                 double logit_scale, double logit_softcap, Tensor row_max, Tensor row_sum,
+                 double logit_softcap, double logit_scale, Tensor row_max, Tensor row_sum,
                  Tensor target_logits, std::optional<Tensor> directions) {
   using rmipo::ScalarType;
   constexpr const char* kOp = "fold_logits";
@@ -255,7 +255,7 @@ void fold_logits(Tensor logits, Tensor target_ids, int64_t first_id, std::option
                     torch::headeronly::toString(directions->scalar_type()));
   }
   const auto run = [&](auto storage) {
-    fold_rows<decltype(storage)>(logits, target_ids, first_id, bias, logit_scale, logit_softcap,
+    fold_rows<decltype(storage)>(logits, target_ids, first_id, bias, logit_softcap, logit_scale,
                                  row_max, row_sum, target_logits, directions);
   };
   if (dtype == ScalarType::Float) {

@@ -54,7 +54,7 @@ void pair_losses(Tensor token_logps, Tensor cu_seqlens, std::optional<Tensor> pr
       token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens, loss, gamma,
       gap,         logps,      prior_logps,       mean_grads,       flag};
   tensors.check();
-  const rmipo::PairOptions options{static_cast<rmipo::LossType>(loss_type),
+  const rmipo::PairOptions options{rmipo::loss_type_of(loss_type),
                                    beta,
                                    gamma_min,
                                    gamma_max,

@@ -95,7 +95,7 @@ RMIPO_CLONES double row_work(double* x, const double* bias, int64_t n, int64_t t
 
 template <typename A>
 void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>& bias,
-          double logit_scale, double logit_softcap, const std::optional<Tensor>& row_scale,
+          double logit_softcap, double logit_scale, const std::optional<Tensor>& row_scale,
           Tensor& logps, bool grads, Tensor& flag) {
   const int64_t vocab_size = logits.size(1), stride = logits.stride(0);
   A* x = static_cast<A*>(logits.mutable_data_ptr());
@@ -104,7 +104,7 @@ void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>&
   const A* scales = rmipo::const_or_null<A>(row_scale);
   A* out = static_cast<A*>(logps.mutable_data_ptr());
   auto* invalid = static_cast<int32_t*>(flag.mutable_data_ptr());
-  const Transform<A> t{static_cast<A>(logit_scale), static_cast<A>(logit_softcap)};
+  const Transform<A> t{static_cast<A>(logit_softcap), static_cast<A>(logit_scale)};
   rmipo::for_rows(logits.size(0), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       A* row_x = x + rmipo::row_offset(r, stride, 0);
@@ -122,8 +122,8 @@ void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>&
   });
 }
 
-void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, double logit_scale,
-               double logit_softcap, std::optional<Tensor> row_scale, Tensor logps,
+void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, double logit_softcap,
+               double logit_scale, std::optional<Tensor> row_scale, Tensor logps,
                std::optional<Tensor> grads, Tensor flag) {
   constexpr const char* kOp = "row_logps";
   const auto dtype = logits.scalar_type();
@@ -144,10 +144,10 @@ void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, dou
                     ": grads must be the logits' own memory on the CPU");
   }
   if (dtype == rmipo::ScalarType::Float) {
-    rows<float>(logits, target_ids, bias, logit_scale, logit_softcap, row_scale, logps,
+    rows<float>(logits, target_ids, bias, logit_softcap, logit_scale, row_scale, logps,
                 grads.has_value(), flag);
   } else {
-    rows<double>(logits, target_ids, bias, logit_scale, logit_softcap, row_scale, logps,
+    rows<double>(logits, target_ids, bias, logit_softcap, logit_scale, row_scale, logps,
                  grads.has_value(), flag);
   }
 }

@@ -19,7 +19,7 @@ void pair_losses(Tensor token_logps, Tensor cu_seqlens, std::optional<Tensor> pr
       gap,         logps,      prior_logps,       mean_grads,       flag};
   tensors.check();
   rmipo::check_grid(kOp, "loss", tensors.pairs());
-  const rmipo::PairOptions options{static_cast<rmipo::LossType>(loss_type),
+  const rmipo::PairOptions options{rmipo::loss_type_of(loss_type),
                                    beta,
                                    gamma_min,
                                    gamma_max,

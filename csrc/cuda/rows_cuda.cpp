@@ -25,7 +25,7 @@ GradType grad_type(const std::optional<Tensor>& grads, ScalarType logits) {
 
 template <typename A>
 void rows(const Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>& bias,
-          double logit_scale, double logit_softcap, const std::optional<Tensor>& row_scale,
+          double logit_softcap, double logit_scale, const std::optional<Tensor>& row_scale,
           const Tensor& logps, const std::optional<Tensor>& grads, const Tensor& flag) {
   const rmipo::RowArguments<A> arguments{
       static_cast<const A*>(logits.const_data_ptr()),
@@ -34,7 +34,7 @@ void rows(const Tensor& logits, const Tensor& target_ids, const std::optional<Te
       logits.stride(0),
       static_cast<const int64_t*>(target_ids.const_data_ptr()),
       rmipo::const_or_null<A>(bias),
-      {static_cast<A>(logit_scale), static_cast<A>(logit_softcap)},
+      {static_cast<A>(logit_softcap), static_cast<A>(logit_scale)},
       rmipo::const_or_null<A>(row_scale),
       static_cast<A*>(logps.mutable_data_ptr()),
       grads ? grads->mutable_data_ptr() : nullptr,
@@ -45,8 +45,8 @@ void rows(const Tensor& logits, const Tensor& target_ids, const std::optional<Te
   rmipo::check_launch(kOp, rmipo::launch_rows(arguments, rmipo::current_stream(logits)));
 }
 
-void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, double logit_scale,
-               double logit_softcap, std::optional<Tensor> row_scale, Tensor logps,
+void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, double logit_softcap,
+               double logit_scale, std::optional<Tensor> row_scale, Tensor logps,
                std::optional<Tensor> grads, Tensor flag) {
   const auto dtype = logits.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, kOp,
@@ -63,10 +63,10 @@ void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, dou
   if (row_scale) rmipo::check_vector(kOp, "row_scale", *row_scale, n, dtype, logits);
   if (grads) rmipo::check_matrix(kOp, "grads", *grads, n, vocab_size, logits);
   if (dtype == ScalarType::Float) {
-    rows<float>(logits, target_ids, bias, logit_scale, logit_softcap, row_scale, logps, grads,
+    rows<float>(logits, target_ids, bias, logit_softcap, logit_scale, row_scale, logps, grads,
                 flag);
   } else {
-    rows<double>(logits, target_ids, bias, logit_scale, logit_softcap, row_scale, logps, grads,
+    rows<double>(logits, target_ids, bias, logit_softcap, logit_scale, row_scale, logps, grads,
                  flag);
   }
 }

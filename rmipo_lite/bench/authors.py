@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
 
 IGNORED = -100
 _GAMMA_MIN, _GAMMA_MAX = 0.3, 1.6  # constants in their code

@@ -13,9 +13,10 @@ from rmipo_lite.bench import peers
 from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
-from rmipo_lite.data import load_rows
+from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo.data import MODEL, PAIRS
-from rmipo_lite.tokenization import TokenizationOptions, tokenize_rows
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 
 ROUNDS = 3
 

@@ -27,11 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rmipo_lite.bench.records import Record
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import MODEL
-from rmipo_lite.device_memory import end_peak, start_peak
-from rmipo_lite.estimation import estimate
-from rmipo_lite.loading import watched_bars
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.model.loading import watched_bars
+from rmipo_lite.planning.device import end_peak, start_peak
+from rmipo_lite.planning.estimation import estimate
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 STEPS = 4
 # glibc gives blocks above this size (bytes) pages of their own, and takes them back when freed.

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmipo_lite import batch
-from rmipo_lite.attention import segment_attention
-from rmipo_lite.batch import ModelInput
-from rmipo_lite.model import causal_lm, read_head
+from rmipo_lite.model import batch
+from rmipo_lite.model.attention import segment_attention
+from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.model.batch import ModelInput
+from rmipo_lite.model.head import read_head
 from rmipo_lite.ops.head_blocks import Blocks
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
 
 
 def head_floor(hidden: Tensor, weight: Tensor, products: int = 2) -> None:

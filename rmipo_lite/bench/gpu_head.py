@@ -18,7 +18,7 @@ from rmipo_lite.bench.peers import Absent, first_line
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import head_rows, linear_logps
-from rmipo_lite.ops.head_rows import Head
+from rmipo_lite.ops.head_rows import HeadProducts
 
 ROUNDS = 7
 CHUNK_ROWS = (128, 256, 384, 512, 1024)
@@ -96,7 +96,7 @@ class _Case:
 
     def floor(self) -> None:
         """The two bare products, in the chunks and with the results that ours has."""
-        head = Head(self.hidden, self.weight)
+        head = HeadProducts(self.hidden, self.weight)
         out = self.hidden.new_empty(self.hidden.shape, dtype=head.exact)
         for rows in head.chunks:
             head.logits(rows)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from rmipo_lite.loading import protect_4bit_on_cpu
+from rmipo_lite.model.loading import protect_4bit_on_cpu
 
 _SCALE = 0.02  # of random weights
 

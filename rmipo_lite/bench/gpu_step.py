@@ -31,15 +31,15 @@ from rmipo_lite.bench.inputs import Lengths
 from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import summarize
-from rmipo_lite.budget import is_out_of_memory
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
-from rmipo_lite.estimation import estimate
-from rmipo_lite.footprint import setup_of
-from rmipo_lite.loading import attach_adapter
-from rmipo_lite.model import disable_dropout, enable_checkpointing
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.model.adapter import attach_adapter
+from rmipo_lite.model.backbone import disable_dropout, enable_checkpointing
+from rmipo_lite.planning.budget import is_out_of_memory
+from rmipo_lite.planning.estimation import estimate
+from rmipo_lite.planning.footprint import setup_of
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 SHORT, LONG = Lengths(200, 300, 274), Lengths(800, 1248, 1248)
 BOTH = (SHORT, LONG)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmipo_lite.batch import micro_step_tokens
-from rmipo_lite.loading import attach_adapter
-from rmipo_lite.model import disable_dropout
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.model.adapter import attach_adapter
+from rmipo_lite.model.backbone import disable_dropout
+from rmipo_lite.model.batch import micro_step_tokens
+from rmipo_lite.tokens.pair import TokenizedPair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HIDDEN_SIZE, LAYERS = 512, 8

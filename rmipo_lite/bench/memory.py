@@ -18,8 +18,8 @@ from rmipo_lite.bench import inputs, step
 from rmipo_lite.bench.peers import Absent
 from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, Summary, ratios, summarize
-from rmipo_lite.device_memory import end_peak, start_peak
 from rmipo_lite.ops import linear_logps
+from rmipo_lite.planning.device import end_peak, start_peak
 
 CASES = ((32000, "fp32"), (131072, "bf16"))
 DRAWS = 6

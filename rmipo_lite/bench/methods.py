@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rmipo_lite import demo, one_liner
+from rmipo_lite import demo, run
 from rmipo_lite.bench.records import Record
 from rmipo_lite.demo.scoring import sample_answers, score_answers
 from rmipo_lite.demo.task import held_out_questions
-from rmipo_lite.result import TrainResult
+from rmipo_lite.results.result import TrainResult
 
 STEPS = 90
 LEARNING_RATES = (1e-3, 3e-3)
@@ -98,7 +98,7 @@ def _train(case: Case, method: str, gamma: float | None, steps: int, folder: Pat
     options = dict(_OPTIONS, loss_type="rmipo" if method == CONSTANT_GAMMA else method)
     if method == CONSTANT_GAMMA:
         options |= {"gamma_min": gamma, "gamma_max": gamma}
-    return one_liner.train(
+    return run.train(
         demo.MODEL,
         PAIRS[case.pairs](),
         output_dir=folder,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rmipo_lite import __version__
+from rmipo_lite.version import __version__
 
 
 def device_name() -> str:

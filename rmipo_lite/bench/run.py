@@ -15,7 +15,7 @@ import torch
 from rmipo_lite.bench import records
 from rmipo_lite.bench.records import Record
 from rmipo_lite.demo.data import MODEL, PAIRS
-from rmipo_lite.display import say
+from rmipo_lite.output.console import say
 
 # glibc keeps what is freed instead of handing it back, so that no step pays for fresh pages. The
 # authors' step gains most: it allocates gigabytes anew each time.

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmipo_lite import metrics
 from rmipo_lite.bench import inputs, peers
 from rmipo_lite.bench.authors import authors_step, pad_pairs
 from rmipo_lite.bench.floors import StepFloor
@@ -21,8 +20,9 @@ from rmipo_lite.bench.records import Record
 from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
-from rmipo_lite.step import PairStep
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.step import PairStep
 
 # (vocabulary, dtype) of the models measured by default
 CASES = ((32000, "fp32"), (131072, "fp32"), (32000, "bf16"), (131072, "bf16"))
@@ -178,7 +178,9 @@ def bench_overhead(rounds: int = 9) -> Iterator[Record]:
             watched = _watched(step, inside)
             start = time.perf_counter()
             outcome = watched.train(pairs, inside(lambda loss: loss.backward()))
-            metrics.reduce(outcome.values, step.args)  # once per log line in a run, here every step
+            pair_values.reduce(
+                outcome.values, step.args
+            )  # once per log line in a run, here every step
             total = time.perf_counter() - start
             if index >= 0:
                 shares.append(1 - inside.seconds / total)

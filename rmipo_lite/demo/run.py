@@ -27,8 +27,8 @@ from rmipo_lite.demo.task import (
     held_out_questions,
     make_pairs,
 )
-from rmipo_lite.one_liner import train
-from rmipo_lite.result import TrainResult
+from rmipo_lite.results.result import TrainResult
+from rmipo_lite.run import train
 
 # Chosen by hand on seed 0's held-out prompts; seeds 1 and 2 confirm them. The rate is two hundred
 # times the default for real models: a model this small moves little per step, and a demo has

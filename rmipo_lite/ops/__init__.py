@@ -6,8 +6,9 @@ and `loss` hold the public functions with their gradients.
 
 from rmipo_lite.ops.head import linear_logps
 from rmipo_lite.ops.head_rows import CPU_BUFFER_BYTES, card_buffer_bytes, head_buffer_bytes
+from rmipo_lite.ops.library import BackendStatus, status
 from rmipo_lite.ops.loss import LossOutput, PairLossOutput, pair_loss, rmipo_loss
-from rmipo_lite.ops.native import BackendStatus, device_flag, status
+from rmipo_lite.ops.native import device_flag
 
 __all__ = [
     "CPU_BUFFER_BYTES",

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native
-from rmipo_lite.ops.checks import refuse_second_derivative, require_memory
+from rmipo_lite.ops.checks import check_head, check_ids, refuse_second_derivative, require_memory
 from rmipo_lite.ops.head_blocks import blocked_logps
-from rmipo_lite.ops.head_checks import check_head, check_ids
-from rmipo_lite.ops.head_rows import Head, row_work
-from rmipo_lite.ops.loss import Impl
-from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
+from rmipo_lite.ops.head_rows import HeadProducts, row_work
+from rmipo_lite.ops.native import Impl
+from rmipo_lite.ops.reference import IGNORED, LogitTransform, accumulate_dtype
 
 _VALUE, _DIRECTION, _RECOMPUTE = range(3)
 
@@ -91,12 +90,11 @@ def _linear_logps(
         check_ids(target_ids, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         use_native = native.use_native(impl, hidden.device)
+        transform = LogitTransform(bias, logit_softcap, logit_scale)
         with_grads = mode == _DIRECTION
         if use_native and hidden.device.type == "cpu" and mode != _RECOMPUTE:
-            return blocked_logps(
-                hidden, weight, target_ids, bias, logit_softcap, logit_scale, with_grads
-            )
-        head = Head(hidden, weight)
+            return blocked_logps(hidden, weight, target_ids, transform, with_grads)
+        head = HeadProducts(hidden, weight)
         logps = hidden.new_empty(hidden.shape[0], dtype=head.exact)
         directions = hidden.new_empty(
             (hidden.shape[0] if with_grads else 0, hidden.shape[1]), dtype=head.exact
@@ -106,9 +104,7 @@ def _linear_logps(
                 head,
                 rows,
                 target_ids,
-                bias,
-                logit_softcap,
-                logit_scale,
+                transform,
                 None,
                 use_native,
                 with_grads,
@@ -167,9 +163,10 @@ def _recompute_backward(
     """Gradients of hidden, weight and bias (empty without one), accumulated in float32."""
     with torch.autocast(hidden.device.type, enabled=False):
         use_native = native.use_native(impl, hidden.device)
+        transform = LogitTransform(bias, logit_softcap, logit_scale)
         # A row that nothing asks for is passed over as an ignored one is.
         target_ids = target_ids.masked_fill(grad_logps == 0, IGNORED)
-        head = Head(hidden, weight)
+        head = HeadProducts(hidden, weight)
         grad_hidden = torch.empty_like(hidden, dtype=head.exact)
         grad_weight = torch.zeros_like(weight, dtype=head.exact)
         grad_bias = torch.zeros(
@@ -180,9 +177,7 @@ def _recompute_backward(
                 head,
                 rows,
                 target_ids,
-                bias,
-                logit_softcap,
-                logit_scale,
+                transform,
                 grad_logps,
                 use_native,
                 True,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native
-from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
+from rmipo_lite.ops.reference import IGNORED, LogitTransform, accumulate_dtype
 
 # Measured on two Sapphire Rapids cores: both products of 1024 rows by 4096 columns run 13 % (fp32)
 # and 18 % (bf16) faster than those of 256 rows by 32k. Fewer rows take more columns.
@@ -118,9 +118,7 @@ def blocked_logps(
     hidden: Tensor,
     weight: Tensor,
     target_ids: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
+    transform: LogitTransform,
     with_directions: bool,
 ) -> tuple[Tensor, Tensor]:
     """Logps (N,) and directions (N, H), or (0, H) without; ids are checked by the caller."""
@@ -142,14 +140,15 @@ def blocked_logps(
             if dtype != blocks.dtype:  # the few columns that are left at the end
                 logits = hidden.new_empty(shape, dtype=dtype)
             torch.mm(chunk.to(dtype), weight_block.T, out=logits)
+            bias = transform.bias
             some = None if bias is None else bias[columns].to(dtype).contiguous()
-            sums.fold(logits, columns.start, some, logit_scale, logit_softcap, out)
+            sums.fold(logits, columns.start, transform._replace(bias=some), out)
             if out is not None:
                 _add_product(out, logits, weight_block, blocks)
         sums.close()
         logps[rows] = sums.logps()
         if out is not None:
-            sums.finish(out, weight, logit_scale, logit_softcap)
+            sums.finish(out, weight, transform)
     return logps, directions
 
 
@@ -176,9 +175,7 @@ class _Sums:
         self,
         logits: Tensor,
         first_id: int,
-        bias: Tensor | None,
-        logit_scale: float,
-        logit_softcap: float | None,
+        transform: LogitTransform,  # its bias that of these columns
         directions: Tensor | None,
     ) -> None:
         """Take in a block of logits, which becomes its exponentials where directions are wanted."""
@@ -186,9 +183,7 @@ class _Sums:
             logits,
             self.target_ids,
             first_id,
-            bias,
-            logit_scale,
-            logit_softcap,
+            transform,
             self.max,
             self.others,
             self.target_logit,
@@ -206,15 +201,13 @@ class _Sums:
         logps = self.log_target - torch.log(self.total)
         return logps.masked_fill_(self.ignored, 0.0).to(self.max.dtype)
 
-    def finish(
-        self, out: Tensor, weight: Tensor, logit_scale: float, logit_softcap: float | None
-    ) -> None:
+    def finish(self, out: Tensor, weight: Tensor, transform: LogitTransform) -> None:
         """Turn the summed exponentials times weight into the directions, in place."""
-        slope = torch.full_like(self.total, logit_scale)
-        if logit_softcap is not None:
-            slope *= 1 - (self.target_logit.double() / logit_softcap) ** 2
+        slope = torch.full_like(self.total, transform.scale)
+        if transform.softcap is not None:
+            slope *= 1 - (self.target_logit.double() / transform.softcap) ** 2
         of_target = (slope * self.others / self.total).masked_fill_(self.ignored, 0.0)
-        of_others = (-logit_scale / self.total).masked_fill_(self.ignored, 0.0)
+        of_others = (-transform.scale / self.total).masked_fill_(self.ignored, 0.0)
         out.mul_(of_others.to(out.dtype)[:, None])
         rows = weight.index_select(0, self.target_ids.clamp(min=0)).to(out.dtype)
         out.addcmul_(rows, of_target.to(out.dtype)[:, None])

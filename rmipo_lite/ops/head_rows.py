@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmipo_lite.ops import native, reference
 from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, even_slices
-from rmipo_lite.ops.reference import IGNORED, accumulate_dtype
+from rmipo_lite.ops.reference import IGNORED, LogitTransform, accumulate_dtype
 
 # On the CPU a chunk is as many rows as make about this many logits, within the range where a
 # product still runs at full speed and the buffer stays small (128 MiB in float32). Below 128 rows
@@ -80,7 +80,7 @@ def card_buffer_bytes(vocab_size: int, cache_bytes: int, memory_bytes: int) -> i
     return card_rows(row_bytes, cache_bytes, memory_bytes) * row_bytes
 
 
-class Head:
+class HeadProducts:
     """The matrix products of one call, with float32 results and buffers reused across chunks."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
@@ -132,12 +132,10 @@ class Head:
 
 
 def row_work(
-    head: Head,
+    head: HeadProducts,
     rows: slice,
     target_ids: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
+    transform: LogitTransform,
     row_scale: Tensor | None,
     use_native: bool,
     with_grads: bool,
@@ -147,12 +145,10 @@ def row_work(
     scale = None if row_scale is None else row_scale[rows]
     if use_native:
         grads = head.grads[: rows.stop - rows.start] if with_grads else None
-        logps = native.row_logps(
-            logits, target_ids[rows], bias, logit_scale, logit_softcap, scale, grads
-        )
+        logps = native.row_logps(logits, target_ids[rows], transform, scale, grads)
         return logps, grads
     logps, exact_grads, invalid = reference.row_logps(
-        logits, target_ids[rows], bias, logit_scale, logit_softcap, scale, with_grads=with_grads
+        logits, target_ids[rows], transform, scale, with_grads=with_grads
     )
     if logits.device.type != "cpu":
         native.device_flag(logits.device).bitwise_or_(invalid)

@@ -17,18 +17,25 @@ method sets, and a gradient through it would let the policy lower its own margin
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
-from rmipo_lite.ops.checks import refuse_second_derivative, require, require_dense, require_memory
-from rmipo_lite.ops.loss_checks import check_borders, check_options, check_prior, check_sequences
-from rmipo_lite.ops.reference import LOSSES, PairOptions, PairParts
-
-Impl = Literal["auto", "native", "torch"]
-LossType = Literal["rmipo", "simpo", "hinge", "simper"]
+from rmipo_lite.ops.checks import (
+    check_borders,
+    check_options,
+    check_prior,
+    check_sequences,
+    refuse_second_derivative,
+    require,
+    require_dense,
+    require_memory,
+)
+from rmipo_lite.ops.losses import PairOptions, loss_named
+from rmipo_lite.ops.native import Impl
+from rmipo_lite.ops.reference import PairParts
 
 
 class LossOutput(NamedTuple):
@@ -55,7 +62,7 @@ def pair_loss(
     prior_token_logps: Tensor | None = None,  # (M,) same dtype, nats
     prior_cu_seqlens: Tensor | None = None,  # (2P + 1,) int32
     *,
-    loss_type: LossType = "rmipo",
+    loss_type: str = "rmipo",  # a name of `losses.LOSSES`
     beta: float = 2.0,
     gamma_min: float = 0.3,
     gamma_max: float = 1.6,
@@ -76,10 +83,6 @@ def pair_loss(
             device flag (`rmipo_lite.ops.native.device_flag`).
         TypeError: a tensor of the wrong dtype.
     """
-    if loss_type not in LOSSES:
-        raise ValueError(
-            f"pair_loss: loss_type must be one of {', '.join(LOSSES)}, got {loss_type!r}"
-        )
     options = PairOptions(
         loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
     )
@@ -90,8 +93,8 @@ def pair_loss(
     if prior_token_logps is not None and prior_cu_seqlens is not None:
         check_sequences("prior_", prior_token_logps, prior_cu_seqlens)
         check_prior(token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
-    elif loss_type == "rmipo":
-        raise ValueError("pair_loss: loss_type rmipo needs prior_token_logps, got None")
+    elif loss_named(loss_type).needs_prior:
+        raise ValueError(f"pair_loss: loss_type {loss_type} needs prior_token_logps, got None")
     native.check_impl("pair_loss", impl)
     parts = PairParts(
         *_pair_loss(
@@ -215,8 +218,9 @@ def _pair_loss(
             count = prior_token_logps.shape[0]
             check_borders("prior_cu_seqlens", prior_cu_seqlens, count, may_be_empty=True)
     sequences = (token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
-    if native.use_native(impl, token_logps.device):
-        return _plain(native.pair_losses(*sequences, options))
+    kernel = loss_named(loss_type).kernel
+    if kernel is not None and native.use_native(impl, token_logps.device):
+        return _plain(native.pair_losses(*sequences, options, kernel))
     return _plain(reference.pair_losses(*sequences, options))
 
 

@@ -1,71 +1,34 @@
-"""Finding, building and loading the C++ and CUDA kernels, and calling them.
+"""The C++ and CUDA kernels: their schemas, and the calls that take and give tensors.
 
-A device type's library is looked for in this order: prebuilt beside the package (setup.py), in the
-cache, and else it is compiled into the cache (seconds on the CPU). Whatever is in the way, the
-PyTorch reference does the work and one line says what is missing: `status` has it.
-
-The cache is `$RMIPO_LITE_CACHE`, else `~/.cache/rmipo_lite`, keyed by sources, torch, CUDA and
-architecture. A build happens in a private folder, is loaded there, and is renamed into place with
-its hash beside it, under a file lock that the system drops when its holder dies: a half-written
-file is never loaded, no lock outlives a killed build, and what such a build leaves behind is
-removed by the next one. A library counts as ours when its kernels are registered, not because it
-loads.
+Which library brings them, and what is in the way where none does, is `library`'s business.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import os
-import platform
-import shutil
-import sys
-import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import build
-from rmipo_lite.ops.reference import PairOptions, PairParts
+from rmipo_lite.ops.library import notice_fork, status
+from rmipo_lite.ops.losses import PairOptions
+from rmipo_lite.ops.reference import LogitTransform, PairParts
 
-_LOCK_LIMIT_S = 300.0  # longer than any build; then the reference does the work
-_SILENCE_S = 2.0  # who waits longer than this for another process's build says so
-_PACKAGE = Path(__file__).resolve().parent.parent
-_KERNELS = {
-    "cpu": ("row_logps", "fold_logits", "pair_losses"),
-    "cuda": ("row_logps", "pair_losses"),
-}
-_LOSS_TYPES = ("rmipo", "simpo", "hinge", "simper")  # order of LossType in csrc/pair_math.h
-
-
-class BackendStatus(NamedTuple):
-    """Whether a device type's kernels are in use, where from, and if not, why."""
-
-    available: bool
-    kind: Literal["prebuilt", "cached", "built"] | None
-    path: str | None
-    reason: str | None  # one line that names what is missing; None where available
-
+Impl = Literal["auto", "native", "torch"]
 
 # The kernels' schemas, once for both libraries, which only implement them. `flag` is set to 1
 # where an id or a border lies outside its range.
 _schemas = torch.library.Library("rmipo_lite", "FRAGMENT")
 _schemas.define(
-    "row_logps(Tensor(a!) logits, Tensor target_ids, Tensor? bias, float logit_scale, "
-    "float logit_softcap, Tensor? row_scale, Tensor(b!) logps, Tensor(c!)? grads, "
+    "row_logps(Tensor(a!) logits, Tensor target_ids, Tensor? bias, float logit_softcap, "
+    "float logit_scale, Tensor? row_scale, Tensor(b!) logps, Tensor(c!)? grads, "
     "Tensor(d!) flag) -> ()"
 )
 # CPU only: a block of columns of some rows, folded into what is known of those rows.
 _schemas.define(
     "fold_logits(Tensor(a!) logits, Tensor target_ids, int first_id, Tensor? bias, "
-    "float logit_scale, float logit_softcap, Tensor(b!) row_max, Tensor(c!) row_sum, "
+    "float logit_softcap, float logit_scale, Tensor(b!) row_max, Tensor(c!) row_sum, "
     "Tensor(d!) target_logits, Tensor(e!)? directions) -> ()"
 )
 _schemas.define(
@@ -75,12 +38,8 @@ _schemas.define(
     "Tensor(b!) gamma, Tensor(c!) pmi_gap, Tensor(d!) logps, Tensor(e!) prior_logps, "
     "Tensor(f!) mean_grads, Tensor(g!) flag) -> ()"
 )
-
-_lock = threading.Lock()
-_statuses: dict[str, BackendStatus] = {}
 _flags: dict[torch.device, Tensor] = {}
 _warned: set[str] = set()
-_process = os.getpid()
 
 
 def device_flag(device: torch.device) -> Tensor:
@@ -100,7 +59,7 @@ def check_impl(op: str, impl: str) -> None:
     Raises:
         ValueError: not auto, native or torch.
     """
-    if impl not in ("auto", "native", "torch"):
+    if impl not in get_args(Impl):
         raise ValueError(f"{op}: impl must be auto, native or torch, got {impl!r}")
 
 
@@ -110,7 +69,7 @@ def use_native(impl: str, device: torch.device) -> bool:
     Raises:
         RuntimeError: impl is native and there are none.
     """
-    _notice_fork()
+    notice_fork()
     if impl == "torch":
         return False
     found = status(device.type)
@@ -127,166 +86,10 @@ def use_native(impl: str, device: torch.device) -> bool:
     return found.available
 
 
-def _notice_fork() -> None:
-    """In a forked child: work in one thread, and don't wait for a thread that held the lock.
-
-    The parent's thread pool and its other threads don't exist there.
-    """
-    global _process, _lock
-    if os.getpid() != _process:
-        _process, _lock = os.getpid(), threading.Lock()
-        torch.set_num_threads(1)
-
-
-def status(device_type: str) -> BackendStatus:
-    """Load a device type's kernels, building them if need be, and say how that went."""
-    _notice_fork()
-    with _lock:
-        if device_type not in _statuses:
-            _statuses[device_type] = _load(device_type)
-        return _statuses[device_type]
-
-
-def cache_dir() -> Path:
-    """Where libraries compiled at first use are kept."""
-    return Path(os.environ.get("RMIPO_LITE_CACHE") or Path.home() / ".cache" / "rmipo_lite")
-
-
-def _load(device_type: str) -> BackendStatus:
-    try:
-        if device_type not in _KERNELS:
-            raise build.BuildError(f"there are no kernels for {device_type}")
-        if sys.platform != "linux":
-            raise build.BuildError(f"it is built for Linux only, not {sys.platform}")
-        if device_type == "cuda" and not torch.cuda.is_available():
-            raise build.BuildError("torch sees no CUDA device")
-        prebuilt = _PACKAGE / build.library_name(device_type)
-        if _matches(prebuilt, build.source_hash()) and _opens(prebuilt, device_type):
-            return BackendStatus(True, "prebuilt", str(prebuilt), None)
-        return _load_cached(device_type)
-    except (build.BuildError, OSError, RuntimeError) as error:
-        text = str(error).splitlines()
-        return BackendStatus(False, None, None, text[0] if text else type(error).__name__)
-
-
-def cached_library(device_type: str) -> Path:
-    """Where the cache keeps a device type's library of these sources, for this torch.
-
-    Raises:
-        BuildError: the sources are absent.
-    """
-    parts = (
-        device_type, build.source_hash(), torch.__version__, str(torch.version.cuda),
-        platform.machine(), _architectures(device_type),
-    )  # fmt: skip
-    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
-    return cache_dir() / key / build.library_name(device_type)
-
-
-def _architectures(device_type: str) -> str:
-    """What to compile for: the card that is here, and PTX for what comes after it."""
-    if device_type != "cuda":
-        return ""
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}+PTX"
-
-
-def _load_cached(device_type: str) -> BackendStatus:
-    target = cached_library(device_type)
-    cache, key = target.parent.parent, target.parent.name
-    if _matches(target) and _opens(target, device_type):
-        return BackendStatus(True, "cached", str(target), None)
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _file_lock(cache / f"{key}.lock"):
-        if _matches(target) and _opens(target, device_type):  # another process built it meanwhile
-            return BackendStatus(True, "cached", str(target), None)
-        build.require_tools(device_type)
-        _tell(f"compiling the {device_type} kernels, once")
-        for leftover in cache.glob(f"build-{key}-*"):  # of a killed build: the lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"build-{key}-") as folder:
-            built = build.build(device_type, Path(folder), _architectures(device_type))
-            # From here, not from its place: the loader takes a path it has met for the library it
-            # loaded from it, whatever has been put there since.
-            _open(built, device_type)
-            target.parent.mkdir(exist_ok=True)
-            build.write_record(built, build.source_hash())
-            os.replace(built, target)
-            os.replace(built.with_suffix(".sha256"), target.with_suffix(".sha256"))
-    return BackendStatus(True, "built", str(target), None)
-
-
-def _tell(text: str) -> None:
-    """One line for whoever waits; a closed standard error costs the line and nothing else."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"rmipo_lite: {text}\n")
-        sys.stderr.flush()
-
-
-def _matches(library: Path, sources: str | None = None) -> bool:
-    """Whether a library is whole, by the hash beside it, and of these sources where given."""
-    try:
-        record = library.with_suffix(".sha256").read_text(errors="replace").split()
-        want = record[:1] == [build.file_hash(library)]
-        return want and (sources is None or record[1:] == [sources])
-    except OSError:
-        return False
-
-
-def _opens(library: Path, device_type: str) -> bool:
-    """Load a library; False where it is of another system or another torch, or isn't ours."""
-    try:
-        _open(library, device_type)
-    except build.BuildError:
-        return False
-    return True
-
-
-def _open(library: Path, device_type: str) -> None:
-    """Load a library.
-
-    Raises:
-        BuildError: it was made for another system or another torch, or doesn't bring the kernels.
-    """
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:  # the loader's own words are one level down
-        raise build.BuildError(f"the library does not load: {error.__cause__ or error}") from error
-    for name in _KERNELS[device_type]:
-        op = f"rmipo_lite::{name}"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()):
-            raise build.BuildError(f"{library} loads but has no kernel {name} for {device_type}")
-
-
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the system releases when the process dies."""
-    started = time.monotonic()
-    told = False
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - started
-                if waited > _LOCK_LIMIT_S:
-                    raise build.BuildError(
-                        f"another process has held {path} for {_LOCK_LIMIT_S:.0f} s"
-                    ) from None
-                if waited > _SILENCE_S and not told:
-                    told = True
-                    _tell("waiting for another process that compiles the kernels")
-                time.sleep(0.1)
-        yield
-
-
 def row_logps(
     logits: Tensor,  # (C, V) fp32 | fp64, overwritten
     target_ids: Tensor,  # (C,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    logit_softcap: float | None,
+    transform: LogitTransform,
     row_scale: Tensor | None,  # (C,)
     grads: Tensor | None,  # (C, V) out; on the CPU the logits themselves
 ) -> Tensor:
@@ -295,9 +98,9 @@ def row_logps(
     torch.ops.rmipo_lite.row_logps(
         logits,
         target_ids.contiguous(),
-        None if bias is None else bias.to(logits.dtype).contiguous(),
-        logit_scale,
-        logit_softcap or 0.0,
+        None if transform.bias is None else transform.bias.to(logits.dtype).contiguous(),
+        transform.softcap or 0.0,
+        transform.scale,
         None if row_scale is None else row_scale.to(logits.dtype).contiguous(),
         logps,
         grads,
@@ -310,9 +113,7 @@ def fold_logits(
     logits: Tensor,  # (C, B) fp32 | fp64 | bf16; with directions overwritten by exponentials
     target_ids: Tensor,  # (C,) int64
     first_id: int,  # token of column 0
-    bias: Tensor | None,  # (B,) of these columns
-    logit_scale: float,
-    logit_softcap: float | None,
+    transform: LogitTransform,  # its bias (B,) that of these columns
     row_max: Tensor,  # (C,) updated
     row_sum: Tensor,  # (C,) fp64, updated: exp(logit - max) over every token but the target
     target_logits: Tensor,  # (C,) set where the target is among these columns
@@ -323,9 +124,9 @@ def fold_logits(
         logits,
         target_ids,
         first_id,
-        bias,
-        logit_scale,
-        logit_softcap or 0.0,
+        transform.bias,
+        transform.softcap or 0.0,
+        transform.scale,
         row_max,
         row_sum,
         target_logits,
@@ -339,6 +140,7 @@ def pair_losses(
     prior_token_logps: Tensor | None,
     prior_cu_seqlens: Tensor | None,
     options: PairOptions,
+    kernel: int,  # the loss's number in csrc/pair_math.h
 ) -> PairParts:
     """Kernel form of `reference.pair_losses`."""
     sequences = cu_seqlens.shape[0] - 1
@@ -349,7 +151,7 @@ def pair_losses(
         cu_seqlens.contiguous(),
         None if prior_token_logps is None else prior_token_logps.contiguous(),
         None if prior_cu_seqlens is None else prior_cu_seqlens.contiguous(),
-        _LOSS_TYPES.index(options.loss_type),
+        kernel,
         *options[1:],
         *parts,
         device_flag(token_logps.device),

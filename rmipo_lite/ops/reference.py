@@ -5,35 +5,20 @@ on demand, its derivative with respect to the matrix product that gave the logit
 the loss of a batch of pairs. Both follow the same rules as the C++ and CUDA kernels in `csrc/`,
 which are tested against this file in float64.
 
-Losses are functions f(chosen mean, rejected mean, one detached number per pair), listed in
-`LOSSES` with their derivatives; the next loss is one more function there and one more case in
-`csrc/pair_math.h`. They are computed in float64 whatever comes in: P numbers cost nothing, and
-float32 would add its rounding to a margin that lies in 0.3 to 1.6.
+The losses themselves stand in `losses`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from rmipo_lite.ops.losses import PairOptions, loss_named, margins
+
 IGNORED = -100  # target id of a row that is not scored: log-probability 0, gradient 0
-
-
-class PairOptions(NamedTuple):
-    """The constants of a pair loss; formulas in `rmipo_lite.ops.loss`."""
-
-    loss_type: str
-    beta: float
-    gamma_min: float
-    gamma_max: float
-    gamma_scaled_by_beta: bool
-    label_smoothing: float
-    simpo_gamma: float
 
 
 class PairParts(NamedTuple):
@@ -47,6 +32,14 @@ class PairParts(NamedTuple):
     mean_grads: Tensor  # (2P,) d loss[s // 2] / d logps[s]
 
 
+class LogitTransform(NamedTuple):
+    """From a product hidden @ weight.T to a logit: softcap * tanh((x + bias) * scale / softcap)."""
+
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None  # None: (x + bias) * scale
+    scale: float = 1.0
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64, else float32: what logits, sums and results are held in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,9 +48,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_logps(
     logits: Tensor,  # (C, V), the bare product hidden @ weight.T
     target_ids: Tensor,  # (C,) int64
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    logit_softcap: float | None,
+    transform: LogitTransform,
     row_scale: Tensor | None,  # (C,) what each row's derivative is multiplied by; None: 1
     *,
     with_grads: bool,
@@ -72,14 +63,15 @@ def row_logps(
     """
     vocab_size = logits.shape[1]
     x = logits.to(accumulate_dtype(logits.dtype))
+    bias, softcap, scale = transform
     if bias is not None:
         x = x + bias.to(x.dtype)
-    x = x * logit_scale
-    slope: Tensor | float = logit_scale
-    if logit_softcap is not None:
-        tanh = torch.tanh(x / logit_softcap)
-        x = logit_softcap * tanh
-        slope = logit_scale * (1 - tanh * tanh)
+    x = x * scale
+    slope: Tensor | float = scale
+    if softcap is not None:
+        tanh = torch.tanh(x / softcap)
+        x = softcap * tanh
+        slope = scale * (1 - tanh * tanh)
     ignored = target_ids == IGNORED
     invalid = ((target_ids < 0) | (target_ids >= vocab_size)) & ~ignored
     safe_ids = target_ids.clamp(0, vocab_size - 1)[:, None]
@@ -99,65 +91,6 @@ def row_logps(
         grads = grads * row_scale[:, None].to(grads.dtype)
     grads = grads.masked_fill(invalid[:, None], math.nan).masked_fill(ignored[:, None], 0.0)
     return logps, grads, invalid.any()
-
-
-# --- losses: (chosen mean, rejected mean, per-pair number) -> loss and its two derivatives ---
-
-LossAndGrads = tuple[Tensor, Tensor, Tensor]
-
-
-def _logistic(z: Tensor, beta: float, label_smoothing: float) -> LossAndGrads:
-    """-(1-e) logsigmoid(z) - e logsigmoid(-z), with d z / d chosen = beta = -d z / d rejected."""
-    loss = (1 - label_smoothing) * F.softplus(-z, threshold=40.0)
-    slope = -(1 - label_smoothing) * torch.sigmoid(-z)
-    if label_smoothing:  # not added where it is off: 0 * inf would be NaN
-        loss = loss + label_smoothing * F.softplus(z, threshold=40.0)
-        slope = slope + label_smoothing * torch.sigmoid(z)
-    return loss, beta * slope, -beta * slope
-
-
-def _rmipo(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
-    if options.gamma_scaled_by_beta:
-        z = options.beta * (chosen - rejected - gamma)
-    else:
-        z = options.beta * (chosen - rejected) - gamma
-    return _logistic(z, options.beta, options.label_smoothing)
-
-
-def _simpo(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
-    z = options.beta * (chosen - rejected) - gamma
-    return _logistic(z, options.beta, options.label_smoothing)
-
-
-def _hinge(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
-    short = 1 - (options.beta * (chosen - rejected) - gamma)
-    slope = -options.beta * (short > 0).to(short.dtype)
-    slope = torch.where(short.isnan(), short, slope)
-    return F.relu(short), slope, -slope
-
-
-def _simper(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions) -> LossAndGrads:
-    inverse_perplexity = chosen.exp(), rejected.exp()
-    loss = inverse_perplexity[1] - inverse_perplexity[0]
-    return loss, -inverse_perplexity[0], inverse_perplexity[1]
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, PairOptions], LossAndGrads]] = {
-    "rmipo": _rmipo,
-    "simpo": _simpo,
-    "hinge": _hinge,
-    "simper": _simper,
-}
-SMOOTHED = ("rmipo", "simpo")  # the losses that label smoothing is defined for
-
-
-def adaptive_gamma(pmi_gap: Tensor, gamma_min: float, gamma_max: float) -> Tensor:
-    """gamma_min + (gamma_max - gamma_min) * exp(-max(0, pmi_gap)), in [gamma_min, gamma_max].
-
-    The clamp stands before exp, so no gap overflows; NaN stays NaN, so that it is seen.
-    """
-    gamma = gamma_min + (gamma_max - gamma_min) * torch.exp(-pmi_gap.clamp(min=0.0))
-    return gamma.clamp(gamma_min, gamma_max)
 
 
 def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -196,12 +129,9 @@ def pair_losses(
         # A side without a prior has no PMI: the pair counts as gap 0, hence gamma_max.
         defined = (lengths[0::2] > 0) & (lengths[1::2] > 0)
         pmi_gap = torch.where(defined, pmi[0::2] - pmi[1::2], 0.0)
-    if options.loss_type == "rmipo":
-        gamma = adaptive_gamma(pmi_gap, options.gamma_min, options.gamma_max)
-    else:
-        constant = 0.0 if options.loss_type == "simper" else options.simpo_gamma
-        gamma = means.new_full((pairs,), constant)
-    loss, grad_chosen, grad_rejected = LOSSES[options.loss_type](chosen, rejected, gamma, options)
+    gamma = margins(pmi_gap, options)
+    formula = loss_named(options.loss_type).formula
+    loss, grad_chosen, grad_rejected = formula(chosen, rejected, gamma, options)
     mean_grads = torch.stack([grad_chosen, grad_rejected], dim=1).flatten()
     parts = (loss, gamma, pmi_gap, means, prior, mean_grads)
     return PairParts(*(part.to(dtype) for part in parts))

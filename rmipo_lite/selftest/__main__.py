@@ -5,6 +5,6 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    from rmipo_lite.cli import main
+    from rmipo_lite.cli.main import main
 
     sys.exit(main(["selftest", *sys.argv[1:]]))

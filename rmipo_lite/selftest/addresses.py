@@ -11,9 +11,9 @@ import random
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import native, reference
+from rmipo_lite.ops import library, native, reference
 from rmipo_lite.ops.head_blocks import even_slices
-from rmipo_lite.ops.reference import IGNORED
+from rmipo_lite.ops.reference import IGNORED, LogitTransform
 from rmipo_lite.selftest.gpu import no_gpu
 from rmipo_lite.selftest.operands import seeded
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
@@ -40,7 +40,7 @@ def no_large_gpu() -> str | None:
 
 
 def _have_kernels(device: str) -> None:
-    found = native.status(device)
+    found = library.status(device)
     expect(found.available, f"no kernels: {found.reason}")
 
 
@@ -67,7 +67,7 @@ def addresses(trials: Trials) -> None:
             ends = [0, *(part.stop for part in parts)]
             expect([part.start for part in parts] == ends[:-1], "the ranges don't meet")
             expect(ends[-1] == count, "the ranges don't cover the rows")
-            if trial.index % 5 == 0 and native.status("cpu").available:
+            if trial.index % 5 == 0 and library.status("cpu").available:
                 stride = 2**30 + rng.randrange(1000)
                 trial.tried = f"three rows {stride} logits apart"
                 rows_apart(_memory(2 * stride + 1000), stride, 1000, rng)
@@ -86,8 +86,8 @@ def rows_apart(flat: Tensor, stride: int, vocab: int, rng: random.Random) -> Non
     logits = flat.as_strided((3, vocab), (stride, 1))
     logits.copy_(values)
     ids = torch.tensor([rng.randrange(vocab), rng.randrange(vocab), IGNORED])
-    logps = native.row_logps(logits, ids.to(flat.device), None, 1.0, None, None, logits)
-    want, grads, _ = reference.row_logps(values, ids, None, 1.0, None, None, with_grads=True)
+    logps = native.row_logps(logits, ids.to(flat.device), LogitTransform(), None, logits)
+    want, grads, _ = reference.row_logps(values, ids, LogitTransform(), None, with_grads=True)
     assert grads is not None
     expect(torch.allclose(logps.cpu(), want, atol=1e-5), f"{logps.tolist()}, not {want.tolist()}")
     expect(torch.allclose(logits.cpu(), grads, atol=1e-6), "other derivatives")
@@ -111,8 +111,8 @@ def dense_rows(device: str, rows: int, vocab: int, rng: random.Random) -> None:
     values = torch.randn(5, vocab, generator=seeded(rng))
     logits[-5:] = values.to(device)
     ids = torch.randint(0, vocab, (rows,), generator=seeded(rng))
-    logps = native.row_logps(logits, ids.to(device), None, 1.0, None, None, logits).cpu()
-    want, grads, _ = reference.row_logps(values, ids[-5:], None, 1.0, None, None, with_grads=True)
+    logps = native.row_logps(logits, ids.to(device), LogitTransform(), None, logits).cpu()
+    want, grads, _ = reference.row_logps(values, ids[-5:], LogitTransform(), None, with_grads=True)
     assert grads is not None
     expect(torch.allclose(logps[-5:], want, atol=1e-5), "the last rows are wrong")
     expect(torch.allclose(logits[-5:].cpu(), grads, atol=1e-6), "their derivatives are wrong")

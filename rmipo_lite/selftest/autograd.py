@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import linear_logps, native, pair_loss, rmipo_loss
+from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
 from rmipo_lite.selftest.operands import kernel_impl, seeded
 from rmipo_lite.selftest.scorecard import Check, Trials
@@ -129,7 +129,7 @@ def _gradcheck_pairs(
                 borders,
                 prior if has_prior else None,
                 prior_borders if has_prior else None,
-                loss_type=loss_type,  # type: ignore[arg-type]
+                loss_type=loss_type,
                 gamma_scaled_by_beta=scaled,
                 label_smoothing=smoothing,
                 impl=_usable(impl),
@@ -207,7 +207,7 @@ def _opcheck_pairs_backward(generator: torch.Generator) -> None:
 
 def _opcheck_kernel(name: str, generator: torch.Generator) -> None:
     """The kernels write into their arguments, and into none but those that the schema names."""
-    if not native.status("cpu").available:
+    if not library.status("cpu").available:
         return
     logits = torch.randn(_ROWS, _VOCAB, generator=generator)
     ids = torch.randint(0, _VOCAB, (_ROWS,), generator=generator)

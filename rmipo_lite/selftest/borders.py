@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from rmipo_lite import batch
-from rmipo_lite.data import load_rows
-from rmipo_lite.data_report import DataReport
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import load_rows
+from rmipo_lite.model import batch
 from rmipo_lite.selftest.encoders import (
     BOS,
     BOS_ID,
@@ -20,7 +20,9 @@ from rmipo_lite.selftest.encoders import (
     word_level,
 )
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.tokenization import TokenizationOptions, TokenizedPair, tokenize_rows
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 
 Record = dict[str, Any]
 WORDS = [f"w{number}" for number in range(4, 90)]

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from rmipo_lite.ops import build, native
+from rmipo_lite.ops import build, library
 from rmipo_lite.selftest.children import Child, fresh, start
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 
@@ -77,12 +77,12 @@ def train_once(folder: str) -> None:
     """In the child: two steps, then where the kernels came from and the losses, as JSON."""
     from rmipo_lite.selftest.parts import logged_losses, tiny_trainer
 
-    native._PACKAGE = Path(folder)  # no library beside the package
+    library._PACKAGE = Path(folder)  # no library beside the package
     if os.environ.get(_HIDE_NINJA):
         sysconfig.get_path = lambda *_: folder
     trainer = tiny_trainer(Path(folder), max_steps=2)
     trainer.train()
-    found = native.status("cpu")
+    found = library.status("cpu")
     losses = logged_losses(trainer)
     print(json.dumps({"kind": found.kind, "reason": found.reason, "losses": losses}))  # noqa: T201
 
@@ -120,7 +120,7 @@ def _odd_path(folder: Path) -> dict[str, str | None]:
 def cached_at(cache: Path) -> Path:
     """Where that cache has, or would have, the library."""
     with patch.dict(os.environ, {"RMIPO_LITE_CACHE": str(cache)}):
-        return native.cached_library("cpu")
+        return library.cached_library("cpu")
 
 
 def _in_cache(make: Callable[[Path], None], *, record: bool = True, compiler: bool = True) -> Scene:
@@ -242,15 +242,15 @@ def build_here(cache: str) -> None:
     """In a child: have the kernels, and say where they came from."""
     os.setsid()  # a group of its own, to be killed with its compiler
     os.environ["RMIPO_LITE_CACHE"] = cache
-    native._PACKAGE = Path(cache)  # no library beside the package
-    native._statuses.clear()
+    library._PACKAGE = Path(cache)  # no library beside the package
+    library._statuses.clear()
     flags = build.compile_flags
     # What is tried is who builds; code of any speed will do.
     quick: Callable[[str], Mapping[str, Any]] = lambda kind: {  # noqa: E731
         name: [*values, "-O0"] for name, values in flags(kind).items()
     }
     with patch.object(build, "compile_flags", quick):
-        print("kind", native.status("cpu").kind, flush=True)  # noqa: T201
+        print("kind", library.status("cpu").kind, flush=True)  # noqa: T201
 
 
 def _kill_builder(trial: Trial, cache: Path, moment: float, *, with_compiler: bool) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-_PRELOADED = ["rmipo_lite", "rmipo_lite.trainer", "rmipo_lite.one_liner"]
+_PRELOADED = ["rmipo_lite", "rmipo_lite.training.trainer", "rmipo_lite.run"]
 _PATIENCE_S = 120.0  # no job takes a tenth of it
 
 

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 
-from rmipo_lite import metrics
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data import load_rows
-from rmipo_lite.data_report import DataReport
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import load_rows
 from rmipo_lite.selftest.bad_rows import KINDS, MAX_LENGTH, Bad, Record
 from rmipo_lite.selftest.encoders import byte_level
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.step import PairStep
-from rmipo_lite.tokenization import TokenizationOptions, TokenizedPair, tokenize_rows
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.step import PairStep
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 _GOOD_ROWS = 6
 _OPTIONS = TokenizationOptions(max_length=MAX_LENGTH)
@@ -118,9 +120,11 @@ def _one_bad_row(trial: Trial, form: str, bad: Bad, clean: list[Any], step: Pair
         bad = Bad(bad.what, bad.record, "refused", "prompt")
     _expect_fate(bad, place, pairs, report)
     if trial.index % 30 == 0:
-        values = metrics.concat([values for _, values in step.evaluate(pairs)])
+        values = pair_values.concat([values for _, values in step.evaluate(pairs)])
         numbers = torch.stack([values.loss, values.gamma, values.pmi_gap])
-        expect(metrics.finite(values).all() and numbers.isfinite().all(), "a number isn't finite")
+        expect(
+            pair_values.finite(values).all() and numbers.isfinite().all(), "a number isn't finite"
+        )
 
 
 def _expect_fate(bad: Bad, place: int, pairs: list[TokenizedPair], report: DataReport) -> None:

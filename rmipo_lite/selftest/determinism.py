@@ -77,10 +77,11 @@ def _same_rows(trial: Trial) -> None:
 
     def run(_place: int) -> dict[str, Tensor]:
         work = logits.clone()
+        cap = reference.LogitTransform(softcap=30.0)
         if impl == "torch":
-            logps, grads, _ = reference.row_logps(work, ids, None, 1.0, 30.0, None, with_grads=True)
+            logps, grads, _ = reference.row_logps(work, ids, cap, None, with_grads=True)
         else:
-            logps, grads = native.row_logps(work, ids, None, 1.0, 30.0, None, work), work
+            logps, grads = native.row_logps(work, ids, cap, None, work), work
         assert grads is not None
         return {"logps": logps, "grads": grads}
 

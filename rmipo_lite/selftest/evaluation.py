@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from rmipo_lite.run_log import PAIR_VALUES_FILE
 from rmipo_lite.selftest.parts import (
     equal_weights,
     logged_losses,
@@ -19,6 +18,7 @@ from rmipo_lite.selftest.parts import (
     trained_weights,
 )
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.training.run_log import PAIR_VALUES_FILE
 
 _LOSSES = ("rmipo", "simpo", "hinge", "simper")
 _EXACT = 1e-6

@@ -14,17 +14,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rmipo_lite import batch
-from rmipo_lite.attention import packed_attention
-from rmipo_lite.batch import ModelInput
-from rmipo_lite.model import causal_lm, read_head, scored_hidden
+from rmipo_lite.model import batch
+from rmipo_lite.model.attention import packed_attention
+from rmipo_lite.model.backbone import causal_lm, scored_hidden
+from rmipo_lite.model.batch import ModelInput
+from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
 from rmipo_lite.selftest.operands import DTYPES, any_impl, random_head, seeded
 from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.selftest.truth import Formula, pair_truth
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
 
 _FILLERS = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 6e4, "zero": 0.0}
 _GARBAGE = ("NaN", "inf", "-inf", "huge", "random")

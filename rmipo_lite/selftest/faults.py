@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rmipo_lite import step as step_module
-from rmipo_lite.model import scored_hidden
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.model.backbone import scored_hidden
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import step as step_module
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 Place = Literal["loss", "logits", "gradient"]
 PLACES: tuple[Place, ...] = ("loss", "logits", "gradient")

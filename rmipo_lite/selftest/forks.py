@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import linear_logps, native
+from rmipo_lite.ops import library, linear_logps
 from rmipo_lite.selftest.children import changed_environment, fresh_command
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
 
@@ -127,19 +127,19 @@ def _fork(impl: str) -> list[float]:
 def _fork_while_loading(impl: str) -> bool:
     """Another thread of the parent is loading the kernels, and holds the lock of that."""
     torch.randn(700, 700).matmul(torch.randn(700, 700))
-    load = native._load
+    load = library._load
     started = threading.Event()
 
-    def slow(device_type: str) -> native.BackendStatus:
+    def slow(device_type: str) -> library.BackendStatus:
         started.set()
         time.sleep(1.0)
         return load(device_type)
 
-    native._load = slow
-    thread = threading.Thread(target=native.status, args=("cpu",))
+    library._load = slow
+    thread = threading.Thread(target=library.status, args=("cpu",))
     thread.start()
     started.wait()
-    native._load = load
+    library._load = load
     (number,) = _fork(impl)[:1]
     thread.join()
     return abs(number - value(0, impl)) < 1e-3 * abs(number)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.ops import device_flag, linear_logps, native, pair_loss
-from rmipo_lite.ops.reference import IGNORED
+from rmipo_lite.ops import device_flag, library, linear_logps, native, pair_loss
+from rmipo_lite.ops.reference import IGNORED, LogitTransform
 from rmipo_lite.selftest.children import changed_environment, fresh_command
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
-from rmipo_lite.step import PairStep, StepOutcome
+from rmipo_lite.training.step import PairStep, StepOutcome
 
 _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -79,7 +79,7 @@ def under_tool(tool: str, device: str, prefix: list[str]) -> None:
 
 def run_kernels(tool: str, device: str) -> None:
     """In the process under the tool: row work and pair losses of every kind and odd size."""
-    found = native.status(device)
+    found = library.status(device)
     expect(found.available, f"no kernels: {found.reason}")
     generator = torch.Generator().manual_seed(0)
     dtypes = [torch.float32, torch.float64]
@@ -88,14 +88,16 @@ def run_kernels(tool: str, device: str) -> None:
         ids = torch.tensor([0, vocab - 1, IGNORED, 2**40])
         bias = torch.randn(vocab, generator=generator, dtype=dtype).to(device)
         logits = values.to(device)
-        native.row_logps(logits, ids.to(device), bias, 0.5, softcap or None, None, logits)
+        native.row_logps(
+            logits, ids.to(device), LogitTransform(bias, softcap or None, 0.5), None, logits
+        )
         if device == "cpu":
             continue
         for low in (torch.bfloat16, torch.float16):
             grads = torch.empty(4, vocab, dtype=low, device=device)
             if dtype == torch.float32:
                 native.row_logps(
-                    values.to(device), ids.to(device), bias, 0.5, None, None, grads
+                    values.to(device), ids.to(device), LogitTransform(bias, scale=0.5), None, grads
                 )  # fmt: skip
     token_logps = -torch.rand(9, generator=generator)
     borders = torch.tensor([0, 2, 3, 7, 9], dtype=torch.int32).to(device)

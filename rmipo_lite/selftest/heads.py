@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rmipo_lite import batch
-from rmipo_lite.model import UnsupportedModelError, read_head, scored_hidden
-from rmipo_lite.selfcheck import packing_problem
+from rmipo_lite.model import batch
+from rmipo_lite.model.backbone import UnsupportedModelError, scored_hidden
+from rmipo_lite.model.head import read_head
+from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
 
 _WIDTH = 32
 

@@ -13,9 +13,9 @@ from unittest import mock
 
 import torch
 
-from rmipo_lite import loading
-from rmipo_lite.checkpoint_files import seal
+from rmipo_lite.checkpoints.sealed_folder import seal
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import adapter, loading, names
 from rmipo_lite.selftest import hostile_data, hostile_shown
 from rmipo_lite.selftest.hostile_data import Bench, expect_refused
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_tokenizer
@@ -61,7 +61,7 @@ def _saved(folder: Path) -> Path:
     tiny_model().save_pretrained(folder / "base")
     word_tokenizer().save_pretrained(folder / "base")
     base = loading.load_model(str(folder / "base"), _args(folder))
-    adapted: Any = loading.attach_adapter(base, "auto")
+    adapted: Any = adapter.attach_adapter(base, "auto")
     adapted.save_pretrained(folder / "adapter")
     trainer = tiny_trainer(
         folder / "run", save_strategy="steps", save_steps=1, max_steps=_STEPS - 1
@@ -253,7 +253,7 @@ def _output_names(bench: Bench) -> None:
         model = tiny_model()
         model.config._name_or_path = name
         for given in (name, model):
-            run = loading.run_name(given)
+            run = names.run_name(given)
             place = (bench.folder / run).resolve()
             expect(place.parent == bench.folder.resolve(), f"{name!r} leaves the folder: {run!r}")
             expect(run.partition(".")[0].upper() not in reserved, f"{name!r} is reserved: {run!r}")

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmipo_lite import data_files, template_limits
-from rmipo_lite.data import load_rows
-from rmipo_lite.data_report import DataReport
+from rmipo_lite.data import files
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import load_rows
 from rmipo_lite.selftest.encoders import byte_level
 from rmipo_lite.selftest.scorecard import Lost, Mode, expect
-from rmipo_lite.tokenization import (
-    TokenizationOptions,
-    TokenizedPair,
-    encode_prompt,
-    prepare_tokenizer,
-    tokenize_rows,
-)
+from rmipo_lite.tokens import template_limits
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.tokens.tokenize_rows import encode_prompt, tokenize_rows
 
 MiB = 2**20
 _ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
@@ -171,7 +169,7 @@ def _gzip_bomb(bench: Bench) -> None:
     with gzip.open(path, "wb", compresslevel=1) as file:
         for _ in range(64):
             file.write(bytes(MiB))
-    with mock.patch.object(data_files, "GZIP_FREE_BYTES", MiB), _memory(64 * MiB):
+    with mock.patch.object(files, "GZIP_FREE_BYTES", MiB), _memory(64 * MiB):
         expect_refused(lambda: load_rows(path), "bomb.jsonl.gz", "200 times its size")
 
 
@@ -195,7 +193,7 @@ def _long_csv_line(bench: Bench) -> None:
     with path.open("wb") as file:
         file.write(b"prompt,chosen,rejected\n")
         file.truncate(2**26)
-    with mock.patch.object(data_files, "MAX_LINE_BYTES", MiB), _memory(32 * MiB):
+    with mock.patch.object(files, "MAX_LINE_BYTES", MiB), _memory(32 * MiB):
         expect_refused(lambda: load_rows(path), "long.csv", "a line longer than")
 
 
@@ -264,7 +262,7 @@ def _parquet(bench: Bench) -> None:
     rows = [_ROW | {"chosen": "x" * 100_000}] * 2000
     datasets.Dataset.from_list(rows).to_parquet(str(path))
     expect(path.stat().st_size < MiB, "the bomb is no bomb")
-    with mock.patch.object(data_files, "MAX_FILE_BYTES", 16 * MiB):
+    with mock.patch.object(files, "MAX_FILE_BYTES", 16 * MiB):
         expect_refused(lambda: load_rows(path), "bomb.parquet", "expands to more than")
     path.write_bytes(path.read_bytes()[:-100])
     expect_refused(lambda: load_rows(path), "bomb.parquet", "not a readable parquet file")

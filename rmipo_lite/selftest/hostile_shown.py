@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data import load_rows
-from rmipo_lite.display import say
-from rmipo_lite.generation import Answer, Comparison
-from rmipo_lite.model_card import model_card
-from rmipo_lite.report import report_html
-from rmipo_lite.result import TrainResult
+from rmipo_lite.data.rows import load_rows
+from rmipo_lite.model.generation import Answer
+from rmipo_lite.output.console import say
+from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.model_card import model_card
+from rmipo_lite.results.result import TrainResult
+from rmipo_lite.results.run_page import report_html
 from rmipo_lite.selftest.hostile_data import Bench
 from rmipo_lite.selftest.parts import tiny_model
 from rmipo_lite.selftest.scorecard import expect

@@ -9,9 +9,10 @@ from unittest import mock
 
 from transformers import TrainerCallback
 
-from rmipo_lite import one_liner
-from rmipo_lite.display import say, show_progress
+from rmipo_lite import run
+from rmipo_lite.output.console import say
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, train_words, word_rows
+from rmipo_lite.watch.progress import show_progress
 
 KILLED_STEPS = 12
 ASKED_STEPS = 10
@@ -70,7 +71,7 @@ def asked_train(folder: Path, resume: bool) -> Any:
         show_progress(trainer)
         trainer.add_callback(Announce())
 
-    with mock.patch.object(one_liner, "show_progress", announcing):
+    with mock.patch.object(run, "show_progress", announcing):
         return train_words(
             tiny_model(),
             folder,

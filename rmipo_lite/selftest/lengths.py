@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmipo_lite import metrics
 from rmipo_lite.selftest.borders import WORDS, tokenized
 from rmipo_lite.selftest.encoders import BOS_ID, EOS_ID, word_level
 from rmipo_lite.selftest.parts import tiny_model, tiny_trainer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.step import PairStep
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.step import PairStep
 
 _SIZES = tuple((chosen, rejected) for chosen in range(3) for rejected in range(3))  # words
 _OFFSETS = (-2, -1, 0, 1, 2)  # of the prompt's tokens against max_length
@@ -115,7 +115,7 @@ def _mean_logp(model: nn.Module, context: list[int], response: list[int]) -> flo
 
 def _expect_numbers(pair: TokenizedPair, step: PairStep, model: nn.Module) -> None:
     """Loss, margin and gap as the paper's formulas give them, and nothing that isn't finite."""
-    values = metrics.concat([values for _, values in step.evaluate([pair])])
+    values = pair_values.concat([values for _, values in step.evaluate([pair])])
     logps = [
         _mean_logp(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)
     ]

@@ -22,12 +22,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmipo_lite import step as step_module
-from rmipo_lite.loading import detach_adapter
-from rmipo_lite.model import causal_lm, read_head
+from rmipo_lite.model.adapter import detach_adapter
+from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
 from rmipo_lite.selftest.parts import tiny_model, train_words, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.training import step as step_module
 
 _TOKENIZER_FIELDS = (
     "padding_side", "truncation_side", "chat_template", "special_tokens_map", "model_max_length",
@@ -45,10 +46,10 @@ class _Planted(RuntimeError):
 def _fails_at(place: str, error: type[BaseException]) -> Any:
     """Let train() fail in the middle: while it packs, steps, evaluates or saves."""
     owner, name = {
-        "self-check": ("rmipo_lite.step.packing_problem", ""),
-        "a step": ("rmipo_lite.step.read_head", ""),
+        "self-check": ("rmipo_lite.training.step.packing_problem", ""),
+        "a step": ("rmipo_lite.training.step.read_head", ""),
         "the update": ("torch.optim.AdamW.step", ""),
-        "the result": ("rmipo_lite.one_liner.TrainResult", ""),
+        "the result": ("rmipo_lite.run.TrainResult", ""),
     }[place]
     return mock.patch(owner + name, side_effect=error("planted"))
 

@@ -17,13 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.metrics import PairValues
+from rmipo_lite.config import PriorContext, RMiPOConfig
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from rmipo_lite.selftest.truth import Formula, PairTruth, mean, pair_truth
-from rmipo_lite.step import PairStep
-from rmipo_lite.tokenization import TokenizedPair
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.step import PairStep
 
 _TOLERANCE = 1e-6  # some models take norms and softmax in float32 whatever their own dtype
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "gpt2")
@@ -51,7 +51,7 @@ def against_loops(trials: Trials) -> None:
             model = model.double().eval()
             # transformers' eager attention gives NaN for a padded float64 row that a window masks.
             packing = rng.random() < 0.7 or name == "gemma2"
-            context = rng.choice(("none", "bos"))
+            context: PriorContext = rng.choice(("none", "bos"))
             formula = _random_formula(rng)
             pairs = _random_pairs(rng, packing)
             sft_weight, budget = rng.choice((0.0, 0.5)), rng.choice((60, 10**6))

@@ -21,7 +21,7 @@ from rmipo_lite.selftest.bad_rows import said_as_chat
 from rmipo_lite.selftest.encoders import word_level
 from rmipo_lite.selftest.parts import tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 _LONGEST = 480  # characters of a message: two sentences and a path
 _PACKAGE = str(Path(rmipo_lite.__file__).parent)
@@ -63,7 +63,7 @@ class Desk:
 
     def command(self, *words: str) -> None:
         """A command line; its complaint is raised."""
-        from rmipo_lite.cli import main
+        from rmipo_lite.cli.main import main
 
         out = io.StringIO()
         with contextlib.redirect_stderr(out):

@@ -13,14 +13,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from rmipo_lite import loading, metrics
-from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.metrics import PairValues
+from rmipo_lite.config import PriorContext, RMiPOConfig
+from rmipo_lite.planning import quantization
 from rmipo_lite.selftest.parts import ARCHITECTURES, random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.step import PairStep
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.step import PairStep
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 _TOLERANCE = 1e-5  # nats, fp32
 _BOS = 1
@@ -37,7 +38,7 @@ def batch_invariance(trials: Trials) -> None:
         with trial:
             rng = trial.rng
             name, packing = rng.choice(names), rng.random() < 0.6
-            context = rng.choice(("none", "bos"))
+            context: PriorContext = rng.choice(("none", "bos"))
             trial.tried = f"{name}, packing {packing}, prior context {context}"
             args = RMiPOConfig(str(trial.folder), use_cpu=True, prior_context=context)
             model = tiny_model(name)
@@ -75,7 +76,7 @@ def _companions(seed: int) -> tuple[TokenizedPair, list[TokenizedPair], Tokenize
 
 
 def _values(step: PairStep, pairs: list[TokenizedPair]) -> PairValues:
-    return metrics.concat([values for _, values in step.evaluate(pairs)])
+    return pair_values.concat([values for _, values in step.evaluate(pairs)])
 
 
 def _expect_close(alone: PairValues, values: PairValues, place: int, text: str) -> None:
@@ -135,7 +136,7 @@ def _expect_one_network(trainer: RMiPOTrainer, pairs: list[TokenizedPair], packi
     expect(step.packing == packing, "packing went off by itself")
     trainer.model.train()
     runs = [step.train(pairs, lambda loss: loss.backward()).values for _ in range(2)]
-    first, second = (metrics.concat(run) for run in runs)
+    first, second = (pair_values.concat(run) for run in runs)
     trainer.model.eval()
     third = _values(step, pairs)
     for name in ("chosen_logps", "rejected_logps", "chosen_pmi", "rejected_pmi"):
@@ -173,7 +174,7 @@ def gradient_everywhere(trials: Trials) -> None:
                 train_dataset=pairs,
                 processing_class=word_tokenizer(),
                 peft_config=LoraConfig(init_lora_weights=False, **_LORA),
-                quantization_config=loading.nf4_config(args) if four_bit else None,
+                quantization_config=quantization.nf4_config(args) if four_bit else None,
             )
             expect(trainer.pair_step.packing == packing, "packing went off by itself")
             expect(trainer.pair_step.checkpointing == checkpointing, "checkpointing isn't as asked")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import linear_logps, native
+from rmipo_lite.ops import library, linear_logps
 from rmipo_lite.ops.head_blocks import Blocks
-from rmipo_lite.ops.loss import Impl
+from rmipo_lite.ops.native import Impl
 from rmipo_lite.ops.reference import IGNORED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,7 +24,7 @@ LAYOUTS = ("dense", "transposed", "padded rows", "every second column", "offset"
 
 def kernel_impl() -> Impl:
     """The kernels, or plain PyTorch where there are none."""
-    return "native" if native.status("cpu").available else "torch"
+    return "native" if library.status("cpu").available else "torch"
 
 
 def any_impl(rng: random.Random) -> Impl:

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.one_liner import train
-from rmipo_lite.result import TrainResult
-from rmipo_lite.tokenization import TokenizedPair
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.results.result import TrainResult
+from rmipo_lite.run import train
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 VOCAB = 97
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmipo_lite.display import duration, say
 from rmipo_lite.environment import versions
-from rmipo_lite.interrupt import GracefulInterrupt
+from rmipo_lite.output.console import duration, say
 from rmipo_lite.selftest import (
     abuse,
     addresses,
@@ -46,6 +45,7 @@ from rmipo_lite.selftest import (
     users,
 )
 from rmipo_lite.selftest.scorecard import Check, Mode, Outcome, Trials, carry_out
+from rmipo_lite.training.interrupt import GracefulInterrupt
 
 _MODULES = (
     survival, soak, training, evaluation, data, borders, lengths, alarms, numerics, extremes,

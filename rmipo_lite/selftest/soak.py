@@ -13,14 +13,14 @@ from unittest import mock
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rmipo_lite.adapter_files import ADAPTER_FILE
-from rmipo_lite.checkpoint_files import newest_valid_checkpoint
-from rmipo_lite.display import say
-from rmipo_lite.interrupt import GracefulInterrupt
+from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
+from rmipo_lite.checkpoints.weights import ADAPTER_FILE
+from rmipo_lite.output.console import say
 from rmipo_lite.selftest.children import start
 from rmipo_lite.selftest.faults import PLACES, Poison, files_of_at_most
 from rmipo_lite.selftest.parts import equal_weights, tiny_model, tiny_trainer
 from rmipo_lite.selftest.scorecard import Check, Mode, Trial, Trials, expect
+from rmipo_lite.training.interrupt import GracefulInterrupt
 
 _STEPS: dict[Mode, int] = {"quick": 300, "default": 1000, "soak": 10_000}
 _SAVE_STEPS = 20

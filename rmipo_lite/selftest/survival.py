@@ -17,8 +17,8 @@ from unittest import mock
 from peft import PeftModel
 from torch import Tensor
 
-from rmipo_lite import checkpoint, checkpoint_files, state_io
-from rmipo_lite.checkpoint_files import (
+from rmipo_lite.checkpoints import sealed_folder, state, trainer_mixin
+from rmipo_lite.checkpoints.sealed_folder import (
     checkpoints,
     newest_valid_checkpoint,
     read_manifest,
@@ -254,8 +254,8 @@ def _failing_call(trial: Trial) -> Iterator[None]:
         return call
 
     places = (
-        (Path, "write_text"), (state_io, "save_file"), (os, "fsync"), (Path, "rename"),
-        (checkpoint, "save_run"), (checkpoint_files, "seal"),
+        (Path, "write_text"), (state, "save_file"), (os, "fsync"), (Path, "rename"),
+        (trainer_mixin, "save_run"), (sealed_folder, "seal"),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         for owner, name in places:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rmipo_lite.checkpoint import newest_valid_checkpoint
+from rmipo_lite.checkpoints.trainer_mixin import newest_valid_checkpoint
 from rmipo_lite.selftest.faults import PLACES, Poison
 from rmipo_lite.selftest.parts import (
     equal_weights,
@@ -26,7 +26,7 @@ from rmipo_lite.selftest.parts import (
     trained_weights,
 )
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 _VALUES = (math.nan, math.inf, -math.inf)
 _STEPS = 5

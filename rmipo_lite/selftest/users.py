@@ -21,14 +21,15 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmipo_lite import one_liner, preflight
-from rmipo_lite.checkpoint_files import checkpoints
-from rmipo_lite.device_memory import end_peak, start_peak
-from rmipo_lite.preflight import Plan
+from rmipo_lite import run
+from rmipo_lite.checkpoints.sealed_folder import checkpoints
+from rmipo_lite.planning.device import end_peak, start_peak
 from rmipo_lite.selftest.children import changed_environment, fresh_command, start
 from rmipo_lite.selftest.parts import VOCAB, tiny_model, train_words, word_rows
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.trainer import RMiPOTrainer
+from rmipo_lite.training import rehearsal
+from rmipo_lite.training.rehearsal import Plan
+from rmipo_lite.training.trainer import RMiPOTrainer
 
 _LIMIT_S = 120
 
@@ -149,7 +150,7 @@ def _everything_said(folder: Path, secret: str, token: str, fails: bool) -> str:
 
 
 def _said_by_the_command_line(secret: str, token: str) -> str:
-    from rmipo_lite.cli import main  # the last room of the house
+    from rmipo_lite.cli.main import main
 
     with _listening() as sink:
         main(["train", f"./no-model-{secret}", f"./no-data-{token}.jsonl"])
@@ -229,8 +230,8 @@ def planned_run(folder: str, index: int, shape: dict[str, Any], options: dict[st
     )  # fmt: skip
     watch = _Watch()
     with (
-        mock.patch.object(preflight, "time", _CLOCK),
-        mock.patch.object(one_liner, "plan_run", watch.plan),
+        mock.patch.object(rehearsal, "time", _CLOCK),
+        mock.patch.object(run, "plan_run", watch.plan),
         mock.patch.object(RMiPOTrainer, "train", watch.train()),
     ):
         rows = _rows_of_one_length(index)
@@ -266,7 +267,7 @@ class _Watch:
     def plan(self, *args: Any) -> Plan:
         """Plan the run; its memory counts from before the plan's own measurement."""
         self._base = start_peak(_CPU) or 0
-        return preflight.plan_run(*args)
+        return rehearsal.plan_run(*args)
 
     def train(self) -> Any:
         """A `train` that is timed."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmipo_lite.ops import linear_logps, native, pair_loss, rmipo_loss
+from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
 from rmipo_lite.selftest.operands import LAYOUTS, kernel_impl, laid_out
 from rmipo_lite.selftest.scorecard import expect
@@ -249,7 +249,7 @@ def _kernel_calls() -> Iterator[Call]:
 
     None where there are no kernels; the calls above then go to plain PyTorch.
     """
-    if not native.status("cpu").available:
+    if not library.status("cpu").available:
         return
     for kernel, good in _kernel_arguments().items():
         function = partial(_by_position, kernel)

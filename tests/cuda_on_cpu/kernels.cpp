@@ -5,7 +5,7 @@ namespace {
 
 template <typename A>
 int rows(const void* logits, int64_t count, int64_t vocab_size, int64_t logits_stride,
-         const int64_t* target_ids, const void* bias, double scale, double softcap,
+         const int64_t* target_ids, const void* bias, double softcap, double scale,
          const void* row_scale, void* logps, void* grads, int64_t grads_stride, int grad_type,
          int32_t* flag) {
   return rmipo::launch_rows(rmipo::RowArguments<A>{static_cast<const A*>(logits),
@@ -14,7 +14,7 @@ int rows(const void* logits, int64_t count, int64_t vocab_size, int64_t logits_s
                                                    logits_stride,
                                                    target_ids,
                                                    static_cast<const A*>(bias),
-                                                   {static_cast<A>(scale), static_cast<A>(softcap)},
+                                                   {static_cast<A>(softcap), static_cast<A>(scale)},
                                                    static_cast<const A*>(row_scale),
                                                    static_cast<A*>(logps),
                                                    grads,
@@ -41,10 +41,10 @@ int pairs(int64_t num_pairs, const void* tokens, const int32_t* borders, int64_t
 
 extern "C" int run_rows(int is_double, const void* logits, int64_t count, int64_t vocab_size,
                         int64_t logits_stride, const int64_t* target_ids, const void* bias,
-                        double scale, double softcap, const void* row_scale, void* logps,
+                        double softcap, double scale, const void* row_scale, void* logps,
                         void* grads, int64_t grads_stride, int grad_type, int32_t* flag) {
   return (is_double ? rows<double> : rows<float>)(logits, count, vocab_size, logits_stride,
-                                                  target_ids, bias, scale, softcap, row_scale,
+                                                  target_ids, bias, softcap, scale, row_scale,
                                                   logps, grads, grads_stride, grad_type, flag);
 }
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import reference
+from rmipo_lite.ops import losses, reference
 from tests.conftest import ROOT
 
 HERE = ROOT / "tests" / "cuda_on_cpu"
@@ -75,7 +75,7 @@ def row_logps(
         grads = torch.full((count, vocab_size), 9.0, dtype=dtype)
     error = kernels.run_rows(
         logits.dtype == torch.float64, address(logits), count, vocab_size, logits.stride(0),
-        address(target_ids), address(bias), 1.5, softcap or 0.0, address(row_scale),
+        address(target_ids), address(bias), softcap or 0.0, 1.5, address(row_scale),
         address(logps), None if grad_type == NONE else address(grads), grads.stride(0), grad_type,
         address(flag),
     )  # fmt: skip
@@ -102,7 +102,11 @@ def test_rows_against_the_reference(kernels: ctypes.CDLL, vocab_size: int, offse
     logits, ids = draw(3, vocab_size, offset)
     bias, scale = torch.randn(vocab_size), torch.tensor([1.0, -2.0, 0.5])
     want = reference.row_logps(
-        logits.double(), ids, bias.double(), 1.5, 5.0, scale.double(), with_grads=True
+        logits.double(),
+        ids,
+        reference.LogitTransform(bias.double(), 5.0, 1.5),
+        scale.double(),
+        with_grads=True,
     )
     assert want[1] is not None
     for grad_type in (NONE, SAME, BFLOAT16, HALF):
@@ -123,7 +127,9 @@ def test_the_derivative_may_overwrite_the_logits(
 ) -> None:
     logits, ids = draw(3, 8209, padding=padding)
     logits = logits.to(dtype) if dtype == torch.float32 else logits.double()
-    want = reference.row_logps(logits.double(), ids, None, 1.5, None, None, with_grads=True)
+    want = reference.row_logps(
+        logits.double(), ids, reference.LogitTransform(scale=1.5), None, with_grads=True
+    )
     logps, grads, _ = row_logps(kernels, logits, ids, grads=logits)
     assert grads.data_ptr() == logits.data_ptr()
     close = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 0}
@@ -147,7 +153,9 @@ def test_rows_that_are_not_scored_and_rows_that_are_broken(kernels: ctypes.CDLL)
     assert (grads[0] == 0).all()
     assert grads[1:6].isnan().all()
     assert (grads[6] == 0).all()
-    want, _, _ = reference.row_logps(logits, ids, None, 1.5, None, None, with_grads=False)
+    want, _, _ = reference.row_logps(
+        logits, ids, reference.LogitTransform(scale=1.5), None, with_grads=False
+    )
     assert torch.equal(logps.isnan(), want.isnan())
 
 
@@ -168,7 +176,7 @@ def test_pairs_against_the_reference(
     prior_borders = torch.cat([torch.zeros(1), (lengths - 1).clamp(min=0).cumsum(0)]).int()
     tokens = -torch.rand(int(borders[-1]), dtype=dtype)
     prior = -2 * torch.rand(int(prior_borders[-1]), dtype=dtype)
-    options = reference.PairOptions(loss_type, 2.0, 0.3, 1.6, True, 0.0, 0.5)
+    options = losses.PairOptions(loss_type, 2.0, 0.3, 1.6, True, 0.0, 0.5)
     want = reference.pair_losses(tokens, borders, prior, prior_borders, options)
     got = [torch.empty(size, dtype=dtype) for size in (3, 3, 3, 6, 6, 6)]
     flag = torch.zeros(1, dtype=torch.int32)

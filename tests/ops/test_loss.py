@@ -160,7 +160,7 @@ def test_no_pairs() -> None:
         ({"beta": math.nan}, "beta must be finite and at least 0, got nan"),
         ({"gamma_min": 2.0}, "gamma_min must be at most gamma_max = 1.6, got 2.0"),
         ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1, got 1.5"),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "0 with loss_type hinge"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "0 for loss_type='hinge'"),
         ({"impl": "cuda"}, "impl must be auto, native or torch, got 'cuda'"),
         ({"cu_seqlens": borders(1, 1)}, "cu_seqlens must run from 0 to the number of tokens 3"),
         ({"cu_seqlens": borders(0, 3)}, "the chosen response of pair 0 has none"),

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmipo_lite.ops import build, linear_logps, native
+from rmipo_lite.ops import build, library, linear_logps, native
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROBE = """
 from pathlib import Path
 from rmipo_lite.ops import native
-native._PACKAGE = Path("no prebuilt library")
-print(native.status("cpu").kind, native.status("cpu").reason, sep="|")
+library._PACKAGE = Path("no prebuilt library")
+print(library.status("cpu").kind, library.status("cpu").reason, sep="|")
 """
 
 
@@ -53,32 +53,32 @@ def test_four_processes_build_once(tmp_path: Path) -> None:
 @pytest.fixture
 def no_prebuilt(monkeypatch, tmp_path: Path) -> None:
     """This process starts anew: nothing loaded, nothing warned of, no prebuilt library."""
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(native, "_statuses", {})
+    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(library, "_statuses", {})
     monkeypatch.setattr(native, "_warned", set())
 
 
 def test_a_corrupt_library_is_not_loaded(no_prebuilt, monkeypatch, tmp_path: Path) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr(native, "_opens", lambda library, _: not opened.append(library))
-    monkeypatch.setattr(native, "_open", lambda library, _: None)
+    monkeypatch.setattr(library, "_opens", lambda file, _: not opened.append(file))
+    monkeypatch.setattr(library, "_open", lambda file, _: None)
     monkeypatch.setattr(build, "build", fake_build)
     monkeypatch.setenv("RMIPO_LITE_CACHE", str(tmp_path / "cache"))
-    library = Path(native._load("cpu").path or "")
-    library.write_bytes(b"half")
+    file = Path(library._load("cpu").path or "")
+    file.write_bytes(b"half")
     # Without a compiler there is no way to repair it, so plain PyTorch does the work.
     monkeypatch.setattr(build, "build", refuse_build)
-    assert native._load("cpu") == (False, None, None, "no compiler")
+    assert library._load("cpu") == (False, None, None, "no compiler")
     assert not opened
-    library.write_bytes(b"a whole library")
-    assert native._load("cpu").kind == "cached"
-    assert opened == [library]
+    file.write_bytes(b"a whole library")
+    assert library._load("cpu").kind == "cached"
+    assert opened == [file]
 
 
 def fake_build(device_type: str, folder: Path, architectures: str) -> Path:
-    library = folder / build.library_name(device_type)
-    library.write_bytes(b"a whole library")
-    return library
+    file = folder / build.library_name(device_type)
+    file.write_bytes(b"a whole library")
+    return file
 
 
 def refuse_build(device_type: str, folder: Path, architectures: str) -> Path:
@@ -90,18 +90,18 @@ def test_a_foreign_library_is_not_taken_for_ours(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from rmipo_lite.ops import build, native\n"
-        "library = Path(sys.argv[1])\n"
-        "build.write_record(library, '')\n"
-        "assert native._matches(library) and not native._opens(library, 'cpu')\n"
-        "native._open(library, 'cpu')\n"
+        "from rmipo_lite.ops import build, library\n"
+        "file = Path(sys.argv[1])\n"
+        "build.write_record(file, '')\n"
+        "assert library._matches(file) and not library._opens(file, 'cpu')\n"
+        "library._open(file, 'cpu')\n"
     )
-    source, library = tmp_path / "foreign.cpp", tmp_path / "foreign.so"
+    source, file = tmp_path / "foreign.cpp", tmp_path / "foreign.so"
     source.write_text('extern "C" int nothing_of_ours() { return 1; }')
-    command = [*build.compiler(), "-shared", "-fPIC", str(source), "-o", str(library)]
+    command = [*build.compiler(), "-shared", "-fPIC", str(source), "-o", str(file)]
     subprocess.run(command, check=True, timeout=120)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(library)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", code, str(file)], env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "foreign.so loads but has no kernel row_logps for cpu" in done.stderr
@@ -110,17 +110,17 @@ def test_a_foreign_library_is_not_taken_for_ours(tmp_path: Path) -> None:
 def test_what_a_killed_build_left_is_removed(no_prebuilt, monkeypatch, tmp_path: Path) -> None:
     """Of the same key alone: another's may be in progress. And the cache is for its owner."""
     cache = tmp_path / "cache"
-    monkeypatch.setattr(native, "_open", lambda library, _: None)
+    monkeypatch.setattr(library, "_open", lambda library, _: None)
     monkeypatch.setattr(build, "build", fake_build)
     monkeypatch.setenv("RMIPO_LITE_CACHE", str(cache))
-    key = native.cached_library("cpu").parent.name
-    assert native._load("cpu").kind == "built"
+    key = library.cached_library("cpu").parent.name
+    assert library._load("cpu").kind == "built"
     assert cache.stat().st_mode & 0o777 == 0o700
     for name in (f"build-{key}-abc", "build-0123-abc"):
         (cache / name).mkdir()
         (cache / name / "lock").touch()
     (cache / key / build.library_name("cpu")).unlink()
-    assert native._load("cpu").kind == "built"
+    assert library._load("cpu").kind == "built"
     assert [path.name for path in cache.glob("build-*")] == ["build-0123-abc"]
 
 
@@ -129,7 +129,7 @@ def test_a_library_that_does_not_load_is_not_published(
 ) -> None:
     monkeypatch.setattr(build, "build", fake_build)
     monkeypatch.setenv("RMIPO_LITE_CACHE", str(tmp_path / "cache"))
-    found = native._load("cpu")
+    found = library._load("cpu")
     assert re.match(r"the library does not load: .*abi3.so: (file too short|invalid)", found.reason)
     assert not list((tmp_path / "cache").rglob("*.so"))
 
@@ -137,7 +137,7 @@ def test_a_library_that_does_not_load_is_not_published(
 def test_a_record_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.so").write_bytes(b"a library")
     (tmp_path / "a.sha256").write_bytes(b"\xff\xfe\x00")
-    assert not native._matches(tmp_path / "a.so")
+    assert not library._matches(tmp_path / "a.so")
 
 
 def test_nobody_is_told_to_wait_for_a_build_that_cannot_start(
@@ -145,7 +145,7 @@ def test_nobody_is_told_to_wait_for_a_build_that_cannot_start(
 ) -> None:
     monkeypatch.setenv("RMIPO_LITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not native._load("cpu").available
+    assert not library._load("cpu").available
     assert capsys.readouterr().err == ""
 
 
@@ -161,17 +161,17 @@ def test_a_closed_standard_error_costs_a_line(monkeypatch) -> None:
     closed.close()
     for stream in (closed, None):
         monkeypatch.setattr(sys, "stderr", stream)
-        native._tell("compiling")
+        library._tell("compiling")
 
 
 def test_a_forked_child_does_not_wait_for_a_thread_that_held_the_lock() -> None:
     code = (
         "import os, threading\n"
-        "from rmipo_lite.ops import native\n"
-        "native._lock.acquire()\n"
+        "from rmipo_lite.ops import library\n"
+        "library._lock.acquire()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    native.status('mps')\n"
+        "    library.status('mps')\n"
         "    os._exit(0)\n"
         "assert os.waitpid(pid, 0)[1] == 0\n"
     )
@@ -183,7 +183,7 @@ def test_a_compiler_that_does_not_exist(no_prebuilt, monkeypatch, tmp_path: Path
     monkeypatch.setenv("RMIPO_LITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     reason = "the compiler 'no-such-compiler' of $CXX was not found"
-    assert native._load("cpu") == (False, None, None, reason)
+    assert library._load("cpu") == (False, None, None, reason)
 
 
 def test_a_cache_that_cannot_be_made(no_prebuilt, monkeypatch, tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_a_cache_that_cannot_be_made(no_prebuilt, monkeypatch, tmp_path: Path) -
 
 
 def test_missing_extension_warns_once_and_native_refuses(monkeypatch) -> None:
-    missing = native.BackendStatus(False, None, None, "no C++ compiler")
-    monkeypatch.setattr(native, "_statuses", {"cpu": missing})
+    missing = library.BackendStatus(False, None, None, "no C++ compiler")
+    monkeypatch.setattr(library, "_statuses", {"cpu": missing})
     monkeypatch.setattr(native, "_warned", set())
     cpu = torch.device("cpu")
     with pytest.warns(UserWarning, match="plain PyTorch does the work on cpu.*no C\\+\\+ compiler"):
@@ -239,7 +239,7 @@ def test_the_compilers_first_error_is_the_message(monkeypatch, tmp_path: Path) -
 
 
 def test_a_device_without_kernels_says_so() -> None:
-    assert native.status("mps").reason == "there are no kernels for mps"
+    assert library.status("mps").reason == "there are no kernels for mps"
 
 
 def test_a_forked_child_does_not_hang() -> None:
@@ -265,12 +265,12 @@ def test_host_functions_of_the_bindings(tmp_path: Path) -> None:
     import importlib.util
     import sysconfig
 
-    library = tmp_path / "_bindings.so"
+    file = tmp_path / "_bindings.so"
     paths = ["-I" + pybind11.get_include(), "-I" + sysconfig.get_path("include")]
     source = str(build.source_dir() / "bindings.cpp")
     command = [*build.compiler(), "-std=c++20", "-O0", "-shared", "-fPIC", *paths, source]
-    subprocess.run([*command, "-o", str(library)], check=True, timeout=120)
-    spec = importlib.util.spec_from_file_location("_bindings", library)
+    subprocess.run([*command, "-o", str(file)], check=True, timeout=120)
+    spec = importlib.util.spec_from_file_location("_bindings", file)
     bindings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bindings)
     assert bindings.row_offset(14_135, 151_936, 7) == 14_135 * 151_936 + 7
@@ -282,12 +282,12 @@ def test_host_functions_of_the_bindings(tmp_path: Path) -> None:
 
 
 def test_a_held_lock_is_waited_for_with_a_limit(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "_LOCK_LIMIT_S", 0.2)
+    monkeypatch.setattr(library, "_LOCK_LIMIT_S", 0.2)
     started = time.monotonic()
     with (
-        native._file_lock(tmp_path / "lock"),
+        library._file_lock(tmp_path / "lock"),
         pytest.raises(build.BuildError, match="another process has held"),
-        native._file_lock(tmp_path / "lock"),
+        library._file_lock(tmp_path / "lock"),
     ):
         pass
     assert time.monotonic() - started < 5
@@ -296,12 +296,12 @@ def test_a_held_lock_is_waited_for_with_a_limit(monkeypatch, tmp_path: Path) -> 
 def test_who_waits_says_so_once(
     monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native, "_LOCK_LIMIT_S", 0.5)
-    monkeypatch.setattr(native, "_SILENCE_S", 0.1)
+    monkeypatch.setattr(library, "_LOCK_LIMIT_S", 0.5)
+    monkeypatch.setattr(library, "_SILENCE_S", 0.1)
     with (
-        native._file_lock(tmp_path / "lock"),
+        library._file_lock(tmp_path / "lock"),
         pytest.raises(build.BuildError),
-        native._file_lock(tmp_path / "lock"),
+        library._file_lock(tmp_path / "lock"),
     ):
         pass
     assert capsys.readouterr().err.count("waiting for another process") == 1

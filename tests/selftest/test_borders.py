@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite import batch, row_tokens
-from rmipo_lite.text_encoder import TextEncoder
+from rmipo_lite.model import batch
+from rmipo_lite.tokens import one_row
+from rmipo_lite.tokens.encoder import TextEncoder
 
 
 @pytest.mark.parametrize(("number", "count"), [(8, 60), (10, 27), (11, 24)])
@@ -22,8 +23,8 @@ def test_space_marks_in_front_of_responses_are_found(
 
 
 def test_one_more_token_of_prompt_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = row_tokens.prompt_room
-    monkeypatch.setattr(row_tokens, "prompt_room", lambda *rest: real(*rest) + 1)
+    real = one_row.prompt_room
+    monkeypatch.setattr(one_row, "prompt_room", lambda *rest: real(*rest) + 1)
     assert try_check(10, *range(27)).lost > 5
 
 

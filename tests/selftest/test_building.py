@@ -35,7 +35,7 @@ def test_obstacles_leave_what_they_say(tmp_path: Path) -> None:
         if "foreign" in text or "symbol" in text:
             library = building.cached_at(folder / "cache")
             assert library.is_file()
-            assert building.native._matches(library)
+            assert building.library._matches(library)
         if "no compiler" in text:
             assert os.listdir(str(changes["PATH"])) == []
 

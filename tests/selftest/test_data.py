@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rmipo_lite import data, data_files, data_rows
+from rmipo_lite.data import columns, files, normalise
 from rmipo_lite.selftest.bad_rows import KINDS, tools
 
 
@@ -19,17 +19,17 @@ def test_malformed_rows(try_check) -> None:
 
 
 def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(data_rows, "_is_given", lambda value: False)
+    monkeypatch.setattr(normalise, "_is_given", lambda value: False)
     return KINDS.index(tools)
 
 
 def _surrogates_pass(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(data_rows, "_checked_text", lambda text, column: text)
+    monkeypatch.setattr(normalise, "_checked_text", lambda text, column: text)
     return 3
 
 
 def _columns_unnamed(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(data, "_nearest", lambda wanted, names: None)
+    monkeypatch.setattr(columns, "_nearest", lambda wanted, names: None)
     return len(KINDS)
 
 
@@ -49,7 +49,7 @@ def test_containers(try_check) -> None:
 def test_a_container_that_changes_the_order_is_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = data_files.transpose
-    monkeypatch.setattr("rmipo_lite.data_sources.transpose", lambda columns: real(columns)[::-1])
+    real = files.transpose
+    monkeypatch.setattr("rmipo_lite.data.sources.transpose", lambda columns: real(columns)[::-1])
     (loss,) = try_check(40, 1).losses
     assert loss.message == "other pairs than from a list"

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.ops import native
+from rmipo_lite.ops import library, native
 from rmipo_lite.selftest import addresses, gpu
 from rmipo_lite.selftest.scorecard import Lost
 
 
 @pytest.fixture(autouse=True)
 def _kernels() -> None:
-    if not native.status("cpu").available:
-        pytest.skip(f"no kernels on the CPU: {native.status('cpu').reason}")
+    if not library.status("cpu").available:
+        pytest.skip(f"no kernels on the CPU: {library.status('cpu').reason}")
 
 
 def test_addresses(try_check) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rmipo_lite import data_files, data_report, loading
+from rmipo_lite.data import files, report
+from rmipo_lite.model import loading, names
 from rmipo_lite.selftest.hostile import CASES, Bomb
 
 NAMES = list(CASES)
@@ -36,11 +37,11 @@ def _transformers_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "run_name", lambda model: f"rmipo-{loading.name_of(model)}")
+    monkeypatch.setattr(names, "run_name", lambda model: f"rmipo-{names.name_of(model)}")
 
 
 def _no_line_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "_csv_lines", lambda text: text)
+    monkeypatch.setattr(files, "_csv_lines", lambda text: text)
 
 
 def _no_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,7 @@ def _no_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _terminal_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_report, "printable", lambda text, limit=0: text)
+    monkeypatch.setattr(report, "printable", lambda text, limit=0: text)
 
 
 @pytest.mark.parametrize(

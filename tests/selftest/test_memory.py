@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from rmipo_lite import one_liner, surroundings
+from rmipo_lite import run
+from rmipo_lite.training import restore
 
 
 def test_surroundings_are_as_before(try_check) -> None:
@@ -31,15 +32,15 @@ def test_memory_is_flat(try_check) -> None:
 def test_what_is_not_put_back_is_lost(
     fault: str, index: int, message: str, try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(surroundings, fault, lambda *_: nullcontext())
+    monkeypatch.setattr(restore, fault, lambda *_: nullcontext())
     monkeypatch.setenv("RMIPO_LITE_TEST", "before")
-    real = one_liner.show_progress
+    real = run.show_progress
 
     def changing(trainer) -> None:
         os.environ["RMIPO_LITE_TEST"] = "changed by the run"
         real(trainer)
 
-    monkeypatch.setattr(one_liner, "show_progress", changing)
+    monkeypatch.setattr(run, "show_progress", changing)
     losses = try_check(27, index).losses
     assert len(losses) == 1
     assert message in losses[0].message
@@ -48,5 +49,5 @@ def test_what_is_not_put_back_is_lost(
 @pytest.mark.slow
 def test_frames_that_are_kept_are_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    monkeypatch.setattr(surroundings, "clear_frames", kept.append)
+    monkeypatch.setattr(restore, "clear_frames", kept.append)
     assert "live tensors" in try_check(28, 2).losses[0].message

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite import data, data_report, symptoms
+from rmipo_lite.data import columns, report
 from rmipo_lite.selftest.mistakes import MISTAKES
+from rmipo_lite.watch import symptoms
 
 NAMES = [mistake.what for mistake in MISTAKES]
 
@@ -26,7 +27,7 @@ def test_mistakes_are_told(try_check) -> None:
 def test_a_message_that_falls_short_is_found(
     say, try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_wrong_columns", say)
+    monkeypatch.setattr(columns, "_wrong_columns", say)
     assert try_check(37, NAMES.index("other column names")).lost == 1
 
 
@@ -38,7 +39,7 @@ def test_alarms_that_are_silent_or_false_are_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(symptoms, "_REJECTED_SHARE", 1.0)
-    monkeypatch.setattr(data_report, "LENGTH_BIAS_SHARE", 0.3)
+    monkeypatch.setattr(report, "LENGTH_BIAS_SHARE", 0.3)
     lost = {loss.trial: loss.message for loss in try_check(38, 0, 2).losses}
     assert "no word of it" in lost[0]
     assert "a false alarm" in lost[2]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite import loading, model, step, trainer
+from rmipo_lite.model import head, loading
 from rmipo_lite.selftest import heads
+from rmipo_lite.training import step, trainer
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_dropout_that_stays_on_is_found(try_check, monkeypatch: pytest.MonkeyPat
 def test_scales_and_softcaps_that_are_not_read_are_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "head_conventions", lambda config: (1.0, None))
+    monkeypatch.setattr(head, "head_conventions", lambda config: (None, 1.0))
     names = [loss.tried for loss in try_check(31, *range(10)).losses]
     assert names == [
         "softcap",

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rmipo_lite import step
 from rmipo_lite.ops import head_blocks, head_rows, native
 from rmipo_lite.ops.reference import PairParts
 from rmipo_lite.selftest import extremes
+from rmipo_lite.training import step
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def _logps_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _target_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(self, out, weight, logit_scale, logit_softcap):
-        out.mul_((-logit_scale / self.total).to(out.dtype)[:, None])
+    def finish(self, out, weight, transform):
+        out.mul_((-transform.scale / self.total).to(out.dtype)[:, None])
 
     monkeypatch.setattr(head_blocks._Sums, "finish", finish)
 
@@ -68,13 +68,13 @@ def test_another_value_or_gradient_is_found(
 
 
 def test_the_other_place_of_gamma_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = step.loss.losses
+    real = step.losses
 
     def losses(token_logps, cu_seqlens, prior, args):
         swapped = replace(args, gamma_scaled_by_beta=not args.gamma_scaled_by_beta)
         return real(token_logps, cu_seqlens, prior, swapped)
 
-    monkeypatch.setattr(step.loss, "losses", losses)
+    monkeypatch.setattr(step, "losses", losses)
     outcome = try_check(12, 1, 2, 3)
     assert outcome.lost == 3
     assert "loss is" in outcome.losses[0].message
@@ -86,7 +86,7 @@ def test_ignored_rows_that_are_multiplied_by_zero_are_found(
     def add_weight_grad(self, grads, rows, target_ids, out):
         out.addmm_(grads.T, self.hidden[rows].to(self.exact))
 
-    monkeypatch.setattr(head_rows.Head, "add_weight_grad", add_weight_grad)
+    monkeypatch.setattr(head_rows.HeadProducts, "add_weight_grad", add_weight_grad)
     assert try_check(20, *range(0, 60, 3)).lost > 2
 
 

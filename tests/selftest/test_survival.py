@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rmipo_lite import checkpoint, checkpoint_files
+from rmipo_lite.checkpoints import sealed_folder, trainer_mixin
 from rmipo_lite.selftest import survival
 
 
@@ -27,7 +27,7 @@ def test_a_checkpoint_that_is_not_verified_is_lost(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def newest(folder: Path):
-        return checkpoint_files.checkpoints(folder)[-1], []
+        return sealed_folder.checkpoints(folder)[-1], []
 
     monkeypatch.setattr(survival, "newest_valid_checkpoint", newest)
     assert try_check(7, 1, 2, 4).lost == 3
@@ -35,7 +35,7 @@ def test_a_checkpoint_that_is_not_verified_is_lost(
 
 def test_a_save_that_ends_the_run_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        checkpoint.SafeCheckpointing, "_save_checkpoint",
+        trainer_mixin.SafeCheckpointing, "_save_checkpoint",
         lambda self, model, trial: self._write_checkpoint(trial),
     )  # fmt: skip
     assert try_check(14, 0, 1).lost == 2
@@ -43,12 +43,12 @@ def test_a_save_that_ends_the_run_is_lost(try_check, monkeypatch: pytest.MonkeyP
 
 def test_a_save_in_place_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written into the predecessor's own folder, a failed save takes it along."""
-    real = checkpoint_files.staged_checkpoint
+    real = sealed_folder.staged_checkpoint
 
     def in_place(target: Path, **options):
         for earlier in target.parent.glob("checkpoint-2"):
             shutil.rmtree(earlier)
         return real(target, **options)
 
-    monkeypatch.setattr(checkpoint, "staged_checkpoint", in_place)
+    monkeypatch.setattr(trainer_mixin, "staged_checkpoint", in_place)
     assert try_check(14, 1).lost == 1

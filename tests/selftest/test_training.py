@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmipo_lite import metrics, run_log
-from rmipo_lite.checkpoint import SafeCheckpointing
-from rmipo_lite.step import PairStep
+from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
+from rmipo_lite.training import pair_values, run_log
+from rmipo_lite.training.step import PairStep
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_step_that_is_not_checked_is_lost(try_check, monkeypatch: pytest.Monke
 
 
 def test_a_weight_that_is_not_checked_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmipo_lite.trainer.refuse_bad_weights", lambda *_: None)
+    monkeypatch.setattr("rmipo_lite.training.trainer.refuse_bad_weights", lambda *_: None)
     monkeypatch.setattr(SafeCheckpointing, "_refuse_to_save_bad_weights", lambda self: None)
     assert "went on with a weight" in try_check(2, 3).losses[0].message
 
@@ -33,7 +33,7 @@ def test_a_weight_that_is_not_checked_is_lost(try_check, monkeypatch: pytest.Mon
 def test_random_numbers_that_do_not_come_back_are_lost(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmipo_lite.checkpoint.set_random_state", lambda state: None)
+    monkeypatch.setattr("rmipo_lite.checkpoints.trainer_mixin.set_random_state", lambda state: None)
     assert try_check(5, 6).losses[0].message == "the weights differ"
 
 
@@ -61,11 +61,11 @@ def test_evaluation_that_draws_a_number_is_lost(try_check, monkeypatch: pytest.M
 
 
 def test_means_of_means_are_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = metrics.reduce
+    real = pair_values.reduce
 
     def reduce(parts, args):
         each = [real([part], args) for part in parts]
         return {name: sum(numbers[name] for numbers in each) / len(each) for name in each[0]}
 
-    monkeypatch.setattr(run_log.metrics, "reduce", reduce)
+    monkeypatch.setattr(run_log.pair_values, "reduce", reduce)
     assert try_check(30, 3, 6, 9, 12).lost > 0

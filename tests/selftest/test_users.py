@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rmipo_lite import adapter_files
+from rmipo_lite.checkpoints import weights
 from rmipo_lite.selftest import users
 from rmipo_lite.selftest.scorecard import Trial
 
@@ -19,7 +19,7 @@ def test_no_secret_gets_out(try_check) -> None:
 
 
 def test_a_secret_in_a_file_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_files, "redact", lambda content: content)
+    monkeypatch.setattr(weights, "redact", lambda content: content)
     assert "training_config.json" in try_check(36, 0).losses[0].message
 
 

@@ -1,0 +1,47 @@
+"""The state of every random generator that training uses: read, put back, kept over a block."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that training uses: Python, numpy, torch, CUDA."""
+    # The legacy generator is what transformers seeds and what user code draws from.
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random generator back to a state from `random_state`.
+
+    A checkpoint from a machine with another number of GPUs restores as many as there are.
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, cuda_state in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, device)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Whatever draws random numbers inside the block, the next number after it is the same."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,194 @@
+"""The command `rmipo-lite`: train, inspect, estimate, demo, info, selftest, bench.
+
+Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows the traceback),
+2 a wrong command line, 130 interrupted. Imports happen inside the commands, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rmipo_lite.cli.parser import OWN_NAMES, parser_for
+from rmipo_lite.output.console import printable, say
+from rmipo_lite.output.redaction import redact_text
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_LONGEST_MESSAGE = 1000  # characters of an error that reach the terminal
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"rmipo-lite: {printable(text)}\n")
+
+
+def _options(command: str, given: dict[str, Any], *needed: str) -> dict[str, Any]:
+    """Options from the command line and the file it names, as typed values.
+
+    Raises UsageError where one of the needed ones is missing.
+    """
+    from rmipo_lite.cli.config_options import UsageError, read_options_file, read_values
+
+    file = given.pop("config", None)
+    options = {} if file is None else read_options_file(file, OWN_NAMES[command])
+    options = read_values(options | given)
+    missing = [name for name in needed if options.get(name) is None]
+    if missing:
+        words = " ".join(name.upper() for name in needed)
+        raise UsageError(
+            f"{command}: {' and '.join(missing)} missing: rmipo-lite {command} {words}"
+        )
+    return options
+
+
+def _train(given: dict[str, Any]) -> int:
+    options = _options("train", given, "model", "dataset")
+    report = options.pop("report", None)
+    import rmipo_lite
+
+    result = rmipo_lite.train(options.pop("model"), options.pop("dataset"), **options)
+    say(repr(result))
+    if report:
+        result.report(None if report is True else report)
+    if result.unsaved is not None:
+        return FAILED
+    return OK if result.stopped_at_step is None else INTERRUPTED
+
+
+def _inspect(given: dict[str, Any]) -> int:
+    options = _options("inspect", given, "dataset")
+    report, top = options.pop("report", None), options.pop("top", 3)
+    import rmipo_lite
+
+    inspection = rmipo_lite.inspect(options.pop("dataset"), options.pop("model", None), **options)
+    say(inspection.text(top))
+    if report is not None:
+        inspection.report(report)
+    return OK
+
+
+def _estimate(given: dict[str, Any]) -> int:
+    options = _options("estimate", given, "model")
+    import rmipo_lite
+
+    say(str(rmipo_lite.estimate(options.pop("model"), options.pop("dataset", None), **options)))
+    return OK
+
+
+def _demo(given: dict[str, Any]) -> int:
+    from rmipo_lite.demo.run import run_demo
+
+    say(run_demo(**given).summary())
+    return OK
+
+
+def _info(given: dict[str, Any]) -> int:
+    from rmipo_lite.environment import info
+
+    say(str(info()))
+    return OK
+
+
+def _selftest(given: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from rmipo_lite.cli.config_options import UsageError
+    from rmipo_lite.selftest.run import as_json, selftest
+
+    try:
+        only = [int(word) for word in given["only"].split(",") if word]
+    except ValueError:
+        raise UsageError(f"selftest: --only wants numbers, got {given['only']!r}") from None
+    mode, seed, file = given["mode"], given["seed"], given["json"]
+    outcomes = selftest(mode, seed=seed, only=only, trial=given["trial"], show=file != "-",
+                        debug=given["tracebacks"])  # fmt: skip
+    if file is not None:
+        text = as_json(outcomes, mode, seed)
+        if file == "-":
+            say(text)
+        else:
+            Path(file).write_text(text + "\n", encoding="utf-8")
+    return FAILED if any(outcome.lost for outcome in outcomes) else OK
+
+
+def _bench(given: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from rmipo_lite.bench import report, run
+
+    what, folder = given.pop("what"), Path(given.pop("output_dir"))
+    if what == "report":
+        rows = report.read_all(folder)
+        report.draw(folder / report.PLOT, rows)
+        readme = folder.resolve().parent / "README.md"
+        report.put_between(readme, report.MARK, report.table(rows))
+        say(report.table(rows))
+        return OK
+    files = {
+        name: None if (path := given.pop(name)) is None else Path(path)
+        for name in ("pairs", "tokenizer")
+    }
+    say(f"Rows are in {run.run(what, folder, quick=given['quick'], **files)}")
+    return OK
+
+
+def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    chosen = subparsers.choices[command] if command else parser
+    return [text for action in chosen._actions for text in action.option_strings]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (also the entry point of `rmipo-lite`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = parser_for(words)
+    try:
+        options, unknown = parser.parse_known_args(words)
+    except SystemExit as stop:  # argparse has printed help, version or its own complaint
+        return int(stop.code or 0)
+    given = vars(options)
+    command = given.pop("command")
+    if unknown:
+        from rmipo_lite.cli.config_options import nearest
+
+        word = unknown[0].split("=")[0]
+        hint = nearest(word, _known_options(parser, command))
+        _complain(f"unknown option or argument {word!r}{hint}")
+        return USAGE
+    if command is None:
+        parser.print_help()
+        return USAGE
+    return _run(command, given)
+
+
+COMMANDS = {
+    "train": _train, "inspect": _inspect, "estimate": _estimate, "demo": _demo, "info": _info,
+    "selftest": _selftest, "bench": _bench,
+}  # fmt: skip
+
+
+def _run(command: str, given: dict[str, Any]) -> int:
+    from rmipo_lite.cli.config_options import UsageError
+
+    debug = given.pop("debug", False)
+    try:
+        return COMMANDS[command](given)
+    except KeyboardInterrupt:
+        way = "; `--resume` goes on from the last checkpoint" if command == "train" else ""
+        _complain("interrupted" + way)
+        return INTERRUPTED
+    except UsageError as error:
+        _complain(str(error))
+        return USAGE
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(redact_text(str(error)).split()) or type(error).__name__
+        _complain(f"error: {message[:_LONGEST_MESSAGE]} (--debug shows where)")
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What the command `rmipo-lite` understands: its commands, their arguments and help.
+
+The options of `train`, `inspect` and `estimate` come from the config, whose import takes seconds:
+they are added only where that command was called.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from rmipo_lite.version import __version__
+
+# What these commands take beside the config's options; a file of options may hold them too.
+OWN_NAMES = {
+    "train": ("model", "dataset", "eval_dataset", "output_dir", "quantization", "resume", "report"),
+    "inspect": ("dataset", "model", "tokenizer", "output_dir", "report", "top"),
+    "estimate": ("model", "dataset", "tokenizer", "gpu", "quantization"),
+}
+_ROWS = "file (.jsonl, .json, .csv, .parquet, also .gz) or hub name of the preference pairs"
+
+
+def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for a command line of these words."""
+    parser = argparse.ArgumentParser(
+        prog="rmipo-lite",
+        description="Align a language model with preference pairs (RMiPO) on one GPU or a CPU.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="{train,inspect,estimate,demo,info,selftest,bench}"
+    )
+    _add_train(commands, argv)
+    _add_inspect(commands, argv)
+    _add_estimate(commands, argv)
+    demo = commands.add_parser(
+        "demo", help="train the embedded tiny model; no network, about a minute", allow_abbrev=False
+    )
+    demo.add_argument("--output_dir", "--output-dir", default="rmipo-demo", help="folder to write")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    info = commands.add_parser(
+        "info", help="versions, device, precision, which operators run and why", allow_abbrev=False
+    )
+    bench = commands.add_parser(
+        "bench",
+        help="measure against the authors' step, trl, liger and the bare matrix products",
+        description="Measure on the CPU and write rows to OUTPUT_DIR/<what>.csv; report makes the "
+        "README's table and a plot from all rows. Peers: pip install 'rmipo-lite[bench]'.",
+        allow_abbrev=False,
+    )
+    bench.add_argument(
+        "what",
+        choices=("head", "step", "memory", "estimate", "data", "methods", "gpu", "report"),
+    )
+    bench.add_argument(
+        "--output_dir", "--output-dir", default="benchmarks", help="folder of the rows"
+    )
+    bench.add_argument("--quick", action="store_true", help="one small shape: does it run?")
+    bench.add_argument("--pairs", help="data: preference pairs (default: the demo's)")
+    bench.add_argument("--tokenizer", help="data: folder of a tokenizer (default: the demo's)")
+    _add_selftest(commands)
+    for command in (demo, info, bench):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _run_command(
+    commands: Any, argv: Sequence[str], name: str, arguments: str, **texts: str
+) -> Any:
+    """A command with the config's options, or its name alone where another was called."""
+    command = commands.add_parser(
+        name,
+        usage=f"rmipo-lite {name} {arguments} [--config FILE] [options]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        **texts,
+    )
+    if list(argv[:1]) != [name]:
+        return None
+    from rmipo_lite.cli.config_options import add_config_options
+
+    command.add_argument("--config", metavar="FILE", help="options in YAML; the command line wins")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    show_all = "--help-all" in argv
+    command.add_argument(
+        "--help-all", action="help", help="this help with transformers' options too"
+    )
+    add_config_options(command, show_all=show_all)
+    return command
+
+
+def _add_quantization(command: Any) -> None:
+    command.add_argument(
+        "--quantization",
+        choices=("auto", "none", "4bit"),
+        help="4-bit weights (NF4); auto: on CUDA when the model would not fit otherwise",
+    )
+
+
+def _add_train(commands: Any, argv: Sequence[str]) -> None:
+    train = _run_command(
+        commands, argv, "train", "MODEL DATASET",
+        help="train a model on preference pairs",
+        description="Train MODEL (a hub name or folder) on DATASET (a .jsonl, .json, .csv or "
+        ".parquet file, also .gz, or a hub name) with columns prompt, chosen, rejected.",
+    )  # fmt: skip
+    if train is None:
+        return
+    train.add_argument("model", nargs="?", help="hub name or folder of the model")
+    train.add_argument("dataset", nargs="?", help=_ROWS)
+    train.add_argument(
+        "--eval_dataset", "--eval-dataset", help="held-out pairs; else 5 %% are held out"
+    )
+    train.add_argument(
+        "--output_dir", "--output-dir", help="folder of the run (default: rmipo-<model name>)"
+    )
+    _add_quantization(train)
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help="go on from the newest valid checkpoint of --output_dir, or from the given one",
+    )
+    train.add_argument(
+        "--report", nargs="?", const=True, metavar="FILE", help="write an HTML report of the run"
+    )
+
+
+def _add_inspect(commands: Any, argv: Sequence[str]) -> None:
+    inspect = _run_command(
+        commands, argv, "inspect", "DATASET [--model MODEL]",
+        help="look at preference pairs before training on them",
+        description="Faults of DATASET, and with a model what it thinks of every pair: log-probs, "
+        "PMI, gamma, loss weight, and the pairs that look wrong.",
+    )  # fmt: skip
+    if inspect is None:
+        return
+    inspect.add_argument("dataset", nargs="?", help=_ROWS)
+    inspect.add_argument("--model", help="hub name or folder of a model that scores the pairs")
+    inspect.add_argument("--tokenizer", help="of which lengths are counted (default: the model's)")
+    inspect.add_argument(
+        "--output_dir", "--output-dir", help="folder of the scores; a second call goes on there"
+    )
+    inspect.add_argument("--report", metavar="FILE", help="write an HTML page")
+    inspect.add_argument(
+        "--top", type=int, help="suspicious pairs to print of each kind (default: 3)"
+    )
+
+
+def _add_estimate(commands: Any, argv: Sequence[str]) -> None:
+    estimate = _run_command(
+        commands, argv, "estimate", "MODEL [DATASET] [--gpu CARD]",
+        help="memory and time of a run, and which cards it fits, without loading anything",
+        description="Memory by part and time per epoch of training MODEL on DATASET, from the "
+        "model's config alone, and what fits on common cards.",
+    )  # fmt: skip
+    if estimate is None:
+        return
+    estimate.add_argument("model", nargs="?", help="hub name or folder of the model")
+    estimate.add_argument("dataset", nargs="?", help=_ROWS)
+    estimate.add_argument(
+        "--gpu", help="a card (RTX 3060 12GB, T4), a size (12GB) or cpu (default: this machine's)"
+    )
+    estimate.add_argument("--tokenizer", help="folder or name (default: the model's)")
+    _add_quantization(estimate)
+
+
+def _add_selftest(commands: Any) -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="try to lose a run (kills, full disks, bad numbers, bad rows) and count how often",
+        description="Run the reliability scorecard, a row per check; the exit code is 1 when a "
+        "trial was lost. No network, minutes; --quick takes less than one.",
+        allow_abbrev=False,
+    )
+    depth = selftest.add_mutually_exclusive_group()
+    for mode, text in (("quick", "under a minute"), ("soak", "every trial of the scorecard")):
+        depth.add_argument(
+            f"--{mode}", dest="mode", action="store_const", const=mode, default="default", help=text
+        )
+    selftest.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="the outcome as JSON, to FILE beside the table, or to standard output instead of it",
+    )  # fmt: skip
+    selftest.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    selftest.add_argument("--only", metavar="N,N", default="", help="these checks alone")
+    selftest.add_argument("--trial", type=int, metavar="INDEX", help="repeat one trial of --only")
+    # its lost trials are no exceptions of the command
+    selftest.add_argument("--debug", dest="tracebacks", action="store_true", help="show tracebacks")

@@ -1,0 +1,48 @@
+"""Pairs put aside for evaluation, none of which shares a prompt with the others."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from rmipo_lite.data.rows import Row, text_key
+
+MIN_PAIRS_TO_HOLD_OUT = 8  # fewer pairs are too few to lose any
+
+
+Pair = TypeVar("Pair")
+
+
+def split_holdout(
+    pairs: Sequence[Pair], share: float = 0.05, at_most: int = 200, seed: int = 0
+) -> tuple[list[Pair], list[Pair]]:
+    """(train, held out), no prompt in both; the same for the same input and seed.
+
+    Prompts are drawn at random and taken with all their pairs while they fit into
+    min(at_most, share * len(pairs)), rounded, at least one. Below eight pairs, or with one prompt
+    alone, nothing is held out. Takes `Row`s or `TokenizedPair`s; keeps their order.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share: wanted a number from 0 up to 1, got {share}")
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for position, pair in enumerate(pairs):
+        groups[_prompt_key(pair)].append(position)
+    if share == 0 or at_most == 0 or len(pairs) < MIN_PAIRS_TO_HOLD_OUT or len(groups) < 2:
+        return list(pairs), []
+    room = min(at_most, max(1, round(share * len(pairs))))
+    drawn = list(groups.values())
+    random.Random(seed).shuffle(drawn)
+    held: set[int] = set()
+    for positions in drawn:
+        if len(held) + len(positions) <= room:
+            held.update(positions)
+    train = [pair for position, pair in enumerate(pairs) if position not in held]
+    return train, [pair for position, pair in enumerate(pairs) if position in held]
+
+
+def _prompt_key(pair: Any) -> Any:
+    if isinstance(pair, Row):
+        return text_key(pair.prompt)
+    return tuple(pair.prompt_ids)

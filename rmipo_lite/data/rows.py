@@ -1,0 +1,127 @@
+"""Any preference dataset -> rows {prompt, chosen, rejected}, every row accounted for.
+
+Three shapes come in: plain text, message lists, and whole conversations with the prompt inside
+(message lists, or "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts). They leave as `Row`s in one
+of two forms: text, or messages. What is wrong with the dataset as a whole (columns, file, zero
+rows) raises ValueError with the way out; what is wrong with one row is counted in the
+`DataReport`, with its reason, and the rest goes on, since one bad line in fifty thousand should
+not end an evening's run. Rows are never repaired by guessing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rmipo_lite.data.columns import check_columns
+from rmipo_lite.data.files import Broken
+from rmipo_lite.data.normalise import Dropped, Identical, Message, Refused, normalise
+from rmipo_lite.data.report import DataReport, name_rows, printable
+from rmipo_lite.data.sources import read_records
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One preference pair after normalising: three texts, or three message lists."""
+
+    index: int  # 0-based position in the user's dataset
+    prompt: str | list[Message]
+    chosen: str | list[Message]  # a message list holds exactly one assistant message
+    rejected: str | list[Message]
+
+
+class LoadedRows(NamedTuple):
+    """What `load_rows` gives."""
+
+    rows: list[Row]
+    report: DataReport
+
+
+def load_rows(dataset: Any, *, split: str = "train", argument: str = "dataset") -> LoadedRows:
+    """Read any preference dataset.
+
+    Args:
+        dataset: hub name; path (.jsonl .json .csv .tsv .parquet, also .gz, or a folder);
+            `datasets.Dataset`, `DatasetDict`, `IterableDataset`; list of dicts; dict of lists;
+            pandas DataFrame; any finite iterable of dicts.
+        split: which split of a dataset that has several.
+        argument: what the caller calls it, for errors.
+
+    Returns:
+        The usable rows in order, and the report, for which kept + dropped + refused == total.
+
+    Raises:
+        ValueError: no rows, wrong columns, an unreadable file, or no usable row at all.
+        FileNotFoundError: a path that does not exist.
+    """
+    try:
+        source, records = read_records(dataset, split)
+        if not records:
+            raise ValueError(f"dataset: {source} has no rows, wanted at least one pair")
+        report = DataReport(source=source, total=len(records), argument=argument)
+        check_columns(records, report)
+    except (ValueError, FileNotFoundError) as error:
+        if argument == "dataset":
+            raise
+        raise type(error)(argument + str(error).removeprefix("dataset")) from error
+    rows: list[Row] = []
+    seen: set[tuple[bytes, ...]] = set()
+    for index, record in enumerate(records):
+        try:
+            if isinstance(record, Broken):
+                raise Refused("row", record.wanted, record.got, record.where)
+            row = Row(index, *normalise(record))
+        except Refused as problem:
+            report.refuse(index, problem.reason, problem.example)
+        except Dropped as problem:
+            report.drop(index, problem.reason, problem.example)
+            report.identical_pairs += isinstance(problem, Identical)
+        else:
+            rows.append(row)
+            _count_texts(row, seen, report)
+    report.kept = len(rows)
+    report.distinct_prompts = len({key[0] for key in seen})
+    report.check()
+    if not rows:
+        raise ValueError(nothing_left(report))
+    return LoadedRows(rows, report)
+
+
+def _count_texts(row: Row, seen: set[tuple[bytes, ...]], report: DataReport) -> None:
+    """Duplicates, and text responses that repeat their prompt."""
+    key = tuple(_digest(text_key(side)) for side in (row.prompt, row.chosen, row.rejected))
+    report.duplicate_rows += key in seen
+    seen.add(key)
+    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        report.responses_repeating_prompt += (
+            len(prompt) > 20 and chosen.startswith(prompt) and rejected.startswith(prompt)
+        )
+
+
+def _digest(text: str) -> bytes:
+    """A text that is only compared: a second copy of every text would double the memory."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def text_key(side: str | list[Message]) -> str:
+    """A text, or messages as one text, for comparing."""
+    return side if isinstance(side, str) else json.dumps(side)
+
+
+def nothing_left(report: DataReport) -> str:
+    """The message for a dataset without one usable row: the three most frequent reasons."""
+    reasons = {**report.refused, **report.dropped}
+    lines = [
+        f"  {tally.count} rows ({name_rows(tally.numbers())}): {printable(reason)}"
+        + (f" ({tally.example})" if tally.example else "")
+        for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].count)[:3]
+    ]
+    return (
+        f"{report.argument}: no usable row among the {report.total} of {report.source}:\n"
+        + "\n".join(lines)
+        + "\nWanted rows with prompt, chosen and rejected: texts, or message lists "
+        '[{"role": "user", "content": "..."}].'
+    )

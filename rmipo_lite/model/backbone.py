@@ -1,0 +1,85 @@
+"""The model's side: loading, LoRA, the hidden rows that are scored, and the head's conventions.
+
+The head is applied by our operator, never by the model: `(N, V)` logits are never held. What a
+model does between its last hidden state and its logits is therefore read here (`read_head`), and
+`selfcheck.py` compares the outcome with the model's own logits before a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rmipo_lite.model.batch import ModelInput
+
+
+class UnsupportedModelError(ValueError):
+    """This model can't be trained here; the message says what of it and why."""
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a possible PeftModel."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            "model: wanted a name or folder, a transformers PreTrainedModel or a PeftModel, got "
+            f"{type(model).__name__}"
+        )
+    return base
+
+
+def scored_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
+    """Hidden rows that predict the scored tokens, (N, H), in the model's own dtype."""
+    base = causal_lm(model)
+    backbone = getattr(base, base.base_model_prefix)
+    kwargs: dict[str, Any] = {"input_ids": inputs.input_ids, "use_cache": False}
+    if inputs.plan is not None:
+        kwargs |= {"position_ids": inputs.position_ids, "segment_plan": inputs.plan}
+    else:
+        kwargs["attention_mask"] = inputs.attention_mask
+    hidden: Tensor = backbone(**kwargs)[0]
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs.logit_rows)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: layers, and the numbers that attention modules hold."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether transformers can compute this architecture's activations again."""
+    return bool(getattr(causal_lm(model), "supports_gradient_checkpointing", False))
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Compute activations again in the backward pass (the form that keeps hooks and dtypes)."""
+    base = causal_lm(model)
+    enable = getattr(base, "activation_checkpointing_enable", None)  # transformers 5.20 and newer
+    (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+    # Frozen embeddings have no gradient, and a checkpointed block would pass none on.
+    if not hasattr(base, "_require_grads_hook"):
+        base.enable_input_require_grads()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The one device the model's weights are on.
+
+    Raises:
+        UnsupportedModelError: the weights are spread over several devices.
+    """
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        raise UnsupportedModelError(
+            f"model: its weights are on {len(devices)} devices ({sorted(map(str, devices))}); "
+            "load it on one, for example with device_map={'': 0}"
+        )
+    return devices.pop()

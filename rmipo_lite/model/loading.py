@@ -1,0 +1,134 @@
+"""From a name or folder to a model: config, tokenizer, weights in the run's precision or 4 bits.
+
+Nothing that comes with a model is run, neither pickles nor code (`model_files`). Weights load in
+the precision they are computed in, never silently in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rmipo_lite.checkpoints.weights import require_adapter_weights
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model.model_files import (
+    ADAPTER_CONFIG,
+    base_of_adapter,
+    check_model_folder,
+    existing_folder,
+    told,
+)
+from rmipo_lite.output.console import in_notebook, in_terminal
+
+# Spelled out, since transformers asks on standard input where nothing is said.
+_NO_CODE = {"trust_remote_code": False}
+_WANTED = "Wanted a causal language model: a folder, or a hub name"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model name or folder (no remote code).
+
+    Raises:
+        ValueError: the model was made in memory, so nobody knows its tokenizer, or none could be
+            loaded.
+        FileNotFoundError: a path where there is no folder.
+    """
+    if not name:
+        raise ValueError(
+            "tokenizer: this model was made in memory and names no folder to load a tokenizer "
+            "from; pass one (tokenizer= of train(), processing_class= of RMiPOTrainer)"
+        )
+    place = str(existing_folder(name) or name)
+    way_out = "Pass one: tokenizer= of train(), processing_class= of RMiPOTrainer"
+    with told("tokenizer", name, way_out):
+        return AutoTokenizer.from_pretrained(place, **_NO_CODE)
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of a model name or folder; of an adapter's folder, its base's. No weight is read.
+
+    Raises:
+        ValueError: it could not be loaded, or comes with code.
+        FileNotFoundError: a path where there is no folder.
+    """
+    folder = existing_folder(name)
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        return load_config(base_of_adapter(folder))
+    with told("model", name, _WANTED):
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder or name), **_NO_CODE)
+    return config
+
+
+def load_model(
+    name: str,
+    args: RMiPOConfig,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> nn.Module:
+    """Load a causal language model in the run's precision, or with quantised weights.
+
+    A folder that holds an adapter loads its base model too, and the adapter goes on training.
+
+    Raises:
+        ValueError: the weights are pickled, it comes with code, or it could not be loaded.
+        FileNotFoundError: a path where there is no model's folder.
+    """
+    folder = existing_folder(name)
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        base = load_model(base_of_adapter(folder), args, quantization_config)
+        with told("adapter", name, "Is its base the model it was trained on?"):
+            adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        require_adapter_weights(adapted, folder)
+        return adapted
+    if folder is not None:
+        check_model_folder(folder)
+        name = str(folder)
+    kwargs: dict[str, Any] = {"dtype": args.dtype, "use_safetensors": True, **_NO_CODE}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if torch.cuda.is_available() and not args.use_cpu:
+        # One card: "auto" would spread the layers over all of them, and the head with them.
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    with told("model", name, _WANTED), watched_bars(downloads=folder is None):
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    protect_4bit_on_cpu(model)
+    return model
+
+
+@contextlib.contextmanager
+def watched_bars(*, downloads: bool = False) -> Iterator[None]:
+    """transformers' bars where somebody watches: a terminal, or a download into a notebook."""
+    logging = transformers.utils.logging
+    is_watched = in_terminal() or (downloads and in_notebook())
+    if is_watched or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def protect_4bit_on_cpu(model: nn.Module) -> None:
+    """Keep 4-bit layers off bitsandbytes' packed CPU kernel.
+
+    One evaluation pass in eval mode repacks the weights for it, and later backward passes then give
+    silently wrong gradients: of 14 LoRA tensors 4 had one left (measured, bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, typed as Tensor

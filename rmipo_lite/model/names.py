@@ -1,0 +1,36 @@
+"""What a model is called: where it was loaded from, for people, and in a run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.model.model_files import (
+    existing_folder,
+)
+
+_LONGEST_NAME = 80  # bytes of a model's name in a folder's, which may have 255 in all
+
+
+def name_of(model: str | nn.Module) -> str:
+    """The name or folder that a model was loaded from; empty where it was made in memory."""
+    return model if isinstance(model, str) else str(causal_lm(model).config.name_or_path or "")
+
+
+def short_name(name: str) -> str:
+    """A model's name for people: a hub name as it is, of a path the last part."""
+    try:
+        folder = existing_folder(name)
+    except FileNotFoundError:  # it was there when the model was loaded
+        folder = Path(name)
+    return name if folder is None else folder.name
+
+
+def run_name(model: str | nn.Module) -> str:
+    """A folder name for a run on this model: `rmipo-<model name>`."""
+    last = Path(name_of(model).rstrip("/")).name or "model"
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".")
+    short = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return f"rmipo-{short or 'model'}"

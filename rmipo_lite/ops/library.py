@@ -1,0 +1,219 @@
+"""Finding, building and loading the libraries of C++ and CUDA kernels.
+
+A device type's library is looked for in this order: prebuilt beside the package (setup.py), in the
+cache, and else it is compiled into the cache (seconds on the CPU). Whatever is in the way, the
+PyTorch reference does the work and one line says what is missing: `status` has it.
+
+The cache is `$RMIPO_LITE_CACHE`, else `~/.cache/rmipo_lite`, keyed by sources, torch, CUDA and
+architecture. A build happens in a private folder, is loaded there, and is renamed into place with
+its hash beside it, under a file lock that the system drops when its holder dies: a half-written
+file is never loaded, no lock outlives a killed build, and what such a build leaves behind is
+removed by the next one. A library counts as ours when its kernels are registered, not because it
+loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from rmipo_lite.ops import build
+
+_LOCK_LIMIT_S = 300.0  # longer than any build; then the reference does the work
+
+
+_SILENCE_S = 2.0  # who waits longer than this for another process's build says so
+
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+_KERNELS = {
+    "cpu": ("row_logps", "fold_logits", "pair_losses"),
+    "cuda": ("row_logps", "pair_losses"),
+}
+
+
+class BackendStatus(NamedTuple):
+    """Whether a device type's kernels are in use, where from, and if not, why."""
+
+    available: bool
+    kind: Literal["prebuilt", "cached", "built"] | None
+    path: str | None
+    reason: str | None  # one line that names what is missing; None where available
+
+
+_lock = threading.Lock()
+
+
+_statuses: dict[str, BackendStatus] = {}
+
+
+_process = os.getpid()
+
+
+def notice_fork() -> None:
+    """In a forked child: work in one thread, and don't wait for a thread that held the lock.
+
+    The parent's thread pool and its other threads don't exist there.
+    """
+    global _process, _lock
+    if os.getpid() != _process:
+        _process, _lock = os.getpid(), threading.Lock()
+        torch.set_num_threads(1)
+
+
+def status(device_type: str) -> BackendStatus:
+    """Load a device type's kernels, building them if need be, and say how that went."""
+    notice_fork()
+    with _lock:
+        if device_type not in _statuses:
+            _statuses[device_type] = _load(device_type)
+        return _statuses[device_type]
+
+
+def cache_dir() -> Path:
+    """Where libraries compiled at first use are kept."""
+    return Path(os.environ.get("RMIPO_LITE_CACHE") or Path.home() / ".cache" / "rmipo_lite")
+
+
+def _load(device_type: str) -> BackendStatus:
+    try:
+        if device_type not in _KERNELS:
+            raise build.BuildError(f"there are no kernels for {device_type}")
+        if sys.platform != "linux":
+            raise build.BuildError(f"it is built for Linux only, not {sys.platform}")
+        if device_type == "cuda" and not torch.cuda.is_available():
+            raise build.BuildError("torch sees no CUDA device")
+        prebuilt = _PACKAGE / build.library_name(device_type)
+        if _matches(prebuilt, build.source_hash()) and _opens(prebuilt, device_type):
+            return BackendStatus(True, "prebuilt", str(prebuilt), None)
+        return _load_cached(device_type)
+    except (build.BuildError, OSError, RuntimeError) as error:
+        text = str(error).splitlines()
+        return BackendStatus(False, None, None, text[0] if text else type(error).__name__)
+
+
+def cached_library(device_type: str) -> Path:
+    """Where the cache keeps a device type's library of these sources, for this torch.
+
+    Raises:
+        BuildError: the sources are absent.
+    """
+    parts = (
+        device_type, build.source_hash(), torch.__version__, str(torch.version.cuda),
+        platform.machine(), _architectures(device_type),
+    )  # fmt: skip
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
+    return cache_dir() / key / build.library_name(device_type)
+
+
+def _architectures(device_type: str) -> str:
+    """What to compile for: the card that is here, and PTX for what comes after it."""
+    if device_type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}+PTX"
+
+
+def _load_cached(device_type: str) -> BackendStatus:
+    target = cached_library(device_type)
+    cache, key = target.parent.parent, target.parent.name
+    if _matches(target) and _opens(target, device_type):
+        return BackendStatus(True, "cached", str(target), None)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _file_lock(cache / f"{key}.lock"):
+        if _matches(target) and _opens(target, device_type):  # another process built it meanwhile
+            return BackendStatus(True, "cached", str(target), None)
+        build.require_tools(device_type)
+        _tell(f"compiling the {device_type} kernels, once")
+        for leftover in cache.glob(f"build-{key}-*"):  # of a killed build: the lock is ours
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f"build-{key}-") as folder:
+            built = build.build(device_type, Path(folder), _architectures(device_type))
+            # From here, not from its place: the loader takes a path it has met for the library it
+            # loaded from it, whatever has been put there since.
+            _open(built, device_type)
+            target.parent.mkdir(exist_ok=True)
+            build.write_record(built, build.source_hash())
+            os.replace(built, target)
+            os.replace(built.with_suffix(".sha256"), target.with_suffix(".sha256"))
+    return BackendStatus(True, "built", str(target), None)
+
+
+def _tell(text: str) -> None:
+    """One line for whoever waits; a closed standard error costs the line and nothing else."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"rmipo_lite: {text}\n")
+        sys.stderr.flush()
+
+
+def _matches(library: Path, sources: str | None = None) -> bool:
+    """Whether a library is whole, by the hash beside it, and of these sources where given."""
+    try:
+        record = library.with_suffix(".sha256").read_text(errors="replace").split()
+        want = record[:1] == [build.file_hash(library)]
+        return want and (sources is None or record[1:] == [sources])
+    except OSError:
+        return False
+
+
+def _opens(library: Path, device_type: str) -> bool:
+    """Load a library; False where it is of another system or another torch, or isn't ours."""
+    try:
+        _open(library, device_type)
+    except build.BuildError:
+        return False
+    return True
+
+
+def _open(library: Path, device_type: str) -> None:
+    """Load a library.
+
+    Raises:
+        BuildError: it was made for another system or another torch, or doesn't bring the kernels.
+    """
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:  # the loader's own words are one level down
+        raise build.BuildError(f"the library does not load: {error.__cause__ or error}") from error
+    for name in _KERNELS[device_type]:
+        op = f"rmipo_lite::{name}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()):
+            raise build.BuildError(f"{library} loads but has no kernel {name} for {device_type}")
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, which the system releases when the process dies."""
+    started = time.monotonic()
+    told = False
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = time.monotonic() - started
+                if waited > _LOCK_LIMIT_S:
+                    raise build.BuildError(
+                        f"another process has held {path} for {_LOCK_LIMIT_S:.0f} s"
+                    ) from None
+                if waited > _SILENCE_S and not told:
+                    told = True
+                    _tell("waiting for another process that compiles the kernels")
+                time.sleep(0.1)
+        yield

@@ -1,0 +1,78 @@
+"""The one way the package prints.
+
+`say` never raises: a closed pipe, an ASCII terminal or a missing stdout must not end a run of
+hours. It imports nothing heavy, so that `rmipo-lite --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+# What a terminal would execute rather than show: C0 controls but tab and newline, DEL, C1, and
+# the marks that reverse the reading direction.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_NO_BAR = (None, "", "dumb")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and direction marks shown as escapes, safe for a terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+
+
+def say(text: str) -> None:
+    """Print one message to standard output; never raises, never sends control characters."""
+    stream = sys.stdout
+    if stream is None:
+        return
+    line = printable(text) + "\n"
+    try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(line.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError, LookupError):
+        # a closed pipe, a closed file or an unknown encoding: the message is lost, the run is not
+        return
+
+
+def in_terminal() -> bool:
+    """Whether standard output can show a bar that rewrites its own line."""
+    stream = sys.stdout
+    try:
+        return stream is not None and stream.isatty() and os.environ.get("TERM") not in _NO_BAR
+    except ValueError:  # isatty() of a closed file
+        return False
+
+
+def in_notebook() -> bool:
+    """Whether standard output is a cell's: Jupyter, Colab, VS Code, nbconvert.
+
+    Where a caller has redirected it (`contextlib.redirect_stdout`), it is not.
+    """
+    # Asked of what is loaded: a program without IPython is no notebook.
+    shell = sys.modules.get("IPython")
+    if shell is None or not type(sys.stdout).__module__.startswith(("ipykernel", "google.colab")):
+        return False
+    return getattr(shell.get_ipython(), "kernel", None) is not None
+
+
+def show(shown: Any) -> None:
+    """Show something that has `__str__` and `_repr_html_`: as HTML in a notebook, else as text."""
+    if not in_notebook():
+        say(str(shown))
+        return
+    from IPython.display import display
+
+    display(shown)
+
+
+def duration(seconds: float) -> str:
+    """A duration in words a person reads at a glance: `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

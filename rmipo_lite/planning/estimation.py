@@ -1,0 +1,301 @@
+"""`estimate(model, dataset, gpu=...)`: memory and time of a run before anything is loaded.
+
+What train() would do on a card is decided by the functions that decide it in a run (`wants_4bit`,
+`budget.choose`), with the numbers that the automatic budget takes (footprint.py). Times are
+floating-point operations over a share of the card's peak: an order of magnitude, not a promise.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import adapter, names
+from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.model.loading import load_config
+from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, told
+from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
+from rmipo_lite.planning import quantization
+from rmipo_lite.planning.budget import choose
+from rmipo_lite.planning.cards import COMMON, Card, find_card
+from rmipo_lite.planning.device import free_bytes
+from rmipo_lite.planning.estimation_view import Estimate, Fit
+from rmipo_lite.planning.footprint import (
+    Setup,
+    Weights,
+    activations_of,
+    optimizer_width,
+    weights_of,
+)
+from rmipo_lite.planning.workload import Workload, shortened, workload
+from rmipo_lite.tokens.options import options_for
+
+__all__ = ["Estimate", "estimate"]
+
+CPU = "cpu"
+# What a process takes on a card before its first tensor: CUDA's context, kernels, workspaces.
+_CONTEXT_BYTES = 2**29
+# Of a card's peak throughput, what a step's products reach; a usual figure, not measured here. And
+# on a CPU, of what a product alone reaches: the rest is norms, activations and attention.
+_CARD_UTILISATION, _CPU_UTILISATION = 0.4, 0.7
+# Of a card's memory, what tensors may take: the rest is the allocator's fragments.
+_USABLE = 0.95
+_SHORTER = (1024, 768, 512, 384, 256, 128)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def estimate(
+    model: str | PretrainedConfig | nn.Module,
+    dataset: Any = None,
+    *,
+    gpu: str | float | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    quantization: quantization.Quantization = "auto",
+    peft_config: LoraConfig | str | None = "auto",
+    **config: Any,
+) -> Estimate:
+    """What training would take: memory by part, time per epoch, and which cards it fits.
+
+    Args:
+        model: a name or folder (its config is read, no weight), a config, or a model.
+        dataset: as for `train`, or a list of `TokenizedPair`; None assumes 10,000 pairs of 200 +
+            300 + 274 tokens, the longest of them with both sides as long as `max_length` allows,
+            and says so.
+        gpu: a card ("RTX 3060 12GB", "T4"), a memory ("12GB"), or "cpu"; None is this machine's
+            card, or its CPU.
+        tokenizer: of the dataset, itself or its folder; None loads the model's.
+        quantization: "auto", "none" or "4bit", as for `train`.
+        peft_config, **config: as for `train`.
+
+    Returns:
+        Estimate: prints as text, shows as tables; `.to_pandas()`, `.plot()`, and `.settings`, the
+        options of `train` that make it fit. Bytes are those of the tensors in use at the fullest
+        moment.
+
+    Raises:
+        ValueError: an unknown card, model, dataset or option; the message says which.
+    """
+    if quantization not in ("auto", "none", "4bit"):
+        raise ValueError(f"quantization: wanted 'auto', 'none' or '4bit', got {quantization!r}")
+    precision = {name: bool(config.pop(name, False)) for name in ("bf16", "fp16")}
+    if all(precision.values()):
+        raise ValueError("bf16, fp16: wanted one of them, got both")
+    if isinstance(peft_config, str) and peft_config not in ("auto", "new"):
+        raise ValueError(
+            f"peft_config must be 'auto', 'new', None or a peft config, got {peft_config[:80]!r}"
+        )
+    for name in ("use_cpu", "output_dir"):  # of a run, and a run's options may come as they are
+        config.pop(name, None)
+    args = RMiPOConfig("rmipo-estimate", use_cpu=True, **config)
+    shape = _config_of(model)
+    name = model if isinstance(model, str) else str(shape.name_or_path or type(shape).__name__)
+    adapter = _adapter_of(model, peft_config)
+    case = _Case(
+        shape,
+        args,
+        adapter,
+        quantization,
+        precision,
+        workload(name, shape, dataset, tokenizer, args),
+    )
+    return Estimate(
+        model=names.short_name(name) if isinstance(model, str) else name,
+        note=case.work.note,
+        pairs=case.work.pairs,
+        pairs_per_step=args.pairs_per_step,
+        tokens=case.work.policy + (case.work.prior if args.uses_prior else 0),
+        fit=case.on(_card_of(gpu)),
+        cards=[case.on(find_card(common)) for common in COMMON],
+    )
+
+
+def _config_of(model: str | PretrainedConfig | nn.Module) -> PretrainedConfig:
+    if isinstance(model, PretrainedConfig):
+        return model
+    return load_config(model) if isinstance(model, str) else causal_lm(model).config
+
+
+def _adapter_of(
+    model: str | PretrainedConfig | nn.Module, peft_config: PeftConfig | str | None
+) -> PeftConfig | None:
+    """The adapter that `train` would go on with, or attach."""
+    if not isinstance(peft_config, str):
+        return peft_config
+    if peft_config == "auto" and isinstance(model, PeftModel):
+        own: PeftConfig = model.active_peft_config
+        return own
+    folder = existing_folder(model) if isinstance(model, str) else None
+    if peft_config == "auto" and folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        with told("adapter", str(model), "Wanted a folder that holds an adapter"):
+            return PeftConfig.from_pretrained(str(folder))
+    return adapter.default_lora()
+
+
+# ---- a card ---------------------------------------------------------------------------------
+
+
+def _card_of(gpu: str | float | None) -> Card:
+    if gpu is None and torch.cuda.is_available():
+        real = torch.cuda.get_device_properties(torch.cuda.current_device())
+        capability = real.major + real.minor / 10
+        try:
+            known = find_card(real.name)
+        except ValueError:  # a card that isn't in the table has no known speed
+            known = Card(real.name, 0, None, None, 0, 0)
+        return replace(
+            known, memory=real.total_memory, cache=real.L2_cache_size, capability=capability
+        )
+    if gpu is None or str(gpu).lower() == CPU:
+        return Card(CPU, free_bytes(torch.device(CPU)), None, None, 0, 0.0)
+    return find_card(gpu)
+
+
+@dataclass
+class _Case:
+    """A run, to be put on one card after another."""
+
+    shape: PretrainedConfig
+    args: RMiPOConfig
+    adapter: PeftConfig | None
+    quantization: str
+    precision: dict[str, bool]  # bf16 or fp16, where the caller asked for it
+    work: Workload
+
+    def on(self, card: Card) -> Fit:
+        """What `train` would do on this card, and whether it fits."""
+        setup = self._setup(card)
+        fit = self._fit(card, setup, self.args, self.work)
+        return fit if fit.fits else replace(fit, way_out=self._way_out(card, setup))
+
+    def _setup(self, card: Card) -> Setup:
+        dtype = torch.float32 if card.name == CPU else torch.float16
+        if card.has_bf16:
+            dtype = torch.bfloat16
+        if self.precision["bf16"]:
+            dtype = torch.bfloat16
+        elif self.precision["fp16"]:
+            dtype = torch.float16
+        setup = Setup(dtype, self.adapter)
+        if self.quantization == "auto" and card.name != CPU:
+            weights = weights_of(self.shape, setup).loaded_bytes(setup)
+            free = card.memory - _CONTEXT_BYTES
+            return replace(setup, quantized=quantization.wants_4bit(weights, free))
+        return replace(setup, quantized=self.quantization == "4bit")
+
+    def _fit(self, card: Card, setup: Setup, args: RMiPOConfig, work: Workload) -> Fit:
+        weights = weights_of(self.shape, setup)
+        parts = self._parts(card, setup, weights)
+        taken = sum(parts.values())
+        plan = choose(
+            lambda checkpointing: activations_of(self.shape, setup, checkpointing),
+            free=card.memory - taken,
+            longest=work.longest,
+            args=args,
+            on_cuda=card.name != CPU,
+        )
+        activations = activations_of(self.shape, setup, plan.checkpointing)
+        least = int(taken + activations.bytes_of(work.longest))
+        tokens = max(work.longest, min(plan.max_tokens, work.step))
+        room = _USABLE * card.memory - taken
+        if activations.bytes_of(tokens) > room:  # a run would halve its micro-steps
+            tokens = max(work.longest, min(tokens, activations.tokens_in(room)))
+        return Fit(
+            card=card.name,
+            memory=card.memory,
+            weights="4-bit" if setup.quantized else _NAMES[setup.dtype],
+            checkpointing=plan.checkpointing,
+            max_tokens=tokens,
+            parts={**parts, "activations": int(activations.bytes_of(tokens))},
+            least=least,
+            fits=least <= _USABLE * card.memory,
+            seconds=_seconds(card, setup, weights, self, plan.checkpointing, tokens),
+            counted=activations.counted,
+        )
+
+    def _parts(self, card: Card, setup: Setup, weights: Weights) -> dict[str, int]:
+        """Bytes that are there whatever the tokens."""
+        width = optimizer_width(str(getattr(self.args.optim, "value", self.args.optim)))
+        vocab_size = int(self.shape.get_text_config().vocab_size)
+        on_cpu = card.name == CPU
+        return {
+            "weights": weights.loaded_bytes(setup),
+            "adapter": weights.adapter_bytes(setup),
+            "gradients": weights.gradient_bytes(setup),
+            "optimizer": width * weights.trained,
+            "head": CPU_BUFFER_BYTES
+            if on_cpu
+            else card_buffer_bytes(vocab_size, card.cache, card.memory),
+            "dequantisation": weights.dequantised_bytes(setup),
+            "context": 0 if on_cpu else _CONTEXT_BYTES,
+        }
+
+    def _way_out(self, card: Card, setup: Setup) -> dict[str, Any] | None:
+        """The least that has to be changed for it to fit; None where nothing helps."""
+        found: dict[str, Any] = {}
+        if not setup.quantized and card.name != CPU:
+            setup, found = replace(setup, quantized=True), {"quantization": "4bit"}
+        args = self.args
+        if not args.wants_checkpointing and not args.checkpointing_is_open:
+            args, found = _with_checkpointing(args), {**found, "gradient_checkpointing": True}
+        if found and self._fit(card, setup, args, self.work).fits:
+            return found
+        longest = options_for(args, self.shape).max_length or self.work.longest
+        shorter_ones = [length for length in _SHORTER if length < longest and self.work.lengths]
+        for shorter in shorter_ones:
+            work = shortened(self.work, shorter, args)
+            if self._fit(card, setup, args, work).fits:
+                return {**found, "max_length": shorter}
+        return None
+
+
+def _with_checkpointing(args: RMiPOConfig) -> RMiPOConfig:
+    return RMiPOConfig("rmipo-estimate", use_cpu=True, gradient_checkpointing=True,
+                       max_tokens_per_microstep=args.max_tokens_per_microstep,
+                       max_length=args.max_length)  # fmt: skip
+
+
+# ---- time -----------------------------------------------------------------------------------
+
+
+def _seconds(
+    card: Card, setup: Setup, weights: Weights, case: _Case, checkpointing: bool, tokens: int
+) -> float | None:
+    """Seconds of an epoch, from operations and, of 4-bit weights, bytes moved."""
+    if card.name == CPU:
+        speed = _CPU_UTILISATION * _cpu_speed(setup.dtype)
+    elif card.tflops is None:
+        return None
+    else:
+        speed = _CARD_UTILISATION * card.tflops * 1e12
+    work = case.work
+    prior = work.prior if case.args.uses_prior else 0
+    forward = 2 * weights.layers
+    # Backward: of the inputs, and of the weights where they are trained; again where checkpointed.
+    backward = forward * (1 if setup.peft_config is not None else 2) + forward * checkpointing
+    adapter = 0 if setup.peft_config is None else 2 * weights.trained
+    operations = work.policy * (forward + backward + 3 * adapter) + prior * (forward + adapter)
+    operations += 2 * weights.head * (2 * work.scored + prior)  # logits, and their derivative
+    seconds = operations / speed
+    if setup.quantized and card.bandwidth:
+        passes = work.policy / tokens * (3 + checkpointing)  # forward, backward, prior
+        moved = weights.layers * (0.5 + 2 * setup.dtype.itemsize)  # read, written, read again
+        seconds += passes * moved / (card.bandwidth * 1e9)
+    return float(seconds)
+
+
+def _cpu_speed(dtype: torch.dtype) -> float:
+    """Operations a second of one product of medium size, measured now."""
+    a, b = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    torch.mm(a, b)
+    runs, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < 0.05:
+        torch.mm(a, b)
+        runs += 1
+    return runs * 2 * 512 * 1024 * 1024 / taken

@@ -1,0 +1,222 @@
+"""What `estimate` found, and how it is shown: text, tables, figure, DataFrame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rmipo_lite.output import page, plots
+from rmipo_lite.output.console import duration, printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_GIB = 2**30
+_TIME_NOTE = "times are counted (operations over a share of the peak speed), not measured"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run on one card.
+
+    Attributes:
+        card: its name.
+        memory: bytes there are; on a CPU those that are free.
+        weights: what the weights are held in: "4-bit", "bf16", "fp16" or "fp32".
+        checkpointing: whether activations are computed again in the backward pass.
+        max_tokens: of a micro-step.
+        parts: bytes by part, which add up to `peak`.
+        least: peak bytes with the longest pair alone in a micro-step.
+        fits: whether `least` does.
+        seconds: of an epoch; None where the card's speed isn't known.
+        way_out: options of `train` that make it fit where it doesn't; None where none is known.
+        counted: False where the architecture could not be counted and a formula stood in.
+    """
+
+    card: str
+    memory: int
+    weights: str
+    checkpointing: bool
+    max_tokens: int
+    parts: dict[str, int]
+    least: int
+    fits: bool
+    seconds: float | None
+    way_out: dict[str, Any] | None = field(default_factory=dict)
+    counted: bool = True
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment."""
+        return sum(self.parts.values())
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, and what to do where not."""
+        if self.fits:
+            return "fits"
+        if self.way_out is None:
+            return "no: take a smaller model"
+        return "with " + ", ".join(f"{name}={value!r}" for name, value in self.way_out.items())
+
+    @property
+    def time(self) -> str:
+        """Time of an epoch in words."""
+        return "?" if self.seconds is None else duration(self.seconds)
+
+    def row(self) -> tuple[str, ...]:
+        """Texts of the table of cards."""
+        return (
+            self.card, _gib(self.memory), self.weights, "on" if self.checkpointing else "off",
+            f"{self.max_tokens}", _gib(self.peak), self.time, self.verdict,
+        )  # fmt: skip
+
+
+_HEAD = ("card", "GiB", "weights", "checkpointing", "tokens", "peak GiB", "epoch", "verdict")
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate:
+    """Memory and time of a run that has not begun.
+
+    Attributes:
+        model: its name.
+        note: where the lengths of the pairs come from.
+        pairs, pairs_per_step: in an epoch and in an optimizer step.
+        tokens: read in an epoch, with and without prompts.
+        fit: on the card that was asked for.
+        cards: on common cards.
+    """
+
+    model: str
+    note: str
+    pairs: int
+    pairs_per_step: int
+    tokens: int
+    fit: Fit
+    cards: list[Fit]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options that make it fit: `train(model, dataset, **estimate.settings)`. Often none.
+
+        Raises:
+            ValueError: none is known; the model is too large for the card.
+        """
+        if self.fit.fits:
+            return {}
+        if self.fit.way_out is None:
+            raise ValueError(
+                f"gpu: {self.model} fits {self.fit.card} with no setting: it takes "
+                f"{_gib(self.fit.least)} GiB of {_gib(self.fit.memory)}; take a smaller model"
+            )
+        return dict(self.fit.way_out)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.pairs // self.pairs_per_step)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(label, value) lines of the card that was asked for."""
+        fit = self.fit
+        lines = [
+            ("pairs", self.note),
+            (
+                "epoch",
+                f"{self.pairs:,} pairs, {self.steps:,} steps of {self.pairs_per_step}, "
+                f"{self.tokens / 1e6:,.1f} million tokens read, about {fit.time}",
+            ),
+            (
+                "settings",
+                f"{fit.weights} weights, checkpointing {'on' if fit.checkpointing else 'off'}, "
+                f"micro-steps of up to {fit.max_tokens} tokens",
+            ),
+        ]
+        lines += [(name, f"{_gib(size)} GiB") for name, size in fit.parts.items() if size]
+        lines.append(("peak", f"{_gib(fit.peak)} of {_gib(fit.memory)} GiB: {fit.verdict}"))
+        if fit.least < fit.peak:
+            lines.append(("at least", f"{_gib(fit.least)} GiB, one pair at a time"))
+        if fit.card == "cpu":
+            lines.append(("note", "the system's allocator may hold up to 1.7 times as much"))
+        if not fit.counted:
+            lines.append(("note", "this architecture could not be counted: a formula stands in"))
+        return lines
+
+    @property
+    def title(self) -> str:
+        """What was estimated."""
+        return f"Estimate: {self.model} on {self.fit.card} (nothing was loaded)"
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        lines += [f"  {label:<22}{value}" for label, value in self.facts()]
+        return printable("\n".join([*lines, "", *_aligned([_HEAD, *self._rows()]), _TIME_NOTE]))
+
+    __repr__ = __str__
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [fit.row() for fit in self.cards]
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<p><b>{page.escaped(self.title)}</b></p>"
+            f"{page.table(('part', 'takes'), self.facts())}<p>On common cards:</p>"
+            f"{page.table(_HEAD, self._rows())}<p>{_TIME_NOTE}</p>"
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The table of cards with numbers: a row a card, bytes by part, seconds."""
+        import pandas as pd
+
+        rows = [
+            {
+                "card": fit.card, "memory": fit.memory, "weights": fit.weights,
+                "checkpointing": fit.checkpointing, "max_tokens": fit.max_tokens,
+                "peak": fit.peak, "least": fit.least, "fits": fit.fits,
+                "seconds_per_epoch": fit.seconds, "verdict": fit.verdict, **fit.parts,
+            }
+            for fit in self.cards
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """Memory by part on every card, beside what the card has, as bars in GiB."""
+        fits = [self.fit, *(fit for fit in self.cards if fit.card != self.fit.card)]
+        drawn = plots.new_figure(8, 0.8 + 0.32 * len(fits))
+        axes = drawn.add_subplot()
+        places = range(len(fits))
+        start = [0.0] * len(fits)
+        for name in self.fit.parts:
+            sizes = [fit.parts[name] / _GIB for fit in fits]
+            if any(sizes):
+                axes.barh(places, sizes, left=start, label=name, height=0.6)
+            start = [a + b for a, b in zip(start, sizes, strict=True)]
+        for place, fit in zip(places, fits, strict=True):
+            has = fit.memory / _GIB
+            axes.plot([has, has], [place - 0.4, place + 0.4], color="black", linewidth=2)
+        axes.set_yticks(places, [f"{fit.card}{'' if fit.fits else ' *'}" for fit in fits])
+        axes.invert_yaxis()
+        axes.set_xlabel("GiB; the mark is what the card has, * does not fit")
+        axes.set_title(printable(self.model), parse_math=False)
+        axes.legend(fontsize="small")
+        return drawn
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.1f}" if count >= _GIB / 2 else f"{count / _GIB:.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as columns of text; numbers stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = (1, 4, 5)
+    return [
+        "  ".join(
+            text.rjust(width) if place in right else text.ljust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

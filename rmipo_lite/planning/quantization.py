@@ -1,0 +1,66 @@
+"""Whether weights load in 4 bits, and how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model.loading import load_config
+from rmipo_lite.planning.device import free_bytes
+from rmipo_lite.planning.footprint import Setup, weights_of
+
+Quantization = Literal["auto", "none", "4bit"]
+
+
+# Of the free memory, what weights may take before "auto" goes to 4 bits: the rest is for
+# activations, the adapter and its optimizer.
+_WEIGHTS_SHARE = 0.6
+
+
+def quantization_for(
+    name: str, args: RMiPOConfig, quantization: Quantization | BitsAndBytesConfig
+) -> BitsAndBytesConfig | None:
+    """Resolve the `quantization` argument of `train()`.
+
+    "auto" takes 4-bit on CUDA when the weights would take more than 60 % of the free memory.
+
+    Raises:
+        ValueError: neither auto, none, 4bit nor a BitsAndBytesConfig.
+    """
+    if isinstance(quantization, BitsAndBytesConfig):
+        return quantization
+    if quantization not in ("auto", "none", "4bit"):
+        raise ValueError(
+            "quantization must be 'auto', 'none', '4bit' or a BitsAndBytesConfig, got "
+            f"{quantization!r}"
+        )
+    if quantization == "none" or (quantization == "auto" and not _too_large(name, args)):
+        return None
+    return nf4_config(args)
+
+
+def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in the run's precision."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=args.dtype,
+    )
+
+
+def _too_large(name: str, args: RMiPOConfig) -> bool:
+    if not torch.cuda.is_available() or args.use_cpu:
+        return False
+    config = load_config(name)
+    setup = Setup(args.dtype, peft_config=None)
+    free = free_bytes(torch.device("cuda", torch.cuda.current_device()))
+    return wants_4bit(weights_of(config, setup).loaded_bytes(setup), free)
+
+
+def wants_4bit(weight_bytes: float, free: float) -> bool:
+    """What quantization="auto" decides on a card, by the bytes of the 16-bit weights and free."""
+    return weight_bytes > _WEIGHTS_SHARE * free

@@ -1,0 +1,87 @@
+"""Answers before and after training, side by side: as text and as a table in a notebook."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rmipo_lite.model.generation import Answer, Prompt
+from rmipo_lite.output.console import printable
+
+COLUMN = 46  # characters of one column in the text table
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text for people."""
+    if isinstance(prompt, str):
+        return prompt
+    if [message.get("role") for message in prompt] == ["user"]:
+        return prompt[0].get("content", "")
+    return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers before and after training: prints side by side, and as a table in a notebook.
+
+    An answer that the limit of tokens cut short ends in "[cut]".
+    """
+
+    prompts: list[Prompt]
+    before: list[Answer]
+    after: list[Answer]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[tuple[Prompt, Answer, Answer]]:
+        return iter(zip(self.prompts, self.before, self.after, strict=True))
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """How many answers were cut short, before and after."""
+        return sum(not a.ended for a in self.before), sum(not a.ended for a in self.after)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for prompt, before, after in self:
+            lines += textwrap.wrap("> " + printable(prompt_text(prompt)), 2 * COLUMN + 3)
+            left = ["before", *_wrapped(_shown(before))]
+            right = ["after", *_wrapped(_shown(after))]
+            height = max(len(left), len(right))
+            left += [""] * (height - len(left))
+            right += [""] * (height - len(right))
+            lines += [f"{a:<{COLUMN}} | {b}".rstrip() for a, b in zip(left, right, strict=True)]
+            lines.append("")
+        return "\n".join(lines).rstrip()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        def cell(text: str, tag: str = "td", width: str = "") -> str:
+            style = f"text-align:left;vertical-align:top;white-space:pre-wrap;{width}"
+            return f'<{tag} style="{style}">{html.escape(printable(text))}</{tag}>'
+
+        columns = (("prompt", "width:24%"), ("before", "width:38%"), ("after", "width:38%"))
+        head = "".join(cell(name, "th", width) for name, width in columns)
+        rows = "".join(
+            f"<tr>{cell(prompt_text(p))}{cell(_shown(before))}{cell(_shown(after))}</tr>"
+            for p, before, after in self
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _shown(answer: Answer) -> str:
+    return answer if answer.ended else f"{answer} [cut]"
+
+
+def _wrapped(text: str) -> list[str]:
+    lines = [
+        part
+        for line in printable(text).splitlines()
+        for part in textwrap.wrap(line, COLUMN) or [""]
+    ]
+    return lines or ["(empty)"]

@@ -1,0 +1,120 @@
+"""The README.md that is saved with an adapter: what was done, with which data, and what it shows.
+
+It claims what was measured and no more: that the margin sets itself per pair from fixed constants,
+not that nothing needs tuning and not that the result beats other methods.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import TYPE_CHECKING, Any
+
+from rmipo_lite.output.console import printable
+from rmipo_lite.output.redaction import redact, redact_text
+
+if TYPE_CHECKING:
+    from rmipo_lite.results.result import TrainResult
+
+_CLAIMS = """\
+The figures above belong to this run: one seed, one dataset, one held-out set. Nothing here shows
+that the method needs no tuning or is better than a tuned one. The learning rate is the setting
+that matters most. A preference loss can teach length as well as quality: look at the length of
+the answers, and at the share that never ends, before using this model."""
+SHOWN_OPTIONS = (
+    "loss_type", "beta", "gamma_min", "gamma_max", "gamma_scaled_by_beta", "simpo_gamma",
+    "label_smoothing", "sft_weight", "prior", "prior_context", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "tokenization",
+    "packing", "bf16", "fp16", "seed",
+)  # fmt: skip
+
+
+_FIRST = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
+
+
+def run_options(args: Any) -> dict[str, Any]:
+    """The options that describe a run, secrets redacted, in a fixed order."""
+    values = redact(args.to_dict())
+    return {name: values[name] for name in SHOWN_OPTIONS if name in values}
+
+
+def metric_rows(result: TrainResult) -> list[tuple[str, str, str]]:
+    """(metric, before, after) of the evaluation, as texts; what is read first stands first."""
+    rows = []
+    names = [*(name for name in _FIRST if name in result.metrics), *sorted(result.metrics)]
+    for name in dict.fromkeys(names):
+        value = result.metrics[name]
+        if not name.startswith("eval_") or not isinstance(value, (int, float)):
+            continue
+        if name.endswith(("runtime", "per_second")) or name == "epoch":
+            continue
+        before = result.metrics_before.get(name)
+        rows.append((printable(name), "" if before is None else f"{before:.4f}", f"{value:.4f}"))
+    return rows
+
+
+def _code(text: str) -> str:
+    """A fenced block that the text can't end: its fence is longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _name(text: str) -> str:
+    """A name as inline code, which ends at no character of the name and holds no markup."""
+    return "`" + " ".join(printable(text).replace("`", "'").split()) + "`"
+
+
+def _cell(text: str) -> str:
+    """A text in a table: no column ends in it, and no tag begins."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def model_card(result: TrainResult) -> str:
+    """The card as Markdown with the front matter that hubs read."""
+    base = redact_text(result.base_model_name)
+    method = result.args.loss.words
+    steps = result.history[-1].get("step", 0) if result.history else 0
+    stopped = "" if result.stopped_at_step is None else " (stopped early, on request)"
+    rows = metric_rows(result)
+    table = "\n".join(f"| {_cell(name)} | {before} | {after} |" for name, before, after in rows)
+    options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result.args).items())
+    front = ["library_name: peft", "tags:", "- preference-optimization", "- lora", "- rmipo_lite"]
+    if base:
+        front.insert(0, f"base_model: {json.dumps(base)}")  # which YAML reads, whatever is in it
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# Adapter for {_name(base) if base else 'a local model'}",
+            "",
+            f"Trained with rmipo_lite by {method}, for {steps} optimizer steps{stopped}.",
+            "",
+            "## Held-out metrics",
+            "",
+            f"| metric | before | after |\n|---|---|---|\n{table}"
+            if rows
+            else "None was measured.",
+            "",
+            "## Findings",
+            "",
+            _code(redact_text(str(result.findings))),
+            "",
+            "## What may be concluded",
+            "",
+            _CLAIMS,
+            "",
+            "## Data",
+            "",
+            _code(redact_text(str(result.data_report))),
+            "",
+            "## Options",
+            "",
+            _code(redact_text(options)),
+            "",
+        ]
+    )

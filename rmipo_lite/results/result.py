@@ -1,0 +1,248 @@
+"""`TrainResult`: what a run returns. It plots, generates, compares, saves, merges and reports.
+
+It holds the trained model itself, not a copy: before/after comparisons switch the adapter off and
+on, so they cost no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
+from rmipo_lite.checkpoints.weights import save_run
+from rmipo_lite.model.generation import Answer, Prompt, generate_answers
+from rmipo_lite.model.loading import watched_bars
+from rmipo_lite.model.names import short_name
+from rmipo_lite.output import page, plots
+from rmipo_lite.output.console import printable, say
+from rmipo_lite.output.findings import Findings
+from rmipo_lite.results import run_page
+from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.model_card import metric_rows, model_card
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from rmipo_lite.config import RMiPOConfig
+    from rmipo_lite.data.report import DataReport
+    from rmipo_lite.training.rehearsal import Plan
+
+__all__ = ["Comparison", "TrainResult"]
+
+
+@dataclass(repr=False)
+class TrainResult:
+    """The outcome of a run.
+
+    Attributes:
+        model: the trained model with its adapter.
+        tokenizer: the tokenizer as it was used.
+        args: the options of the run.
+        metrics: numbers at the end, `eval_` for the held-out pairs.
+        metrics_before: the held-out numbers before the first step.
+        history: the log, one dict for each log line (`trainer.state.log_history`).
+        data_report: what became of every row of the dataset.
+        output_dir: the folder of the run.
+        stopped_at_step: the step a Ctrl-C stopped the run at, None when it ran to its end.
+        conversational: whether prompts are rendered by the chat template.
+        plan: what the run was expected to take, before its first step.
+        findings: what the doctor found, in plain words; prints and shows as a table.
+        unsaved: why the adapter could not be saved at the end; None when it was.
+        held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
+    """
+
+    model: Any
+    tokenizer: Any
+    args: RMiPOConfig
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    history: list[dict[str, float]]
+    data_report: DataReport
+    output_dir: Path
+    stopped_at_step: int | None = None
+    conversational: bool = False
+    plan: Plan | None = None
+    findings: Findings = field(default_factory=Findings)
+    unsaved: str | None = None
+    held_out_prompts: list[Prompt] = field(default_factory=list)
+    _samples: Comparison | None = field(default=None, init=False)
+
+    # ---- text -----------------------------------------------------------------------------
+
+    @property
+    def base_model_name(self) -> str:
+        """Name or folder of the base model; empty for one made in memory."""
+        config = getattr(self.model, "config", None)
+        return str(getattr(config, "_name_or_path", "") or "")
+
+    @property
+    def headline(self) -> str:
+        """The run in one line: steps, then accuracy and margin before -> after."""
+        step = int(max((entry.get("step", 0) for entry in self.history), default=0))
+        parts = [f"{step} steps" if self.stopped_at_step is None else f"stopped at step {step}"]
+        if self.unsaved is not None:
+            parts.append("NOT SAVED")
+        elif self.stopped_at_step is not None:
+            parts.append("saved")
+        for name, label in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
+            after = self.metrics.get(f"eval_{name}")
+            if after is None:
+                continue
+            before = self.metrics_before.get(f"eval_{name}")
+            arrow = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
+            parts.append(f"held-out {label} {arrow}")
+        if self.findings:
+            parts.append(f"findings: {', '.join(self.findings.names)}")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        name = short_name(self.base_model_name) or type(self.model).__name__
+        return printable(f"TrainResult({name}: {self.headline}; {self.output_dir})")
+
+    def _repr_html_(self) -> str:
+        rows = metric_rows(self)
+        parts = [f"<p><b>{html.escape(repr(self))}</b></p>"]
+        if self.findings:
+            parts.append(self.findings._repr_html_())
+        if rows:
+            parts.append(page.table(("metric", "before", "after"), rows))
+        if self._samples is not None and len(self._samples):
+            parts.append(self._samples._repr_html_())
+        parts += [run_page.curves(self.history), self.data_report._repr_html_()]
+        return "".join(parts)
+
+    def plot(self) -> Figure:
+        """Loss, accuracy, margin, gamma, PMI gap and lengths over the steps, in one figure.
+
+        Matplotlib's; a notebook shows it as the last value of a cell, `savefig` writes it.
+        """
+        return plots.figure(self.history)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The history as a DataFrame, one row for each log line."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+    # ---- answers --------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> list[Answer]:
+        """Answers of the trained model: texts whose `ended` is False where the limit cut them.
+
+        Args:
+            prompts: texts or message lists. After a conversational run a text is one user turn.
+            max_new_tokens: longest answer, tokens.
+            **options: those of `model.generate`; greedy unless `do_sample=True`.
+        """
+        return generate_answers(
+            self.model,
+            self.tokenizer,
+            prompts,
+            conversational=self.conversational,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[Any]:
+        """The model without its adapter, inside the `with` block."""
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(
+                "model: before/after needs an adapter to switch off, and this model has none "
+                f"({type(self.model).__name__} was trained in full)"
+            )
+        with self.model.disable_adapter():
+            yield self.model
+
+    def compare(
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> Comparison:
+        """Answers before and after training, side by side; printed or shown as a table.
+
+        Args:
+            prompts: as for `generate`; None takes `held_out_prompts`.
+            max_new_tokens, **options: as for `generate`.
+
+        Before is the model without any adapter. The last comparison is shown with the result and
+        in its report.
+        """
+        prompts = self.held_out_prompts if prompts is None else prompts
+        with self.adapter_off():
+            before = self.generate(prompts, max_new_tokens, **options)
+        after = self.generate(prompts, max_new_tokens, **options)
+        self._samples = Comparison(list(prompts), before, after)
+        return self._samples
+
+    # ---- files ----------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Save adapter (safetensors), tokenizer with its template, options and a model card."""
+        target = Path(folder)
+        with files_put_in_place(target) as staged:
+            save_run(self.model, self.tokenizer, self.args, staged)
+            (staged / "README.md").write_text(model_card(self), encoding="utf-8")
+        return target
+
+    def merge(self, folder: str | Path | None = None) -> Any:
+        """The base model with the adapter's weights added in; saved too when a folder is given.
+
+        The base model's own weights change: the model of this result carries no adapter
+        afterwards, and `compare` is no longer possible. A 4-bit model is rounded again by the
+        merge, so the merged one differs slightly.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(f"model: nothing to merge, {type(self.model).__name__} has no adapter")
+        merged = self.model.merge_and_unload(safe_merge=True)
+        self.model = merged
+        if folder is not None:
+            with watched_bars():
+                merged.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        return merged
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload what `save` writes to a hub repository, made private unless told; its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
+        return str(url)
+
+    def report(
+        self,
+        path: str | Path | None = None,
+        *,
+        prompts: Sequence[Prompt] = (),
+        extra_sections: Sequence[tuple[str, str]] = (),
+    ) -> Path:
+        """Write one self-contained HTML file about the run; returns its path.
+
+        Args:
+            path: the file; None writes `run.html` into `output_dir`.
+            prompts: compared before and after for the page; without any, the samples of the last
+                `compare` are shown.
+            extra_sections: (title, HTML) pairs; the HTML is taken as it is.
+        """
+        samples = self.compare(prompts) if prompts else self._samples
+        whole = run_page.report_html(self, samples, extra_sections)
+        target = page.write_report(self.output_dir / "run.html" if path is None else path, whole)
+        say(f"Report: {target}")
+        return target

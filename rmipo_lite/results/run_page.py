@@ -1,0 +1,57 @@
+"""One HTML file that shows a run: metrics before and after, curves, data report, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rmipo_lite.model.names import short_name
+from rmipo_lite.output import plots
+from rmipo_lite.output.page import html_page, table
+from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.model_card import metric_rows, run_options
+
+if TYPE_CHECKING:
+    from rmipo_lite.results.result import TrainResult
+
+
+def _samples(comparison: Comparison) -> str:
+    return f'<div class="wide">{comparison._repr_html_()}</div>'
+
+
+def curves(history: plots.History) -> str:
+    """The run's curves, as many beside each other as the page has room for."""
+    return plots.beside(plots.svgs(history))
+
+
+def report_html(
+    result: TrainResult,
+    comparison: Comparison | None = None,
+    extra_sections: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The page as text.
+
+    Args:
+        result: the run.
+        comparison: samples to show, if any.
+        extra_sections: (title, HTML) pairs put after the metrics; the title is escaped, the HTML
+            is taken as it is and must be safe.
+    """
+    rows = metric_rows(result)
+    sections: list[tuple[str, str]] = [
+        ("Findings", f'<div class="wide">{result.findings._repr_html_()}</div>'),
+        (
+            "Held-out metrics",
+            table(("metric", "before", "after"), rows) if rows else "<p>None was measured.</p>",
+        ),
+        *extra_sections,
+        ("Curves", curves(result.history)),
+    ]
+    if comparison is not None and len(comparison):
+        sections.append(("Samples", _samples(comparison)))
+    sections += [
+        ("Data", table(("fact", "value"), result.data_report.facts())),
+        ("Options", table(("option", "value"), list(run_options(result.args).items()))),
+    ]
+    title = f"rmipo_lite run: {short_name(result.base_model_name) or result.output_dir.name}"
+    return html_page(title, result.headline, sections)

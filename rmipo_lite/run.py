@@ -1,0 +1,282 @@
+"""`train(model, dataset)`: a model, a file of pairs, and done.
+
+The order: load -> read and report the data -> attach the adapter -> evaluate -> train -> evaluate
+-> save -> `TrainResult`. Everything it decides it says in one line, and what it changes on the
+caller's model beside the adapter is put back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.holdout import split_holdout
+from rmipo_lite.data.rows import LoadedRows, Row, load_rows
+from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.model.generation import Prompt
+from rmipo_lite.model.loading import load_model, load_tokenizer
+from rmipo_lite.model.names import name_of, run_name, short_name
+from rmipo_lite.output.console import say, show
+from rmipo_lite.planning.quantization import Quantization, quantization_for
+from rmipo_lite.results.result import TrainResult
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.prepare import prepare
+from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.training.interrupt import GracefulInterrupt
+from rmipo_lite.training.refusals import refuse_bad_weights
+from rmipo_lite.training.rehearsal import plan_run
+from rmipo_lite.training.restore import nothing_held, restored, unwrap_forward
+from rmipo_lite.training.trainer import RMiPOTrainer
+from rmipo_lite.watch.progress import show_progress
+
+HOLDOUT_SHARE = 0.05
+HOLDOUT_AT_MOST = 200  # pairs
+_SAMPLE_TOKENS = 64  # of an answer that is shown with the result
+
+
+@nothing_held()
+def train(
+    model: str | Path | PreTrainedModel | PeftModel,
+    dataset: Any,
+    *,
+    eval_dataset: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output_dir: str | Path | None = None,
+    peft_config: LoraConfig | str | None = "auto",
+    quantization: Quantization | BitsAndBytesConfig = "auto",
+    resume: bool | str | Path = False,
+    callbacks: list[TrainerCallback] | None = None,
+    **config: Any,
+) -> TrainResult:
+    """Align a model with preference pairs.
+
+    Args:
+        model: a name, a folder, a PreTrainedModel or a PeftModel (its adapter goes on).
+        dataset: a hub name, a path (.jsonl, .json, .csv, .parquet, also .gz), a Dataset or
+            DatasetDict, a list of dicts, a dict of lists or a pandas DataFrame with prompt, chosen
+            and rejected; text, message lists, or message lists with the prompt inside.
+        eval_dataset: likewise; None holds out 5 % of the pairs, at most 200, sharing no prompt
+            with the others.
+        tokenizer: None loads the model's own.
+        output_dir: None makes a new folder `rmipo-<model name>`; another run's is never reused.
+        peft_config: "auto" (go on with the adapter the model has, else LoRA r=16 on every linear
+            layer but the head), "new" (a fresh one), a peft config, or None (train what the model
+            has: its adapter, or every weight).
+        quantization: "auto" (4-bit on CUDA when the weights would not fit otherwise), "none",
+            "4bit" (NF4, double quantisation) or a BitsAndBytesConfig; for a model given by name.
+        resume: True goes on from the newest valid checkpoint in `output_dir`; a path from that one.
+        callbacks: transformers callbacks, called beside the package's own.
+        **config: any option of `RMiPOConfig`, for example `learning_rate=2e-5`, `max_steps=300`.
+
+    Returns:
+        TrainResult: model, tokenizer, metrics before and after, history, data report; it plots,
+        generates, compares before and after, saves, merges.
+
+    Raises:
+        ValueError, TypeError: an option, a dataset or a model that can't be used; the message
+            names it, what is wanted and what came.
+        FileExistsError: `output_dir` holds another run and `resume` isn't set.
+    """
+    if isinstance(model, Path):
+        model = str(model)
+    folder = _output_folder(model, output_dir, resume)
+    with restored(model):
+        args = RMiPOConfig(output_dir=str(folder), **config)
+        data = load_rows(dataset)
+        loaded, tokenizer = _load(model, tokenizer, args, quantization)
+        tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
+        train_pairs, eval_pairs, prompts = _pairs(data, eval_dataset, tokenizer, args, loaded)
+        show(data.report)
+        interrupt = GracefulInterrupt()
+        trainer = RMiPOTrainer(
+            loaded,
+            args,
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs or None,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[interrupt, *(callbacks or [])],
+        )
+        trainer.data_report = trainer.doctor.report = data.report
+        trainer.doctor.shown_before.add("chosen_longer")  # by the report
+        show_progress(trainer)
+        with interrupt:
+            try:
+                result = _run(trainer, eval_pairs, data, interrupt, folder, resume)
+            except BaseException as error:
+                _tell_what_is_left(trainer, folder, error)
+                raise
+            finally:
+                unwrap_forward(trainer.model)
+        result.held_out_prompts = prompts
+        _answer_samples(result)
+        return result
+
+
+def _run(
+    trainer: RMiPOTrainer,
+    eval_pairs: list[TokenizedPair],
+    data: LoadedRows,
+    interrupt: GracefulInterrupt,
+    folder: Path,
+    resume: bool | str | Path,
+) -> TrainResult:
+    before = trainer.evaluate() if eval_pairs else {}
+    if interrupt.requested:
+        raise KeyboardInterrupt  # before the first step there is nothing to save
+    plan = plan_run(trainer, before.get("eval_runtime", 0.0))
+    for line in (str(plan), *plan.warnings):
+        say(line)
+    if interrupt.requested:
+        raise KeyboardInterrupt
+    checkpoint = str(resume) if isinstance(resume, (str, Path)) else resume
+    outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
+    interrupt.answered()
+    after = trainer.evaluate() if eval_pairs else {}
+    result = TrainResult(
+        model=trainer.model,
+        tokenizer=trainer.processing_class,
+        args=trainer.args,
+        metrics={**outcome.metrics, **after},
+        metrics_before=before,
+        # train() starts a new log, so what was measured before it is put in front.
+        history=[{**before, "step": 0}, *trainer.state.log_history]
+        if before
+        else list(trainer.state.log_history),
+        data_report=data.report,
+        output_dir=folder,
+        stopped_at_step=interrupt.stopped_at_step,
+        conversational=not isinstance(data.rows[0].prompt, str),
+        plan=plan,
+        findings=trainer.doctor.findings,
+    )
+    _save(result, folder)
+    return result
+
+
+def _answer_samples(result: TrainResult) -> None:
+    """Answer the first held-out prompts before and after, for whoever looks at the result."""
+    prompts = result.held_out_prompts[: result.args.sample_prompts]
+    if not prompts or result.stopped_at_step is not None:
+        return
+    if not isinstance(result.model, PeftModel):
+        return  # trained in full: there is no adapter to switch off
+    try:
+        result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
+    except KeyboardInterrupt:
+        say("No samples: stopped")
+    except Exception as error:
+        # The run is done and saved; a look at it must not end it.
+        say(f"No samples: {type(error).__name__}: {error}")
+
+
+def _save(result: TrainResult, folder: Path) -> None:
+    """Save the result; where that fails, the result is returned all the same, and says so."""
+    try:
+        result.save(folder)
+    except (OSError, SafetensorError) as error:
+        result.unsaved = str(error)
+        say(
+            f"WARNING: the adapter could not be saved to {folder}: {error}. It is in memory: make "
+            "room and call result.save(folder)"
+        )
+
+
+def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException) -> None:
+    """Before a run ends with an error: save what is sound, and say where one can go on."""
+    if isinstance(error, Exception) and trainer.state.global_step > 0:
+        # An error comes before the optimizer's update, so the adapter is that of a whole step.
+        try:
+            refuse_bad_weights(trainer.model)
+            trainer.save_model(str(folder))
+            say(f"The weights as of step {trainer.state.global_step} are in {folder}")
+        except (OSError, SafetensorError, FloatingPointError, TypeError) as second:
+            say(f"The weights as of step {trainer.state.global_step} are not saved: {second}")
+    newest, _ = newest_valid_checkpoint(folder)
+    if newest is not None:
+        say(f"Stopped; resume=True, output_dir={str(folder)!r} goes on from {newest.name}")
+
+
+def _load(
+    model: str | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: RMiPOConfig,
+    quantization: Quantization | BitsAndBytesConfig,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    if not isinstance(model, str):
+        if quantization not in ("auto", "none"):
+            raise ValueError(
+                "quantization is for a model given by name or folder; this one is loaded"
+            )
+        return model, tokenizer or load_tokenizer(name_of(model))
+    tokenizer = tokenizer or load_tokenizer(model)
+    quantization_config = quantization_for(model, args, quantization)
+    if quantization_config is not None and quantization == "auto":
+        say("The weights would not fit beside training: they load in 4-bit (NF4).")
+    say(f"Loading {short_name(model)}")
+    return load_model(model, args, quantization_config), tokenizer
+
+
+def _pairs(
+    data: LoadedRows,
+    eval_dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RMiPOConfig,
+    model: nn.Module,
+) -> tuple[list[TokenizedPair], list[TokenizedPair], list[Prompt]]:
+    """(training pairs, held-out pairs, distinct prompts of the held-out ones)."""
+    config = causal_lm(model).config
+    pairs = prepare(data, tokenizer, args, config).pairs
+    if eval_dataset is None:
+        train_pairs, held_out = split_holdout(
+            pairs, share=HOLDOUT_SHARE, at_most=HOLDOUT_AT_MOST, seed=args.seed
+        )
+        if not held_out:
+            say("Too few pairs or prompts to hold any out: nothing is evaluated")
+        return train_pairs, held_out, _prompts(held_out, data.rows)
+    own = load_rows(eval_dataset, argument="eval_dataset")
+    eval_pairs = prepare(own, tokenizer, args, config).pairs
+    say(f"Evaluation set: {own.report.kept} of {own.report.total} pairs kept")
+    return pairs, eval_pairs, _prompts(eval_pairs, own.rows)
+
+
+def _prompts(pairs: list[TokenizedPair], rows: list[Row]) -> list[Prompt]:
+    """The prompts of the pairs as they came in, each once, in order."""
+    prompt_of = {row.index: row.prompt for row in rows}
+    found = {str(prompt_of[pair.row]): prompt_of[pair.row] for pair in pairs}
+    return list(found.values())
+
+
+def _output_folder(
+    model: str | nn.Module, output_dir: str | Path | None, resume: bool | str | Path
+) -> Path:
+    if output_dir is not None:
+        folder = Path(output_dir)
+        if folder.is_file() or not str(folder).isprintable():
+            raise ValueError(f"output_dir: wanted a folder to write to, got {str(folder)[:80]!r}")
+        if resume is False and folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"output_dir: {folder} isn't empty, and another run is never written over; name "
+                "a new folder, or pass resume=True to go on with that run"
+            )
+        return folder
+    name = run_name(model)
+    if resume:
+        return Path(name)
+    folder, count = Path(name), 1
+    while folder.exists():
+        count += 1
+        folder = Path(f"{name}-{count}")
+    return folder

@@ -1,0 +1,61 @@
+"""Load, options, tokenise: the one way from any dataset to token pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import LoadedRows, Row, load_rows
+from rmipo_lite.tokens.options import options_for
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
+
+
+class Prepared(NamedTuple):
+    """A dataset ready to run: rows and report are absent where it came tokenised."""
+
+    pairs: list[TokenizedPair]
+    rows: list[Row]
+    report: DataReport | None
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether these are pairs of ids already."""
+    return (
+        isinstance(dataset, Sequence)
+        and len(dataset) > 0
+        and all(isinstance(pair, TokenizedPair) for pair in dataset)
+    )
+
+
+def prepare(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RMiPOConfig,
+    config: PretrainedConfig,
+    *,
+    argument: str = "dataset",
+) -> Prepared:
+    """Token pairs of a dataset for a model with this config.
+
+    Args:
+        dataset: any preference dataset, what `load_rows` gave for one, or a list of
+            `TokenizedPair`, which is taken as it is.
+        tokenizer: as `prepare_tokenizer` gives it.
+        args: the options of the run.
+        config: the model's, whose context is the longest pair.
+        argument: what the caller calls the dataset, for errors.
+
+    Raises:
+        ValueError: as `load_rows` and `tokenize_rows`.
+    """
+    if is_tokenized(dataset):
+        return Prepared(list(dataset), [], None)
+    is_loaded = isinstance(dataset, LoadedRows)
+    rows, report = dataset if is_loaded else load_rows(dataset, argument=argument)
+    pairs = tokenize_rows(rows, tokenizer, options_for(args, config), report)
+    return Prepared(pairs, rows, report)

@@ -1,0 +1,117 @@
+"""A step's numbers: per-pair values gathered on the device, reduced once per log line.
+
+Every mean is a mean over pairs, whatever the micro-steps were, so it can be recomputed offline from
+the per-pair values. Reading a value waits for the device, so that happens only in `reduce`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.ops import PairLossOutput
+
+# One float32 rounding step around gamma_max: exp(0) is exact, the affine map after it may not be.
+_AT_MAX_SLACK = 1e-6
+# gamma_min itself is reached at an infinite gap; within this share of the range (a gap of 3 nats)
+# gamma counts as standing there.
+_NEAR_MIN = 0.05
+
+
+@dataclass(frozen=True)
+class PairValues:
+    """What a micro-step says of each of its P pairs. All detached; logps in nats per token."""
+
+    loss: Tensor  # (P,)
+    chosen_logps: Tensor  # (P,)
+    rejected_logps: Tensor  # (P,)
+    gamma: Tensor  # (P,)
+    pmi_gap: Tensor  # (P,)
+    chosen_pmi: Tensor  # (P,), NaN where the response has no prior
+    rejected_pmi: Tensor  # (P,), NaN where the response has no prior
+    chosen_length: Tensor  # (P,) scored tokens
+    rejected_length: Tensor  # (P,) scored tokens
+
+    @staticmethod
+    def of(out: PairLossOutput, cu_seqlens: Tensor) -> PairValues:
+        """Read the operator's output and the sequence borders."""
+        logps = out.logps.detach()
+        lengths = cu_seqlens.diff().to(logps.dtype)
+        prior = torch.full_like(logps, torch.nan) if out.prior_logps is None else out.prior_logps
+        pmi = logps - prior
+        return PairValues(
+            loss=out.loss.detach(),
+            chosen_logps=logps[0::2],
+            rejected_logps=logps[1::2],
+            gamma=out.gamma,
+            pmi_gap=out.pmi_gap,
+            chosen_pmi=pmi[0::2],
+            rejected_pmi=pmi[1::2],
+            chosen_length=lengths[0::2],
+            rejected_length=lengths[1::2],
+        )
+
+
+def concat(parts: Sequence[PairValues]) -> PairValues:
+    """Join the values of several micro-steps or steps."""
+    names = PairValues.__dataclass_fields__
+    return PairValues(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
+
+
+def finite(values: PairValues) -> Tensor:
+    """(P,) bool: pairs whose loss and log-probs are numbers. A PMI may be undefined."""
+    numbers = torch.stack([values.loss, values.chosen_logps, values.rejected_logps])
+    return numbers.isfinite().all(0)
+
+
+def select(values: PairValues, mask: Tensor) -> PairValues:
+    """The pairs where the mask (P,) is true."""
+    names = PairValues.__dataclass_fields__
+    return PairValues(**{n: getattr(values, n)[mask] for n in names})
+
+
+def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
+    """Means over all pairs of the parts, under trl's names where trl has one."""
+    if not parts:
+        return {}
+    values = concat(parts)
+    scale = args.beta if args.loss.beta_in_rewards else 1.0
+    margin = values.chosen_logps - values.rejected_logps
+    named = {
+        "rewards/chosen": scale * values.chosen_logps.mean(),
+        "rewards/rejected": scale * values.rejected_logps.mean(),
+        "rewards/accuracies": (margin > 0).to(margin.dtype).mean(),
+        "rewards/margins": scale * margin.mean(),
+        "logps/chosen": values.chosen_logps.mean(),
+        "logps/rejected": values.rejected_logps.mean(),
+        "lengths/chosen": values.chosen_length.mean(),
+        "lengths/rejected": values.rejected_length.mean(),
+    }
+    if args.uses_prior:
+        undefined = values.chosen_pmi.isnan() | values.rejected_pmi.isnan()
+        at_max = values.gamma >= args.gamma_max - _AT_MAX_SLACK
+        near_min = args.gamma_min + _NEAR_MIN * (args.gamma_max - args.gamma_min)
+        at_min = values.gamma <= near_min
+        named |= {
+            "rmipo/gamma": values.gamma.mean(),
+            "rmipo/gamma_std": values.gamma.std(correction=0),
+            "rmipo/gamma_at_max": at_max.to(margin.dtype).mean(),
+            "rmipo/gamma_at_min": at_min.to(margin.dtype).mean(),
+            "rmipo/pmi_gap": values.pmi_gap.mean(),
+            "rmipo/pmi_gap_std": values.pmi_gap.std(correction=0),
+            "rmipo/pmi_chosen": _mean_of_defined(values.chosen_pmi),
+            "rmipo/pmi_rejected": _mean_of_defined(values.rejected_pmi),
+            "rmipo/pmi_undefined": undefined.to(margin.dtype).mean(),
+        }
+    # One transfer for all of them.
+    numbers = torch.stack([value.float() for value in named.values()]).tolist()
+    return dict(zip(named, numbers, strict=True))
+
+
+def _mean_of_defined(pmi: Tensor) -> Tensor:
+    # 0 where no response of the window has a prior; rmipo/pmi_undefined is then 1.
+    return torch.nan_to_num(torch.nanmean(pmi), nan=0.0)

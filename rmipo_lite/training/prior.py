@@ -1,0 +1,65 @@
+"""From token log-probs to what a step adds to its loss: the options applied to the operator.
+
+    token log-probs -> means -> PMI, gamma -> loss          (all in `ops.pair_loss`)
+
+This file only decides what the operator is given: which prior (live, cached or none) and which
+constants. The formulas stand in `ops/reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.ops import PairLossOutput, pair_loss
+
+# A side's cached prior: mean nats per token, or NaN where the response has no scored token.
+CachedPriors = dict[int, tuple[float, float]]  # row of the dataset -> (chosen, rejected)
+
+
+def losses(
+    token_logps: Tensor,  # (N,) nats, sequences C1 R1 C2 R2 ...
+    cu_seqlens: Tensor,  # (2P + 1,) int32
+    prior: tuple[Tensor, Tensor] | None,  # (M,) nats and (2P + 1,) int32; None: no prior pass
+    args: RMiPOConfig,
+) -> PairLossOutput:
+    """Loss and its parts for every pair, with the run's options."""
+    prior_logps, prior_cu_seqlens = (None, None) if prior is None else prior
+    if prior_logps is not None:  # a cached or an empty one is float32, whatever the model is
+        prior_logps = prior_logps.to(token_logps.dtype)
+    return pair_loss(
+        token_logps,
+        cu_seqlens,
+        prior_logps,
+        prior_cu_seqlens,
+        **args.pair_options._asdict(),
+        impl=args.kernel_impl,
+    )
+
+
+def cached_prior(
+    rows: Sequence[int], cache: CachedPriors, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The cached means of these rows in the operator's form: one token per defined sequence."""
+    means = [mean for row in rows for mean in cache[row]]
+    defined = [mean for mean in means if not math.isnan(mean)]
+    borders = list(accumulate((int(not math.isnan(mean)) for mean in means), initial=0))
+    return (
+        torch.tensor(defined, dtype=torch.float32, device=device),
+        torch.tensor(borders, dtype=torch.int32, device=device),
+    )
+
+
+def chosen_token_nll(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Summed negative log-probability of all chosen tokens, () nats, for `sft_weight`."""
+    lengths = cu_seqlens.diff().long()
+    is_chosen = torch.arange(len(lengths), device=lengths.device) % 2 == 0
+    # Sequences tile the tokens, so the flag of each sequence repeats over its length.
+    chosen = torch.repeat_interleave(is_chosen, lengths, output_size=token_logps.shape[0])
+    # Not token_logps[chosen]: on a GPU that waits until it is known how many there are.
+    return -torch.where(chosen, token_logps, 0.0).sum()

@@ -1,0 +1,233 @@
+"""Before the first step: what the run will take. Measured on its own pairs rather than guessed.
+
+The step with the longest pairs runs once, forward and backward, and is thrown away: where memory
+runs out it does so now and not after hours, and its peak is the run's. Two steps of ordinary pairs
+are timed. Disk is counted from what a checkpoint holds. Random numbers and weights stay as they
+were.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+
+from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.model import batch
+from rmipo_lite.model.backbone import device_of
+from rmipo_lite.output.console import duration
+from rmipo_lite.planning.device import end_peak, start_peak
+from rmipo_lite.planning.footprint import optimizer_width
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.trainer import RMiPOTrainer
+
+_TIMED_STEPS = 2
+_LEAST_STEPS = 20  # of a run that is worth measuring: the measurement takes three
+_LONG_CPU_RUN_S = 1800.0
+# On a CPU the heap goes on growing after the first steps: runs of 24 steps on six small models took
+# 10 to 20 % more than their first three.
+_CPU_GROWTH = 1.14
+# Beside tensors and tokenizer a checkpoint holds the state of three random generators and options
+# (bytes), and for every trained weight its name in four files.
+_FIXED_FILE_BYTES = 38_000
+_BYTES_PER_NAME = 420
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. Sizes in bytes; None where it was not measured.
+
+    Attributes:
+        steps: optimizer steps.
+        pairs_per_step: pairs of each.
+        micro_step_tokens: tokens of the largest micro-step.
+        seconds: the training loop, evaluation and saves included.
+        memory: peak above what model and data take, optimizer included.
+        disk: what the run's folder holds at most.
+        free_disk: what is free there now.
+    """
+
+    steps: int
+    pairs_per_step: int
+    micro_step_tokens: int
+    checkpointing: bool
+    on_cpu: bool
+    disk: int
+    free_disk: int
+    seconds: float | None = None
+    memory: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"Plan: {self.steps} steps of {self.pairs_per_step} pairs"]
+        if self.seconds is not None:
+            parts.append(f"about {duration(self.seconds)}")
+        parts.append(f"micro-steps of up to {self.micro_step_tokens} tokens")
+        if self.checkpointing:
+            parts.append("activations computed again in the backward pass")
+        if self.memory is not None:
+            parts.append(f"{_size(self.memory)} of memory beside the model")
+        parts.append(f"{_size(self.disk)} on disk ({_size(self.free_disk)} free)")
+        return ", ".join(parts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to think about before the run begins."""
+        lines = []
+        if self.disk > self.free_disk:
+            lines.append(
+                f"WARNING: checkpoints and adapter need {_size(self.disk)} and "
+                f"{_size(self.free_disk)} are free: some saves will fail. Make room, or lower "
+                "save_total_limit"
+            )
+        if self.on_cpu and self.seconds is not None and self.seconds > _LONG_CPU_RUN_S:
+            lines.append(
+                f"WARNING: this runs on the CPU, for about {duration(self.seconds)}. A GPU, fewer "
+                "max_steps or a smaller model are the ways out; Ctrl-C stops and saves"
+            )
+        return lines
+
+
+def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0) -> Plan:
+    """What the trainer's run will take; `eval_seconds` is what one evaluation took."""
+    args, step = trainer.args, trainer.pair_step
+    pairs = cast(list[TokenizedPair], trainer.train_dataset)
+    steps = _steps(trainer, len(pairs))
+    size = args.pairs_per_step
+    longest = sorted(pairs, key=batch.packed_length, reverse=True)[:size]
+    seconds = memory = None
+    if steps >= _LEAST_STEPS:
+        ordinary = [
+            random.Random(number).sample(pairs, min(size, len(pairs)))
+            for number in range(_TIMED_STEPS)
+        ]
+        with kept_random_state():
+            step_seconds, memory = _measure(trainer, longest, ordinary)
+        evaluations = _times(args.eval_strategy, args.eval_steps, trainer, steps)
+        seconds = steps * step_seconds + evaluations * eval_seconds
+    parts = batch.split_by_budget(longest, step.max_tokens, step.packing)
+    disk, folder = _disk(trainer, steps), _nearest_folder(Path(str(args.output_dir)))
+    return Plan(
+        steps=steps,
+        pairs_per_step=size,
+        micro_step_tokens=max(batch.micro_step_tokens(part, step.packing) for part in parts),
+        checkpointing=step.checkpointing,
+        on_cpu=device_of(trainer.model).type == "cpu",
+        disk=disk,
+        free_disk=shutil.disk_usage(folder).free,
+        seconds=seconds,
+        memory=memory,
+    )
+
+
+def _steps(trainer: RMiPOTrainer, count: int) -> int:
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    return max(1, math.ceil(math.ceil(count / args.pairs_per_step) * args.num_train_epochs))
+
+
+def _times(strategy: object, every: float | None, trainer: RMiPOTrainer, steps: int) -> int:
+    """How often something happens that a strategy asks for."""
+    kind = str(getattr(strategy, "value", strategy))
+    if kind == "steps" and every:
+        return math.ceil(steps / (every if every >= 1 else max(1, every * steps)))
+    if kind == "epoch":
+        pairs = len(cast(list[TokenizedPair], trainer.train_dataset))
+        return math.ceil(steps / math.ceil(pairs / trainer.args.pairs_per_step))
+    return 0
+
+
+# ---- measured -------------------------------------------------------------------------------
+
+
+def _run_once(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> None:
+    """A step's forward and backward passes; its gradients are thrown away."""
+    trainer.model.train()
+    try:
+        trainer.pair_step.train(pairs, trainer.accelerator.backward)
+        if trainer.model.device.type == "cuda":
+            torch.cuda.synchronize()
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+
+
+def _timed(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> float:
+    start = time.perf_counter()
+    _run_once(trainer, pairs)
+    return time.perf_counter() - start
+
+
+def _measure(
+    trainer: RMiPOTrainer, longest: list[TokenizedPair], ordinary: list[list[TokenizedPair]]
+) -> tuple[float, int | None]:
+    """(seconds of an ordinary step, peak bytes above what is there, optimizer's moments included).
+
+    The peak is that of several steps in a row: between them the allocator keeps what it can't give
+    back.
+    """
+    device = device_of(trainer.model)
+    # A tiny step first: what is loaded at first use is no step's.
+    _run_once(trainer, [min(longest, key=batch.packed_length)])
+    before = start_peak(device)
+    _run_once(trainer, longest)
+    seconds = sum(_timed(trainer, pairs) for pairs in ordinary) / len(ordinary)
+    peak = end_peak(device)
+    if before is None or peak is None:
+        return seconds, None
+    growth = _CPU_GROWTH if device.type == "cpu" else 1.0
+    return seconds, int((peak - before) * growth) + _moment_bytes(trainer)
+
+
+def _moment_bytes(trainer: RMiPOTrainer) -> int:
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return trained * optimizer_width(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
+
+
+# ---- counted --------------------------------------------------------------------------------
+
+
+def _disk(trainer: RMiPOTrainer, steps: int) -> int:
+    """The run's folder at its fullest: checkpoints, one of them being replaced, and the adapter."""
+    args = trainer.args
+    saves = _times(args.save_strategy, args.save_steps, trainer, steps)
+    kept = saves if not args.save_total_limit else min(saves, args.save_total_limit + 1)
+    weights = _weight_bytes(trainer)
+    state = 0 if args.save_only_model else _moment_bytes(trainer)
+    return kept * (weights + state) + weights
+
+
+def _weight_bytes(trainer: RMiPOTrainer) -> int:
+    """What every save writes: weights, tokenizer, options and the small files."""
+    model = trainer.model
+    is_adapter = isinstance(model, PeftModel)
+    weights = [p for p in model.parameters() if p.requires_grad or not is_adapter]
+    numbers = sum(p.numel() * p.element_size() for p in weights)
+    names = sum(p.requires_grad for p in weights)
+    return numbers + names * _BYTES_PER_NAME + _FIXED_FILE_BYTES + _tokenizer_bytes(trainer)
+
+
+def _tokenizer_bytes(trainer: RMiPOTrainer) -> int:
+    backend = getattr(trainer.processing_class, "backend_tokenizer", None)
+    return 0 if backend is None else len(backend.to_str(pretty=True).encode())
+
+
+def _size(count: float) -> str:
+    """A number of bytes in words: `512 KiB`, `1.3 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())

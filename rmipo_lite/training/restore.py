@@ -1,0 +1,172 @@
+"""The caller's surroundings: what a run changes there is put back, whether it returns or raises.
+
+On the model: mode, dropout, use_cache, attention, checkpointing, hooks, wrapped forwards. Around
+it: random numbers, environment variables, warning filters. The adapter stays on a model whose
+training returned; where it raised, an adapter that this run attached comes off, and what it froze
+is free again.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.model.adapter import detach_adapter
+from rmipo_lite.model.backbone import causal_lm
+
+_DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Put on modules during a run: by accelerate and our own steps, and by transformers' checkpointing.
+_PUT_ON_MODULES = (
+    "forward", "_original_forward", "gradient_checkpointing", "_gradient_checkpointing_func",
+    "_require_grads_hook", "_require_grads_hooks",
+)  # fmt: skip
+
+
+@contextmanager
+def restored(model: str | nn.Module) -> Iterator[None]:
+    """Put back what a run changes; `model` is the caller's own, or a name."""
+    environment, filters = dict(os.environ), warnings.filters[:]
+    before = None if isinstance(model, str) else _ModelState(model)
+    try:
+        with kept_random_state():
+            yield
+    except BaseException:
+        if before is not None:
+            before.take_adapter_off()
+        raise
+    finally:
+        if before is not None:
+            before.put_back()
+        _restore_environment(environment)
+        if warnings.filters != filters:
+            warnings.filters[:] = filters  # type: ignore[index]
+            warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+class _ModelState:
+    """How a model was before the run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        base = causal_lm(model)
+        self._had_adapter = _carries_adapter(model)
+        self._trained = [(p, p.requires_grad) for p in model.parameters()]
+        self._hooks = set(base.get_input_embeddings()._forward_hooks)
+        self._attention = base.config._attn_implementation
+        self._had = [
+            (module, {name for name in _PUT_ON_MODULES if name in vars(module)})
+            for module in model.modules()
+        ]
+        self._values: list[tuple[Any, str, Any]] = [
+            (base.config, "use_cache", getattr(base.config, "use_cache", None))
+        ]
+        # transformers' Trainer sets them to the tokenizer's, before 5.20 even where they agree.
+        for config in filter(None, (base.config, base.generation_config)):
+            self._values += [(config, name, getattr(config, name, None)) for name in _TOKENS]
+        for module in model.modules():
+            self._values.append((module, "training", module.training))
+            for name in ("gradient_checkpointing", *_DROPOUT_NAMES):
+                if isinstance(vars(module).get(name), (bool, float)):
+                    self._note(module, name)
+
+    def _note(self, module: nn.Module, name: str) -> None:
+        self._values.append((module, name, getattr(module, name)))
+
+    def take_adapter_off(self) -> None:
+        """Remove an adapter that was not there before."""
+        if not self._had_adapter and _carries_adapter(self._model):
+            detach_adapter(self._model)
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
+
+    def put_back(self) -> None:
+        """Everything but the adapter."""
+        base = causal_lm(self._model)
+        _drop_input_hooks(base, self._hooks)
+        for module, names in self._had:
+            for name in _PUT_ON_MODULES:
+                if name not in names:
+                    vars(module).pop(name, None)
+        if base.config._attn_implementation != self._attention:
+            base.set_attn_implementation(self._attention)
+        for owner, name, value in self._values:
+            setattr(owner, name, value)
+
+
+def _carries_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _drop_input_hooks(base: PreTrainedModel, kept: set[int]) -> None:
+    """Take off the hooks that checkpointing put on the embeddings.
+
+    Trainer, peft and we each ask for one, and transformers remembers the last alone.
+    """
+    if not kept and hasattr(base, "_require_grads_hook"):
+        base.disable_input_require_grads()
+    hooks = base.get_input_embeddings()._forward_hooks
+    for key in [key for key in hooks if key not in kept]:
+        del hooks[key]
+
+
+def unwrap_forward(model: nn.Module) -> None:
+    """Take off the autocast that accelerate wraps around a model's forward, for good."""
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    if getattr(original, "__func__", None) is type(model).forward:
+        del model.forward
+    else:  # someone else's own wrapper was there before
+        model.forward = original
+
+
+@contextmanager
+def nothing_held() -> Iterator[None]:
+    """Decorate a function with it, called: nothing of its work stays in memory but its result.
+
+    Trainer, optimizer and accelerator hold each other in circles. And notebooks keep the last
+    traceback, whose frames hold model, optimizer and activations; a `with` block in the function
+    itself would be too early, since its own frame still runs then.
+    """
+    try:
+        yield
+    except BaseException as error:
+        clear_frames(error)
+        raise
+    finally:
+        gc.collect()
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of what the frames of an exception hold, causes included.
+
+    Notebooks keep the last traceback, and with it model, optimizer and activations.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        pending += [current.__cause__, current.__context__]

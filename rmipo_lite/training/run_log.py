@@ -1,0 +1,180 @@
+"""What the optimizer steps of a run did: the numbers between two log lines, and over the whole run.
+
+Every number is a mean over pairs that counted. A dropped step adds nothing, so no zero of it is
+ever averaged in. What is not yet logged goes into the checkpoint too: a resumed run logs the same
+lines as the uninterrupted one.
+
+With `save_pair_values` every pair of every step is a line of `pair_values.jsonl`, from which the
+log can be recomputed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.output.console import say
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.step import StepOutcome
+
+PAIR_VALUES_FILE = "pair_values.jsonl"
+
+
+class RunLog:
+    """Gathers step outcomes and turns them into log lines.
+
+    Attributes:
+        num_tokens: tokens read by the policy and the prior pass since the run began.
+        dropped_pairs: pairs dropped as not finite: row and step.
+    """
+
+    def __init__(self, args: RMiPOConfig) -> None:
+        self._args = args
+        self._pair_file = (
+            Path(str(args.output_dir)) / PAIR_VALUES_FILE if args.save_pair_values else None
+        )
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new run."""
+        self.num_tokens = 0
+        self.dropped_pairs: list[dict[str, int]] = []
+        self._window: list[tuple[int, StepOutcome]] = []
+        self._loss_total = 0.0  # summed over the logged pairs
+        self._pairs_logged = 0
+
+    def add(self, step: int, outcome: StepOutcome) -> None:
+        """Take one optimizer step; `step` counts from 1."""
+        self._window.append((step, outcome))
+        self.num_tokens += outcome.num_tokens
+        self.dropped_pairs += [{"row": pair.row, "step": step} for pair in outcome.dropped]
+
+    def line(self, logs: dict[str, float]) -> dict[str, float]:
+        """The trainer's log line with the means over the pairs since the last one."""
+        if not self._window:
+            return logs
+        counted = [outcome for _, outcome in self._window if outcome.num_pairs]
+        logs = dict(logs)
+        if counted:
+            total = float(sum(outcome.loss * outcome.num_pairs for outcome in counted))
+            num_pairs = sum(outcome.num_pairs for outcome in counted)
+            logs["loss"] = total / num_pairs
+            self._loss_total += total
+            self._pairs_logged += num_pairs
+        else:
+            # Every pair since the last line was dropped: a zero here would look healthy.
+            del logs["loss"]
+        if not self._window[-1][1].num_pairs:
+            logs.pop("grad_norm", None)  # of the last step, which has no gradient
+        logs |= pair_values.reduce([part for o in counted for part in o.values], self._args)
+        logs["num_tokens"] = float(self.num_tokens)
+        if self.dropped_pairs:
+            logs["rmipo/dropped_pairs"] = float(len(self.dropped_pairs))
+        self._write_pairs()
+        self._window = []
+        return logs
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean loss over every pair logged so far; None where none counted."""
+        return self._loss_total / self._pairs_logged if self._pairs_logged else None
+
+    # ---- the file of pair values ----------------------------------------------------------
+
+    def _write_pairs(self) -> None:
+        if self._pair_file is None:
+            return
+        lines = [
+            json.dumps({"step": step, "row": row, **numbers}) + "\n"
+            for step, outcome in self._window
+            if outcome.num_pairs
+            for row, numbers in zip(outcome.rows, _numbers(outcome.values), strict=True)
+        ]
+        try:
+            self._pair_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._pair_file.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            say(f"WARNING: {self._pair_file} is no longer written: {error}")
+            self._pair_file = None
+
+    def _trim_pairs(self, first_step: int) -> None:
+        """Take the lines from a step on out of the file: they are about to be written again."""
+        if self._pair_file is None or not self._pair_file.is_file():
+            return
+        with self._pair_file.open(encoding="utf-8") as file:
+            kept = [line for line in file if _step_of(line) < first_step]
+        self._pair_file.write_text("".join(kept), encoding="utf-8")
+
+    # ---- checkpoints ----------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs to log the same lines."""
+        return {
+            "num_tokens": self.num_tokens,
+            "dropped_pairs": self.dropped_pairs,
+            "loss_total": self._loss_total,
+            "pairs_logged": self._pairs_logged,
+            "window": [
+                {
+                    "step": step,
+                    "loss": outcome.loss,
+                    "num_pairs": outcome.num_pairs,
+                    "rows": outcome.rows,
+                    "values": [asdict(part) for part in outcome.values],
+                }
+                for step, outcome in self._window
+            ],
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device, step: int) -> None:
+        """Go on where a checkpoint of `step` was saved."""
+        self.num_tokens = state["num_tokens"]
+        self.dropped_pairs = list(state["dropped_pairs"])
+        self._loss_total = state["loss_total"]
+        self._pairs_logged = state["pairs_logged"]
+        self._window = [
+            (
+                entry["step"],
+                StepOutcome(
+                    loss=entry["loss"].to(device),
+                    values=[
+                        PairValues(**{name: value.to(device) for name, value in part.items()})
+                        for part in entry["values"]
+                    ],
+                    rows=entry["rows"],
+                    num_pairs=entry["num_pairs"],
+                ),
+            )
+            for entry in state["window"]
+        ]
+        self._trim_pairs(min([step + 1, *(first for first, _ in self._window)]))
+
+
+def _numbers(parts: Sequence[PairValues]) -> list[dict[str, float | None]]:
+    """The values of every pair; None where a PMI is undefined, since JSON has no NaN."""
+    values = pair_values.concat(parts)
+    names = list(PairValues.__dataclass_fields__)
+    table = torch.stack([getattr(values, name).double() for name in names], dim=1).tolist()
+    return [
+        {
+            name: number if number == number else None
+            for name, number in zip(names, row, strict=True)
+        }
+        for row in table
+    ]
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; one that was cut when the process died counts as unwritten."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62

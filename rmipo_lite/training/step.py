@@ -1,0 +1,359 @@
+"""One optimizer step's forward and backward passes over a list of pairs.
+
+A step's pairs are cut into micro-steps by a token budget, and every micro-step is weighted by its
+share of the pairs: the gradient is that of the mean over the step's pairs whatever the cut. A step
+that isn't finite is thrown away as a whole and its pairs are run one by one to find the culprit:
+masking it would not do, since 0 * NaN is NaN in the adapter's gradient.
+
+Where memory runs out, what was accumulated is thrown away, the budget is halved and the pairs start
+again; a single pair that doesn't fit gets checkpointing. Nothing is lost or counted twice.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rmipo_lite.checkpoints.random_state import random_state, set_random_state
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import batch
+from rmipo_lite.model.attention import packed_attention
+from rmipo_lite.model.backbone import can_checkpoint, device_of, enable_checkpointing, scored_hidden
+from rmipo_lite.model.batch import ModelInput
+from rmipo_lite.model.fused_lora import fused_lora
+from rmipo_lite.model.head import read_head
+from rmipo_lite.model.packing_check import packing_problem
+from rmipo_lite.ops import device_flag
+from rmipo_lite.output.console import say
+from rmipo_lite.planning.budget import is_out_of_memory, plan_micro_steps
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.prior import CachedPriors, cached_prior, chosen_token_nll, losses
+
+T = TypeVar("T")
+Backward = Callable[[Tensor], None]
+PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class StepOutcome:
+    """What one optimizer step did."""
+
+    loss: Tensor  # () mean over the pairs that counted, detached, sft term included
+    values: list[PairValues] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of the pairs in `values`, in their order
+    num_tokens: int = 0  # tokens read by the policy and the prior pass
+    num_pairs: int = 0
+    dropped: list[TokenizedPair] = field(default_factory=list)  # not finite, found one by one
+
+
+@dataclass
+class PairStep:
+    """Runs pairs through model, head and loss.
+
+    `max_tokens` is the micro-step's budget; `packing` chooses the packed or the padded form.
+    """
+
+    model: nn.Module
+    args: RMiPOConfig
+    max_tokens: int
+    packing: bool
+    prior_bos_id: int | None = None  # the token before a bare response, prior_context="bos"
+    pad_id: int = 0
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    prior_cache: CachedPriors | None = None  # prior="cached": used by training steps only
+    checkpointing: bool = False  # activations are computed again in the backward pass
+    _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
+
+    def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        """Accumulate the gradient of the mean loss over the pairs that are finite.
+
+        Where none is, every gradient is left as None, which makes the optimizer's step do nothing.
+        """
+        drawn = random_state()  # a step repeated draws the same dropout
+        outcome = self._accumulate(pairs, backward)
+        if self._is_finite(outcome):
+            return outcome
+        good: list[TokenizedPair] = []
+        dropped: list[TokenizedPair] = []
+        for pair in pairs:
+            self._clear_gradients()
+            finite = self._is_finite(self._accumulate([pair], backward))
+            (good if finite else dropped).append(pair)
+        self._clear_gradients()
+        if good:  # all of them, if what went wrong was no pair's fault and is over
+            set_random_state(drawn)
+            outcome = self._accumulate(good, backward)
+        if not good or not self._is_finite(outcome):
+            # Finite one by one and not together, or nothing left: the step as a whole is dropped.
+            self._void_gradients()
+            nothing = torch.zeros((), device=device_of(self.model))
+            return StepOutcome(loss=nothing, dropped=list(pairs))
+        outcome.dropped = dropped
+        return outcome
+
+    @torch.no_grad()
+    def evaluate(
+        self, pairs: Sequence[TokenizedPair]
+    ) -> Iterator[tuple[list[TokenizedPair], PairValues]]:
+        """Pairs and their values without a gradient, micro-step by micro-step, longest first."""
+        for part, (values, *_) in self._in_parts(
+            pairs, lambda part: self._forward(part, self._live_prior)
+        ):
+            yield part, values
+
+    @torch.no_grad()
+    def prior_means(self, pairs: Sequence[TokenizedPair]) -> CachedPriors:
+        """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
+        cache: CachedPriors = {}
+        for part, (token_logps, cu_seqlens) in self._in_parts(pairs, self._live_prior):
+            borders = cu_seqlens.tolist()
+            sums = token_logps.double().cumsum(0)
+            totals = [0.0, *sums.tolist()]
+            means = [
+                (totals[end] - totals[start]) / (end - start) if end > start else math.nan
+                for start, end in pairwise(borders)
+            ]
+            for i, pair in enumerate(part):
+                cache[pair.row] = (means[2 * i], means[2 * i + 1])
+        return cache
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass from now on."""
+        enable_checkpointing(self.model)
+        self.checkpointing = True
+
+    def _in_parts(
+        self, pairs: Sequence[TokenizedPair], run: Callable[[list[TokenizedPair]], T]
+    ) -> Iterator[tuple[list[TokenizedPair], T]]:
+        """Micro-steps with what `run` makes of each; cut again where memory runs out."""
+        parts = self._split(pairs)
+        while parts:
+            part, *parts = parts
+            try:
+                with self._engaged():
+                    result = run(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            else:
+                yield part, result
+                continue
+            # Outside the handler: its traceback holds the failed pass's tensors.
+            self._make_room(part, failure)
+            parts = self._split([pair for rest in (part, *parts) for pair in rest])
+
+    def _accumulate(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        """Forward and backward over all pairs, from the start again where memory runs out."""
+        drawn = random_state()
+        while True:
+            try:
+                return self._accumulate_once(pairs, backward)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            self._clear_gradients()
+            self._make_room(self._running, failure)
+            set_random_state(drawn)
+
+    def _make_room(self, failed: Sequence[TokenizedPair], failure: str) -> None:
+        """Halve the micro-step that failed, or with a single pair turn checkpointing on.
+
+        Raises:
+            torch.OutOfMemoryError: neither is possible.
+        """
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tokens = batch.micro_step_tokens(failed, self.packing)
+        if len(failed) > 1:
+            self.max_tokens = min(self.max_tokens, tokens) // 2
+            say(f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on")
+        elif torch.is_grad_enabled() and self._may_checkpoint():
+            self.enable_checkpointing()
+            say(f"Out of memory with one pair of {tokens} tokens: checkpointing is on from here on")
+        else:
+            raise torch.OutOfMemoryError(
+                f"out of memory with one pair alone (row {failed[0].row}, {tokens} tokens); a "
+                "smaller max_length, 4-bit weights or a smaller model are the ways out. The "
+                f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
+            )
+
+    def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+        return batch.split_by_budget(pairs, self.max_tokens, self.packing)
+
+    def _may_checkpoint(self) -> bool:
+        """Whether checkpointing is still to be had: off, not refused, known to the model."""
+        return (
+            not self.checkpointing
+            and self.args.checkpointing_is_open
+            and can_checkpoint(self.model)
+        )
+
+    def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
+        outcome = StepOutcome(
+            loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
+        )
+        for part in self._split(pairs):
+            self._running = part
+            # The backward pass inside the block: checkpointing runs the forward pass again.
+            with self._engaged():
+                values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)
+                micro_loss = pair_losses.sum() / len(pairs)
+                if self.args.sft_weight:
+                    micro_loss = micro_loss + self.args.sft_weight * chosen_nll / num_chosen
+                backward(micro_loss)
+            outcome.loss += micro_loss.detach().to(outcome.loss.dtype)
+            outcome.values.append(values)
+            outcome.rows += [pair.row for pair in part]
+            outcome.num_tokens += num_tokens
+        return outcome
+
+    def _forward(
+        self, pairs: Sequence[TokenizedPair], prior_of: PriorOf
+    ) -> tuple[PairValues, Tensor, Tensor, int]:
+        """(values, loss per pair (P,), summed chosen nll (), tokens read)."""
+        policy = batch.policy_input(pairs, self.packing, self.pad_id)
+        policy = policy.to(device_of(self.model))
+        token_logps = self._score(policy)
+        prior = None
+        num_tokens = policy.num_tokens
+        if self.args.uses_prior:
+            prior = prior_of(pairs)
+            num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
+        out = losses(token_logps, policy.cu_seqlens, prior, self.args)
+        nll = chosen_token_nll(token_logps, policy.cu_seqlens)
+        return PairValues.of(out, policy.cu_seqlens), out.loss, nll, num_tokens
+
+    def _prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        """The prior of a training step: from the cache where there is one."""
+        if self.prior_cache is None:
+            return self._live_prior(pairs)
+        rows = [pair.row for pair in pairs]
+        return cached_prior(rows, self.prior_cache, device_of(self.model))
+
+    @torch.no_grad()
+    def _live_prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        inputs = batch.prior_input(pairs, self.packing, self.prior_bos_id, self.pad_id)
+        inputs = inputs.to(device_of(self.model))
+        if not len(inputs.target_ids):  # only responses of one token: nothing to score
+            return torch.zeros(0, device=inputs.target_ids.device), inputs.cu_seqlens
+        return self._score(inputs), inputs.cu_seqlens
+
+    def _score(self, inputs: ModelInput) -> Tensor:  # (N,)
+        with self.autocast():
+            hidden = scored_hidden(self.model, inputs)
+        head = read_head(self.model)
+        return head.token_logps(hidden, inputs.target_ids, self.args.kernel_impl)
+
+    @contextmanager
+    def _engaged(self) -> Iterator[None]:
+        """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
+        attention = packed_attention(self.model) if self.packing else nullcontext()
+        with attention, fused_lora(self.model):
+            yield
+
+    def _is_finite(self, outcome: StepOutcome) -> bool:
+        """Whether loss and gradient norm are; the one wait for the device in the whole step.
+
+        Raises:
+            ValueError: a CUDA kernel met a target outside the vocabulary. (On the CPU the operator
+                itself refuses it.)
+        """
+        device = outcome.loss.device
+        checks = [torch.isfinite(outcome.loss)]
+        # With fp16's loss scaling an infinite gradient is the scaler's to see and skip.
+        if not self.args.fp16:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if grads:
+                checks.append(torch.isfinite(nn.utils.get_total_norm(grads)))
+        if device.type == "cuda":
+            checks.append(device_flag(device).eq(0).squeeze())
+        results = torch.stack(checks).tolist()
+        if device.type == "cuda" and not results[-1]:
+            device_flag(device).zero_()
+            raise ValueError(
+                "a pair of this step has a token id outside the model's vocabulary; the tokenizer "
+                "is not the model's"
+            )
+        return all(results)
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _void_gradients(self) -> None:
+        """Leave gradients that make the optimizer's step change nothing.
+
+        None does: the optimizer passes such a parameter over. fp16's scaler wants a gradient to
+        look at, and skips the step when it is infinite.
+        """
+        if not self.args.fp16:
+            self._clear_gradients()
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, torch.inf)
+
+
+def make_step(
+    model: nn.Module,
+    args: RMiPOConfig,
+    pairs: Sequence[TokenizedPair],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prior_bos_id: int | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> PairStep:
+    """A `PairStep` for this model and data: packing where the self-check allows it, and a budget.
+
+    What it decides against the options it says in one line.
+
+    Args:
+        model: the model as it will run.
+        args: the options of the run.
+        pairs: what will run, or some of it: the self-check takes its sample from them, and the
+            longest decides on checkpointing. None at all: nothing is checked.
+        tokenizer: for the token that fills padded rows.
+        prior_bos_id: as for `PairStep`.
+        autocast: as for `PairStep`.
+
+    Raises:
+        UnsupportedModelError: our head disagrees with the model's own logits.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(i for i in ids if i is not None)
+    packing = args.packing
+    if packing and pairs:
+        problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
+        if problem is not None:
+            packing = False
+            say(f"Packed batches are off for this model, padded ones are used: {problem}")
+    longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
+    plan = plan_micro_steps(model, args, longest)
+    step = PairStep(
+        model=model,
+        args=args,
+        max_tokens=plan.max_tokens,
+        packing=packing,
+        prior_bos_id=prior_bos_id,
+        pad_id=pad_id,
+        autocast=autocast,
+    )
+    if plan.checkpointing:
+        step.enable_checkpointing()
+        if args.checkpointing_is_open:
+            say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
+    return step

@@ -1,0 +1,381 @@
+"""`RMiPOTrainer`: a `transformers.Trainer` whose batch is a whole optimizer step of pairs.
+
+accelerate, trackers, callbacks and schedules come with the base class. What is ours: a dataloader
+batch holds every pair of one optimizer step and is cut into micro-steps by tokens (`step.py`);
+evaluation and metrics are means over pairs; checkpoints are verified and free of pickle
+(`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.report import DataReport, name_rows
+from rmipo_lite.model import adapter, loading, names
+from rmipo_lite.model.backbone import causal_lm, disable_dropout
+from rmipo_lite.output.console import say
+from rmipo_lite.tokens.options import prior_bos_id
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.prepare import prepare
+from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.training import pair_values
+from rmipo_lite.training.interrupt import GracefulInterrupt
+from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.refusals import (
+    refuse_bad_weights,
+    refuse_other_options,
+    refuse_other_vocabulary,
+    refuse_several_devices,
+    whole_step_batches,
+)
+from rmipo_lite.training.run_log import RunLog
+from rmipo_lite.training.step import PairStep, StepOutcome, make_step
+from rmipo_lite.watch.completions import completion_numbers
+from rmipo_lite.watch.doctor import Doctor
+from rmipo_lite.watch.progress import show_progress
+
+
+def _collate(pairs: list[TokenizedPair]) -> dict[str, list[TokenizedPair]]:
+    # Rows are built per micro-step, after the cut. No field is called "labels": transformers would
+    # multiply the gradient by the accumulation steps.
+    return {"pairs": pairs}
+
+
+class _LogLastStep(TrainerCallback):
+    """Log after the last step too: a run shorter than `logging_steps` would leave no numbers."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class RMiPOTrainer(SafeCheckpointing, Trainer):
+    """Train a causal language model on preference pairs.
+
+    Args:
+        model: a name or folder, a PreTrainedModel or a PeftModel.
+        args: the options; None takes the defaults and the folder `rmipo-<model name>`.
+        train_dataset: any preference dataset that `train()` takes, or a list of `TokenizedPair`.
+        eval_dataset: likewise, or a dict of several by name, or None.
+        processing_class: the tokenizer; None loads the model's.
+        peft_config: "auto", "new", a peft config or None (`adapter.attach_adapter`).
+        quantization_config: for a model given by name, how its weights are quantised.
+        callbacks: transformers callbacks.
+        optimizers: (optimizer, scheduler), or Nones for those of `args`.
+
+    Attributes:
+        data_report: what happened to the training rows, None for tokenised pairs.
+        doctor: watches the run; `doctor.findings` are what it found so far.
+        run_log: what the steps did.
+
+    Raises:
+        ValueError, TypeError: arguments that don't fit together; the message says which.
+    """
+
+    args: RMiPOConfig
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        args: RMiPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if isinstance(model, Path):
+            model = str(model)
+        args = RMiPOConfig(names.run_name(model)) if args is None else args
+        refuse_other_options(args)
+        refuse_several_devices(args)
+        if processing_class is None:
+            processing_class = loading.load_tokenizer(names.name_of(model))
+        if not isinstance(model, str) and quantization_config is not None:
+            raise ValueError(
+                "quantization_config is for a model given by name or folder; this one is loaded"
+            )
+        loaded: nn.Module = (
+            loading.load_model(model, args, quantization_config)
+            if isinstance(model, str)
+            else model
+        )
+        loading.protect_4bit_on_cpu(loaded)
+        refuse_bad_weights(loaded)
+        set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
+        loaded = adapter.attach_adapter(loaded, peft_config)
+        if args.disable_dropout:
+            disable_dropout(loaded)
+        self._tokenizer = prepare_tokenizer(processing_class, args.chat_template)
+        self._prior_bos_id = prior_bos_id(args, self._tokenizer)
+        self.data_report: DataReport | None = None
+        train_pairs, self.data_report = self._tokenized(
+            train_dataset, args, loaded, "train_dataset"
+        )
+        refuse_other_vocabulary(train_pairs or [], loaded)
+        eval_pairs = self._tokenized_eval(eval_dataset, args, loaded)
+        super().__init__(
+            model=loaded,
+            args=whole_step_batches(args),
+            data_collator=_collate,
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
+            processing_class=self._tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.add_callback(_LogLastStep())
+        one_set = eval_pairs if isinstance(eval_pairs, list) else []
+        self.doctor = Doctor(self.args, len(one_set))
+        self.doctor.report = self.data_report
+        self.add_callback(self.doctor)
+        self._can_answer = True
+        if not self.args.disable_tqdm:
+            show_progress(self)
+        # Our batch has no num_items: the loss is a mean over pairs already.
+        self.model_accepts_loss_kwargs = False
+        self.run_log = RunLog(self.args)
+        self._dropped_in_a_row = 0
+        self.pair_step = self._make_step(train_pairs or [])
+
+    # ---- data -----------------------------------------------------------------------------
+
+    def _tokenized(
+        self, dataset: Any, args: RMiPOConfig, model: nn.Module, argument: str
+    ) -> tuple[list[TokenizedPair] | None, DataReport | None]:
+        if dataset is None:
+            return None, None
+        config = causal_lm(model).config
+        ready = prepare(dataset, self._tokenizer, args, config, argument=argument)
+        return ready.pairs, ready.report
+
+    def _tokenized_eval(self, dataset: Any, args: RMiPOConfig, model: nn.Module) -> Any:
+        if isinstance(dataset, dict) and not {"chosen", "rejected"} & dataset.keys():
+            return {
+                name: self._tokenized(part, args, model, f"eval_dataset[{name!r}]")[0]
+                for name, part in dataset.items()
+            }
+        return self._tokenized(dataset, args, model, "eval_dataset")[0]
+
+    # ---- set-up ---------------------------------------------------------------------------
+
+    def _make_step(self, pairs: Sequence[TokenizedPair]) -> PairStep:
+        return make_step(
+            self.model,
+            self.args,
+            pairs,
+            tokenizer=self._tokenizer,
+            prior_bos_id=self._prior_bos_id,
+            autocast=self.accelerator.autocast,
+        )
+
+    # ---- training -------------------------------------------------------------------------
+
+    @property
+    def dropped_pairs(self) -> list[dict[str, int]]:
+        """Pairs that training dropped as not finite: row and step."""
+        return self.run_log.dropped_pairs
+
+    def begin_run(self) -> None:
+        """A new run counts from zero."""
+        self.run_log.clear()
+        self._dropped_in_a_row = 0
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Give back the mean loss that was logged; transformers' counts dropped steps as 0."""
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One optimizer step's gradients; the mean loss over its pairs."""
+        model.train()
+        pairs: list[TokenizedPair] = inputs["pairs"]
+        if self.args.prior == "cached" and self.args.uses_prior:
+            self._fill_prior_cache()
+        outcome = self.pair_step.train(pairs, self.accelerator.backward)
+        self.run_log.add(self.state.global_step + 1, outcome)
+        self._count_dropped(outcome)
+        return outcome.loss.to(self.args.device)
+
+    def _fill_prior_cache(self) -> None:
+        """Before the first step: the prior of every training pair under the untrained policy."""
+        if self.pair_step.prior_cache is None:
+            pairs = cast(list[TokenizedPair], self.train_dataset)
+            self.pair_step.prior_cache = self.pair_step.prior_means(pairs)
+
+    def _count_dropped(self, outcome: StepOutcome) -> None:
+        if not outcome.dropped:
+            self._dropped_in_a_row = 0
+            return
+        step = self.state.global_step + 1
+        if not outcome.num_pairs:
+            refuse_bad_weights(self.model, f"stopped at step {step}: ")
+        rows = [pair.row for pair in outcome.dropped]
+        named = name_rows(rows)
+        say(
+            f"Step {step}: {len(rows)} pair(s) dropped, loss or gradient not finite (row {named}); "
+            f"{len(self.dropped_pairs)} dropped so far"
+        )
+        self._dropped_in_a_row += 1
+        if self._dropped_in_a_row >= self.args.max_dropped_in_a_row:
+            raise FloatingPointError(
+                f"stopped at step {step}: {self._dropped_in_a_row} optimizer steps in a row had "
+                f"pairs whose loss or gradient is not finite (last: row {named}). These pairs "
+                "changed no weight. A lower learning_rate or fp32 weights are the usual cures."
+            )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: transformers' formula counts padded tokens of one model input."""
+        return 0
+
+    # ---- evaluation -----------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Means over all pairs of the dataset. Leaves mode and random state as they were."""
+        was_training = self.model.training
+        self.model.eval()
+        parts: list[PairValues] = []
+        rows: list[int] = []
+        # A dataloader draws a seed for its workers, and dropout would go on from elsewhere.
+        with kept_random_state():
+            batches = list(dataloader)
+        try:
+            for inputs in batches:
+                for pairs, values in self.pair_step.evaluate(inputs["pairs"]):
+                    parts.append(values)
+                    rows += [pair.row for pair in pairs]
+                self.control = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
+                if self._may_stop_evaluating():
+                    say(f"Evaluation stopped after {len(rows)} pairs: it has no numbers")
+                    return _evaluated({}, metric_key_prefix, 0)
+        finally:
+            self.model.train(was_training)
+        if not parts:
+            raise ValueError("eval_dataset: no pair to evaluate")
+        numbers = self._eval_numbers(parts, rows)
+        numbers |= self._answers([pair for inputs in batches for pair in inputs["pairs"]])
+        return _evaluated(numbers, metric_key_prefix, len(rows))
+
+    def _answers(self, pairs: list[TokenizedPair]) -> dict[str, float]:
+        """Numbers of the model's own answers to the first prompts; a run never ends with them."""
+        if not self._can_answer or not self.args.eval_completions:
+            return {}
+        try:
+            return completion_numbers(
+                self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed
+            )
+        except Exception as error:
+            self._can_answer = False
+            reason = (str(error).splitlines() or [""])[0][:200]
+            say(f"Evaluations answer no prompts: {type(error).__name__}: {reason}")
+            return {}
+
+    def _may_stop_evaluating(self) -> bool:
+        """Whether Ctrl-C asks for an end, and no choice of the best model hangs on the numbers."""
+        asked = any(
+            isinstance(callback, GracefulInterrupt) and callback.requested
+            for callback in self.callback_handler.callbacks
+        )
+        return asked and self.args.metric_for_best_model is None
+
+    def _eval_numbers(self, parts: list[PairValues], rows: list[int]) -> dict[str, float]:
+        """Means over the pairs whose loss is a number; the others are named and counted."""
+        values = pair_values.concat(parts)
+        is_finite = pair_values.finite(values)
+        values = pair_values.select(values, is_finite)
+        numbers = {}
+        if len(values.loss):
+            numbers = {"loss": float(values.loss.mean()), **pair_values.reduce([values], self.args)}
+        bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
+        if bad:
+            say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")
+            numbers["rmipo/dropped_pairs"] = float(len(bad))
+        return numbers
+
+    # ---- logging and state ----------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over the pairs since the last log line."""
+        if "loss" in logs:
+            logs = self.run_log.line(logs)
+        if "train_loss" in logs:
+            # In place: transformers returns the same dict. Its own mean counts dropped steps as 0.
+            mean_loss = self.run_log.mean_loss
+            if mean_loss is None:
+                del logs["train_loss"]
+            else:
+                logs["train_loss"] = mean_loss
+        super().log(logs, start_time)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights, optimizer and random state (JSON)."""
+        cache = self.pair_step.prior_cache
+        return {
+            "step": int(self.state.global_step),
+            "run_log": self.run_log.state(),
+            "max_tokens_per_microstep": self.pair_step.max_tokens,
+            "packing": self.pair_step.packing,
+            "checkpointing": self.pair_step.checkpointing,
+            "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on with the settings and counts of the checkpoint."""
+        self.run_log.load_state(state["run_log"], self.args.device, state["step"])
+        self.pair_step.max_tokens = state["max_tokens_per_microstep"]
+        self.pair_step.packing = state["packing"]
+        wanted = state.get("checkpointing") and self.args.checkpointing_is_open
+        if wanted and not self.pair_step.checkpointing:
+            self.pair_step.enable_checkpointing()
+        cache = state["prior_cache"]
+        if cache is not None:
+            self.pair_step.prior_cache = {
+                int(row): (side_w, side_l) for row, side_w, side_l in cache
+            }
+
+
+def _evaluated(numbers: dict[str, float], prefix: str, num_samples: int) -> EvalLoopOutput:
+    return EvalLoopOutput(
+        predictions=np.empty(0),  # no logits are ever held
+        label_ids=None,
+        metrics={f"{prefix}_{name}": value for name, value in numbers.items()},
+        num_samples=num_samples,
+    )

@@ -1,0 +1,85 @@
+"""The doctor: watches a run's numbers, says a finding when it first shows, and keeps them all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.report import DataReport
+from rmipo_lite.output.console import say
+from rmipo_lite.output.findings import Finding, Findings
+from rmipo_lite.watch.symptoms import Chart, examine
+
+
+class Doctor(TrainerCallback):
+    """Reads every log line and evaluation of a trainer.
+
+    Args:
+        args: the run's options.
+        pairs: how many pairs an evaluation is a mean over.
+
+    Attributes:
+        report: the data's report, set by whoever has it before training.
+        shown_before: symptoms that were told otherwise already; found and kept, not said again.
+    """
+
+    def __init__(self, args: RMiPOConfig, pairs: int = 0) -> None:
+        self._args = args
+        self._pairs = pairs
+        self.report: DataReport | None = None
+        self.shown_before: set[str] = set()
+        self._latest: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None
+        self._found: dict[str, Finding] = {}
+
+    @property
+    def findings(self) -> Findings:
+        """What was found so far, in the order it was."""
+        return Findings(list(self._found.values()))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation outside training is the one before it until training begins."""
+        self._latest = {**(kwargs.get("metrics") or {}), "step": 0}
+        if state.global_step == 0:
+            self._before = self._latest
+        self._examine(state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an earlier run of the same trainer showed is not this one's."""
+        if state.global_step == 0:  # else it goes on from a checkpoint
+            self._before = self._latest
+        self._found = {name: f for name, f in self._found.items() if f.steps == (0, 0)}
+        self._examine(state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A line of numbers has been added to the state's history."""
+        self._examine(state)
+
+    def _examine(self, state: TrainerState) -> None:
+        history = state.log_history
+        held_out = [entry for entry in history if "eval_loss" in entry and entry.get("step")]
+        chart = Chart(
+            self._args,
+            logs=[entry for entry in history if "loss" in entry],
+            held_out=held_out if self._before is None else [self._before, *held_out],
+            pairs=self._pairs,
+            max_steps=state.max_steps,
+            report=self.report,
+        )
+        for finding in examine(chart):
+            known = self._found.get(finding.name)
+            if known is not None and known.steps == (0, 0):
+                continue  # what was so before training stays so
+            first = chart.step if known is None else known.steps[0]
+            self._found[finding.name] = replace(finding, steps=(first, chart.step))
+            if known is None and finding.name not in self.shown_before:
+                say(str(self._found[finding.name]))

@@ -1,0 +1,359 @@
+"""Plain-word findings from a run's numbers: one function a symptom, each of the run's chart alone.
+
+A symptom reads what was logged and says what it means and what to do, or None. Its threshold
+stands beside it with where it comes from. "Stored runs" are those of benchmarks/methods.csv: in
+the ones whose answers go on ending, held-out chosen responses lose at most 0.16 nats per token; in
+those half of whose answers no longer end, 0.97 to 2.6.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.report import LENGTH_BIAS_SHARE, DataReport
+from rmipo_lite.output.findings import Finding
+from rmipo_lite.watch.completions import CLIPPED, MEAN_LENGTH, REPETITION
+
+Logs = Sequence[dict[str, Any]]
+
+_LEAST_PAIRS = 20  # held out: fewer don't tell a share
+_LEAST_STEPS = 20  # of training, before anything is said of its course
+_LEAST_LOGS = 5
+
+_COLLAPSE_NATS = 0.5  # between the stored runs' 0.16 and 0.97
+_FALL_NATS = 0.25
+_REJECTED_SHARE = 0.6  # of the held-out pairs, before training
+_EASY_SHARE = 0.95
+_PINNED_SHARE = 0.8
+_UNDEFINED_SHARE = 0.1
+_CONSTANT = 1e-4  # of the loss: pairs drawn at random alone change it by more
+# Reward units beyond gamma. Of the stored RMiPO and SimPO runs on terse pairs, those that gained by
+# the true reward stand at 1.3 at most, those that lost at 4.3 and more.
+_OVERSHOT = 2.0
+_ACCURACY_FELL = 0.1
+_LOSS_ROSE = 0.05  # held out, as a share of the loss before training
+_STILL_NATS = 0.005  # a held-out log-prob that moved less has not been trained
+_REPETITION_ROSE, _UNENDED_ROSE, _LENGTH_ROSE = 0.2, 0.3, 1.5
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is known of a run so far.
+
+    Attributes:
+        args: the options.
+        logs: log lines of training, each with its `step`.
+        held_out: evaluations with their `step`, the one before training first (step 0).
+        pairs: how many pairs an evaluation is a mean over.
+        max_steps: of the run; 0 before it begins.
+        report: the data's, None where rows came tokenised.
+    """
+
+    args: RMiPOConfig
+    logs: Logs = ()
+    held_out: Logs = ()
+    pairs: int = 0
+    max_steps: int = 0
+    report: DataReport | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step that anything is known of."""
+        return int(max((e.get("step", 0) for e in (*self.logs, *self.held_out)), default=0))
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """The evaluation before training."""
+        first = next(iter(self.held_out), None)
+        return first if first is not None and first["step"] == 0 else None
+
+    def change(self, metric: str) -> tuple[float, float] | None:
+        """A held-out metric before training and in the newest evaluation; None without both."""
+        name = f"eval_{metric}"
+        values = [entry[name] for entry in self.held_out if name in entry]
+        if self.before is None or name not in self.before or len(values) < 2:
+            return None
+        return float(values[0]), float(values[-1])
+
+    def newest(self, metric: str) -> float | None:
+        """A training metric of the last line that has it."""
+        return next((float(e[metric]) for e in reversed(self.logs) if metric in e), None)
+
+    def series(self, metric: str) -> list[float]:
+        """A training metric over the lines that have it."""
+        return [float(entry[metric]) for entry in self.logs if metric in entry]
+
+
+# ---- before training ------------------------------------------------------------------------
+
+
+def chosen_longer(chart: Chart) -> Finding | None:
+    """Length tells chosen from rejected."""
+    report = chart.report
+    if report is None or report.share_chosen_longer <= LENGTH_BIAS_SHARE:
+        return None
+    return Finding(
+        "chosen_longer",
+        f"the chosen response is the longer one in {report.share_chosen_longer:.0%} of the pairs",
+        "This loss takes means over tokens, and on such pairs it can run away to answers that "
+        "never end: watch the answers' length, drop pairs until the shares are alike, or try "
+        "loss_type='simper'",
+    )
+
+
+def _accuracy_before(chart: Chart) -> float | None:
+    before = chart.before or {}
+    accuracy = before.get("eval_rewards/accuracies")
+    return None if accuracy is None or chart.pairs < _LEAST_PAIRS else float(accuracy)
+
+
+def swapped_labels(chart: Chart) -> Finding | None:
+    """The untrained model prefers the rejected side."""
+    accuracy = _accuracy_before(chart)
+    if accuracy is None or accuracy >= 1 - _REJECTED_SHARE:
+        return None
+    return Finding(
+        "swapped_labels",
+        f"before any training the model finds the rejected side likelier in {1 - accuracy:.0%} of "
+        f"{chart.pairs} held-out pairs",
+        "Look at a few (rmipo_lite.inspect shows the worst): if chosen and rejected are swapped, "
+        "rename the columns",
+    )
+
+
+def easy_pairs(chart: Chart) -> Finding | None:
+    """There is little left to learn."""
+    accuracy = _accuracy_before(chart)
+    if accuracy is None or accuracy < _EASY_SHARE:
+        return None
+    return Finding(
+        "easy_pairs",
+        f"the model already prefers the chosen side in {accuracy:.0%} of {chart.pairs} held-out "
+        "pairs",
+        "The pairs are too easy, or the model has seen them; held-out accuracy can't show progress "
+        "here, so judge by answers, and look for harder pairs",
+        level="note",
+    )
+
+
+# ---- the likelihoods ------------------------------------------------------------------------
+
+
+def _fall_of_chosen(chart: Chart) -> tuple[float, str] | None:
+    """How far the chosen responses fell, nats per token, and of which pairs."""
+    held_out = chart.change("logps/chosen")
+    if held_out is not None:
+        return held_out[0] - held_out[1], "held-out"
+    seen = chart.series("logps/chosen")
+    if len(seen) < _LEAST_LOGS:
+        return None
+    return statistics.mean(seen[:2]) - statistics.mean(seen[-2:]), "training"
+
+
+def chosen_collapsing(chart: Chart) -> Finding | None:
+    """The margin is won by making both sides unlikely."""
+    fall = _fall_of_chosen(chart)
+    if fall is None or not fall[0] > _COLLAPSE_NATS:
+        return None
+    return Finding(
+        "chosen_collapsing",
+        f"the {fall[1]} chosen responses became less likely, by {fall[0]:.1f} nats per token",
+        "Accuracy and margin don't see that. Read result.compare([...]) before using the model; a "
+        "lower learning_rate, fewer steps or sft_weight=0.1 are the usual cures",
+    )
+
+
+def both_rewards_falling(chart: Chart) -> Finding | None:
+    """Both sides lose, the chosen one less."""
+    chosen, rejected = chart.change("logps/chosen"), chart.change("logps/rejected")
+    if chosen is None or rejected is None:
+        return None
+    falls = chosen[0] - chosen[1], rejected[0] - rejected[1]
+    if not _FALL_NATS < falls[0] <= _COLLAPSE_NATS or falls[1] <= falls[0]:
+        return None
+    return Finding(
+        "both_rewards_falling",
+        f"rewards of both sides fall: chosen by {falls[0]:.2f}, rejected by {falls[1]:.2f} nats "
+        "per token",
+        "That is normal for a loss that sees the gap alone, as long as the chosen side loses less "
+        f"than about {_COLLAPSE_NATS} and the answers read well; sft_weight=0.1 holds it up",
+        level="note",
+    )
+
+
+# ---- gamma and PMI --------------------------------------------------------------------------
+
+
+def _counted(chart: Chart) -> bool:
+    """Whether the newest log line is a mean over enough pairs to speak of shares."""
+    return len(chart.logs) * chart.args.pairs_per_step >= _LEAST_PAIRS
+
+
+def gamma_pinned(chart: Chart) -> Finding | None:
+    """The margin is a constant for most pairs."""
+    args = chart.args
+    if not args.uses_prior or args.gamma_min == args.gamma_max or not _counted(chart):
+        return None
+    for end, metric, meaning in (
+        ("gamma_max", "rmipo/gamma_at_max",
+         "their prompt speaks no more for the chosen response than for the rejected one"),
+        ("gamma_min", "rmipo/gamma_at_min",
+         "their prompt speaks far more for the chosen response already"),
+    ):  # fmt: skip
+        share = chart.newest(metric)
+        if share is not None and share > _PINNED_SHARE:
+            return Finding(
+                "gamma_pinned",
+                f"gamma stands at {end} ({getattr(args, end):g}) for {share:.0%} of the pairs: "
+                f"{meaning}",
+                "RMiPO is then SimPO with a constant margin: look at the pairs with "
+                "rmipo_lite.inspect (prompts cut or missing? labels swapped?), or say it outright "
+                "with loss_type='simpo'",
+                level="note",
+            )
+    return None
+
+
+def pmi_undefined(chart: Chart) -> Finding | None:
+    """Responses without a prior."""
+    share = chart.newest("rmipo/pmi_undefined")
+    if share is None or share <= _UNDEFINED_SHARE or not _counted(chart):
+        return None
+    return Finding(
+        "pmi_undefined",
+        f"{share:.0%} of the pairs have a response of one token, which has no prior and no PMI; "
+        "they take gamma_max",
+        "prior_context='bos' scores every token, where the tokenizer has a BOS",
+        level="note",
+    )
+
+
+# ---- the course of training -----------------------------------------------------------------
+
+
+def loss_constant(chart: Chart) -> Finding | None:
+    """Nothing is learnt: the loss doesn't even vary with the pairs."""
+    losses = chart.series("loss")
+    if len(losses) < _LEAST_LOGS or chart.step < _LEAST_STEPS:
+        return None
+    spread = max(losses) - min(losses)
+    if spread > _CONSTANT * max(map(abs, losses)):
+        return None
+    norm = chart.newest("grad_norm")
+    gradient = "" if norm is None else f", the gradient's norm is {norm:.2g}"
+    return Finding(
+        "loss_constant",
+        f"the loss is {losses[-1]:.4g} in all of {len(losses)} log lines{gradient}",
+        "Nothing is being learnt: is the learning rate 0, is every weight frozen, or are all pairs "
+        "won already (a hinge loss is then 0)?",
+    )
+
+
+def learning_rate_high(chart: Chart) -> Finding | None:
+    """Training makes the held-out pairs worse."""
+    loss, accuracy = chart.change("loss"), chart.change("rewards/accuracies")
+    if loss is None or accuracy is None or chart.pairs < _LEAST_PAIRS:
+        return None
+    rose = loss[1] - loss[0] > _LOSS_ROSE * abs(loss[0])
+    if not rose and accuracy[0] - accuracy[1] <= _ACCURACY_FELL:
+        return None
+    return Finding(
+        "learning_rate_high",
+        f"training makes the held-out pairs worse: loss {loss[0]:.3f} -> {loss[1]:.3f}, accuracy "
+        f"{accuracy[0]:.0%} -> {accuracy[1]:.0%}",
+        f"The learning rate ({chart.args.learning_rate:g}) is too high for these pairs, or there "
+        "are too many passes over them: try a third of it, or one epoch",
+    )
+
+
+def overshooting(chart: Chart) -> Finding | None:
+    """The margin is far past what the loss asks for, at the rejected side's cost."""
+    args = chart.args
+    margin, rejected = chart.change("rewards/margins"), chart.change("logps/rejected")
+    loss = args.loss
+    if margin is None or rejected is None or not loss.beta_in_rewards or loss.margin == "none":
+        return None
+    wanted = args.simpo_gamma
+    if loss.needs_prior:
+        wanted = chart.held_out[-1]["eval_rmipo/gamma"]
+    if args.gamma_scaled_by_beta:
+        wanted *= args.beta
+    if margin[1] - max(wanted, margin[0]) <= _OVERSHOT:
+        return None
+    return Finding(
+        "overshooting",
+        f"the held-out margin went from {margin[0]:.1f} to {margin[1]:.1f}, far past gamma "
+        f"({wanted:.1f}), and the rejected side lost {rejected[0] - rejected[1]:.1f} nats per "
+        "token",
+        f"The updates are too large: at a learning rate of {args.learning_rate:g} these pairs are "
+        "long won, and what follows spoils the answers. Try a third of it, or stop earlier",
+    )
+
+
+def learning_rate_low(chart: Chart) -> Finding | None:
+    """The updates are too small to change anything."""
+    chosen, rejected = chart.change("logps/chosen"), chart.change("logps/rejected")
+    if chosen is None or rejected is None or chart.step < _LEAST_STEPS:
+        return None
+    if chart.step < chart.max_steps / 2:  # the warm-up is still near
+        return None
+    moved = max(abs(after - before) for before, after in (chosen, rejected))
+    if moved >= _STILL_NATS:
+        return None
+    return Finding(
+        "learning_rate_low",
+        f"{chart.step} steps moved the held-out log-probs by {moved:.1g} nats per token",
+        f"The learning rate ({chart.args.learning_rate:g}) is too low for so few updates: try "
+        "three times as much, or train longer",
+    )
+
+
+# ---- what it writes -------------------------------------------------------------------------
+
+
+def repetition(chart: Chart) -> Finding | None:
+    """Answers repeat themselves more than the start model's."""
+    change = chart.change(REPETITION)
+    if change is None or change[1] - change[0] <= _REPETITION_ROSE:
+        return None
+    return Finding(
+        "repetition",
+        f"the model's answers repeat themselves: {change[1]:.0%} of their phrases of four tokens "
+        f"stood there before, at the start {change[0]:.0%}",
+        "Read result.compare([...]); a lower learning_rate, fewer steps or sft_weight=0.1 are the "
+        "usual cures",
+    )
+
+
+def length_runaway(chart: Chart) -> Finding | None:
+    """Answers no longer end, or grow."""
+    clipped, length = chart.change(CLIPPED), chart.change(MEAN_LENGTH)
+    if clipped is None or length is None:
+        return None
+    grew = length[1] > _LENGTH_ROSE * max(length[0], 1.0) and clipped[1] > clipped[0]
+    if clipped[1] - clipped[0] <= _UNENDED_ROSE and not grew:
+        return None
+    return Finding(
+        "length_runaway",
+        f"the model's answers run away: {length[1]:.0f} tokens in the mean and {clipped[1]:.0%} "
+        f"without an end, at the start {length[0]:.0f} and {clipped[0]:.0%}",
+        "Accuracy and margin don't see that. It comes from pairs whose chosen side is usually "
+        "longer, and from a high learning rate: lower it, stop earlier, level the lengths, or try "
+        "loss_type='simper'",
+    )
+
+
+SYMPTOMS: tuple[Callable[[Chart], Finding | None], ...] = (
+    chosen_longer, swapped_labels, easy_pairs, chosen_collapsing, both_rewards_falling,
+    gamma_pinned, pmi_undefined, loss_constant, learning_rate_high, overshooting,
+    learning_rate_low, repetition, length_runaway,
+)  # fmt: skip
+
+
+def examine(chart: Chart) -> list[Finding]:
+    """Every finding that the chart gives now."""
+    return [found for symptom in SYMPTOMS if (found := symptom(chart)) is not None]
