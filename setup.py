@@ -138,10 +138,7 @@ class BuildPy(build_py):
 native = kernels()
 setup(
     packages=find_packages(include=["rmipo_lite", "rmipo_lite.*"]),
-    package_data={
-        "rmipo_lite.bench": ["lengths.csv"],
-        "rmipo_lite.demo": ["assets/*", "assets/**/*"],
-    },
+    package_data={"rmipo_lite.demo": ["assets/*", "assets/**/*"]},
     ext_modules=native + bindings(),
     cmdclass={"build_py": BuildPy, "build_ext": kernel_builder() if native else build_ext},
 )

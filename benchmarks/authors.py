@@ -3,7 +3,7 @@
 Written from its description (arXiv 2604.24804 and the released `rmipo_trainer`), not copied: chosen
 over rejected in one padded batch, logits of every position kept, log-softmax over all of them, and
 a second padded pass over the bare responses whose logits are cast to float32. It is checked against
-values recorded from their code (`tests/test_bench.py`).
+values recorded from their code (`tests/benchmarks/test_benchmarks.py`).
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rmipo_lite.bench import peers
-from rmipo_lite.bench.peers import Absent
-from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
+from benchmarks import peers
+from benchmarks.peers import Absent
+from benchmarks.records import Record
+from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo.data import MODEL, PAIRS
 from rmipo_lite.tokens.options import TokenizationOptions

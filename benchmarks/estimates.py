@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rmipo_lite.bench.records import Record
+from benchmarks import ROOT
+from benchmarks.records import Record
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import MODEL
 from rmipo_lite.model.loading import watched_bars
@@ -137,6 +138,7 @@ def _in_child(
 ) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, json.dumps([case, str(folder), steps])],
+        cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

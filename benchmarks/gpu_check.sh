@@ -68,14 +68,14 @@ step "tests of the operators" 150 "$out/tests.txt" \
 # The scorecard's checks that want a GPU: NaN ids (41), compute-sanitizer's four tools (42), streams
 # and running out of memory (43). Each says why where it can't run.
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" step "scorecard 41, 42, 43" 240 "$out/sanitizer.txt" \
-  $python -m rmipo_lite.cli selftest --only 41,42,43
+  $python -m rmipo_lite.selftest --only 41,42,43
 # Where there is no compute-sanitizer the compiler's own read the kernels' source, on the CPU.
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer >/dev/null ||
   step "kernels on the CPU, sanitized" 120 "$out/sanitizer.txt" $python -m pytest -q \
     -p no:cacheprovider -m "slow or not slow" -k sanitizer tests/ops/test_cuda_kernels.py
 
 # shellcheck disable=SC2086
-step "bench gpu $bench" 420 "$out/build.txt" $python -m rmipo_lite.cli bench gpu $bench \
+step "benchmarks gpu $bench" 420 "$out/build.txt" $python -m benchmarks gpu $bench \
   --output_dir "$out"
 if [ -d "$out/quick" ]; then mv "$out/quick/gpu.csv" "$out/gpu.csv"; rmdir "$out/quick"; fi
 cat "$out/summary.txt"

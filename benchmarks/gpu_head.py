@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rmipo_lite.bench import peers
-from rmipo_lite.bench.peers import Absent, first_line
-from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
+from benchmarks import peers
+from benchmarks.peers import Absent, first_line
+from benchmarks.records import Record
+from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import head_rows, linear_logps
 from rmipo_lite.ops.head_rows import HeadProducts
 

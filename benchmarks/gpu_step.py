@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rmipo_lite.bench import peers
-from rmipo_lite.bench.authors import PaddedPairs, pad_pairs
-from rmipo_lite.bench.gpu_models import random_model
-from rmipo_lite.bench.inputs import Lengths
-from rmipo_lite.bench.peers import Absent
-from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import summarize
+from benchmarks import ROOT, peers
+from benchmarks.authors import PaddedPairs, pad_pairs
+from benchmarks.gpu_models import random_model
+from benchmarks.inputs import Lengths
+from benchmarks.peers import Absent
+from benchmarks.records import Record
+from benchmarks.rounds import summarize
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
 from rmipo_lite.model.adapter import attach_adapter
@@ -144,7 +144,8 @@ def _ratio(
 def _in_child(case: Case) -> list[Measured]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(case)],
-        capture_output=True, text=True, timeout=_LIMIT_S, check=False, stdin=subprocess.DEVNULL,
+        cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT_S, check=False,
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rmipo_lite.bench import inputs, peers
-from rmipo_lite.bench.floors import head_floor
-from rmipo_lite.bench.peers import Absent, first_line
-from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
+from benchmarks import inputs, peers
+from benchmarks.floors import head_floor
+from benchmarks.peers import Absent, first_line
+from benchmarks.records import Record
+from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import linear_logps
 
 VOCABULARIES, TOKENS = (32000, 131072), (512, 1024, 2048, 4096)

@@ -1,7 +1,7 @@
 """What the benchmarks run on: random-weight Llamas and pairs with the lengths of real ones.
 
 Times and memory don't depend on what the weights or tokens are, only on how many; the lengths in
-`lengths.csv` are token counts of public preference pairs (Anthropic HH helpful, PandaLM, a
+`assets/lengths.csv` are token counts of public preference pairs (Anthropic HH helpful, PandaLM, a
 politeness and a GPT-4-labelled set, under Qwen2's tokenizer and chat template).
 """
 
@@ -36,7 +36,7 @@ class Lengths(NamedTuple):
 @cache
 def real_lengths() -> tuple[Lengths, ...]:
     """600 real pairs that fit 1024 tokens."""
-    with (Path(__file__).parent / "lengths.csv").open(newline="") as file:
+    with (Path(__file__).parent / "assets" / "lengths.csv").open(newline="") as file:
         return tuple(Lengths(*map(int, row)) for row in list(csv.reader(file))[1:])
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rmipo_lite.bench import inputs, step
-from rmipo_lite.bench.peers import Absent
-from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import Run, Summary, ratios, summarize
+from benchmarks import ROOT, inputs, step
+from benchmarks.peers import Absent
+from benchmarks.records import Record
+from benchmarks.rounds import Run, Summary, ratios, summarize
 from rmipo_lite.ops import linear_logps
 from rmipo_lite.planning.device import end_peak, start_peak
 
@@ -67,6 +67,7 @@ def _in_child(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> 
     command = [sys.executable, "-W", "ignore", "-m", __name__]
     done = subprocess.run(
         [*command, json.dumps([kind, impl, vocab_size, dtype, count])],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=_LIMIT_S,

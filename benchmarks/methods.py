@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.records import Record
 from rmipo_lite import demo, run
-from rmipo_lite.bench.records import Record
 from rmipo_lite.demo.scoring import sample_answers, score_answers
 from rmipo_lite.demo.task import held_out_questions
 from rmipo_lite.results.result import TrainResult

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rmipo_lite.bench.authors import IGNORED, PaddedPairs
+from benchmarks.authors import IGNORED, PaddedPairs
 from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.ops.reference import accumulate_dtype
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rmipo_lite.bench.records import Record, read
+from benchmarks.records import Record, read
 
 MARK = "benchmarks"
 PLOT = "benchmarks.png"
@@ -86,6 +86,15 @@ def _cell(row: Record | None) -> str:
     if row.low == row.high:
         return f"{row.value:.{digits}f}"
     return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
+
+
+def write(folder: Path, readme: Path) -> str:
+    """Draw a folder's rows beside them and put their table into the README; returns the table."""
+    rows = read_all(folder)
+    draw(folder / PLOT, rows)
+    text = table(rows)
+    put_between(readme, MARK, text)
+    return text
 
 
 def put_between(readme: Path, name: str, text: str) -> None:

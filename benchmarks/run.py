@@ -1,4 +1,4 @@
-"""`rmipo-lite bench`: which benchmark writes which rows where, and the README's table from them."""
+"""Which benchmark writes which rows where."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from rmipo_lite.bench import records
-from rmipo_lite.bench.records import Record
+from benchmarks import ROOT, records
+from benchmarks.records import Record
 from rmipo_lite.demo.data import MODEL, PAIRS
 from rmipo_lite.output.console import say
 
@@ -42,7 +42,7 @@ def run(
     """
     if what == "gpu":
         if not quick and not torch.cuda.is_available():
-            raise RuntimeError("bench gpu measures an NVIDIA GPU; --quick rehearses it without one")
+            raise RuntimeError("gpu measures an NVIDIA GPU; --quick rehearses it without one")
     elif torch.cuda.is_available():
         raise RuntimeError(
             "these benchmarks measure the CPU; hide the GPU with CUDA_VISIBLE_DEVICES= to run them"
@@ -57,7 +57,8 @@ def run(
     if what == "step" and not quick and not _keeps_memory():
         # The allocator reads its settings when a process starts.
         subprocess.run(
-            [sys.executable, "-m", "rmipo_lite.cli", "bench", "step", "--output_dir", str(folder)],
+            [sys.executable, "-m", "benchmarks", "step", "--output_dir", str(folder.resolve())],
+            cwd=ROOT,
             env={**os.environ, **_KEEPING},
             check=True,
         )
@@ -79,7 +80,7 @@ def _keeps_memory() -> bool:
 
 
 def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
-    from rmipo_lite.bench import data, estimates, gpu_head, gpu_step, head, memory, methods, step
+    from benchmarks import data, estimates, gpu_head, gpu_step, head, memory, methods, step
 
     if what == "data":
         return data.bench(

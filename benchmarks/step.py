@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmipo_lite.bench import inputs, peers
-from rmipo_lite.bench.authors import authors_step, pad_pairs
-from rmipo_lite.bench.floors import StepFloor
-from rmipo_lite.bench.peers import Absent
-from rmipo_lite.bench.records import Record
-from rmipo_lite.bench.rounds import Run, interleave, ratios, summarize
+from benchmarks import inputs, peers
+from benchmarks.authors import authors_step, pad_pairs
+from benchmarks.floors import StepFloor
+from benchmarks.peers import Absent
+from benchmarks.records import Record
+from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
 from rmipo_lite.tokens.pair import TokenizedPair

@@ -1,4 +1,4 @@
-// The pair losses, shared by the CPU and the CUDA kernel; formulas in rmipo_lite/ops/loss.py.
+// The pair losses, shared by the CPU and the CUDA kernel; formulas in rmipo_lite/ops/losses.py.
 // Everything is double: P numbers cost nothing, and float would add its rounding to the margin.
 #pragma once
 

@@ -8,9 +8,9 @@ compiler tool chain.
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
+from rmipo_lite.model.upstream import quiet_bitsandbytes
 from rmipo_lite.version import __version__
 
 _HOME = {
@@ -38,12 +38,6 @@ __all__ = [
     "train",
 ]
 
-# bitsandbytes warns at its import of a CPU kernel that it could download; 4-bit layers are kept off
-# that kernel here (loading.protect_4bit_on_cpu), so nobody has to read of it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "gemm_4bit_forward" not in record.getMessage()
-)
-
 if TYPE_CHECKING:
     from rmipo_lite.config import RMiPOConfig
     from rmipo_lite.environment import info
@@ -58,7 +52,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rmipo_lite' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"rmipo_lite.{_HOME[name]}"), name)
+    with quiet_bitsandbytes():
+        value = getattr(importlib.import_module(f"rmipo_lite.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -10,8 +10,10 @@ import importlib.metadata
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from rmipo_lite.model import upstream
+from rmipo_lite.output.console import gib
 from rmipo_lite.version import __version__
 
 PACKAGES = (
@@ -30,6 +32,7 @@ class Environment:
         precision: what a run computes in by default, and why.
         backends: device type ("cpu", "cuda") -> what runs there and why.
         cache: folder of the kernels compiled at first use.
+        broken: what other packages no longer have that this one leans on.
     """
 
     versions: dict[str, str]
@@ -37,6 +40,7 @@ class Environment:
     precision: str
     backends: dict[str, str]
     cache: str
+    broken: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
@@ -44,6 +48,7 @@ class Environment:
         lines.append(f"{'precision':<14}{self.precision}")
         lines += [f"{'ops on ' + kind:<14}{text}" for kind, text in self.backends.items()]
         lines.append(f"{'kernel cache':<14}{self.cache}")
+        lines += [f"{'BROKEN':<14}{line}" for line in self.broken]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -88,10 +93,9 @@ def _cuda_lines() -> list[str]:
     lines = []
     for index in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(index)
-        free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(index))
+        free, total = map(gib, torch.cuda.mem_get_info(index))
         lines.append(
-            f"cuda:{index}: {props.name}, sm_{props.major}{props.minor}, "
-            f"{free:.1f} of {total:.1f} GiB free"
+            f"cuda:{index}: {props.name}, sm_{props.major}{props.minor}, {free} of {total} GiB free"
         )
     return lines
 
@@ -126,4 +130,5 @@ def info() -> Environment:
             for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
         },
         cache=str(library.cache_dir()),
+        broken=upstream.missing(),
     )

@@ -1,7 +1,7 @@
 """Makes everything the demo ships: tokenizer, tiny Llama, preference pairs. Needs no network.
 
-    python -m rmipo_lite.demo.make_model            # writes into rmipo_lite/demo/assets
-    python -m rmipo_lite.demo.make_model my-folder
+    python scripts/make_demo_model.py            # writes into rmipo_lite/demo/assets
+    python scripts/make_demo_model.py my-folder
 
 One process, one thread, fixed seed: the same machine writes the same bytes again, another one the
 same metrics to a few digits (`metrics.json`). The supervised text is question and answer, with the

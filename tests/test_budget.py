@@ -10,7 +10,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import CPU_BUFFER_BYTES
 from rmipo_lite.planning import budget, device
 from rmipo_lite.planning.budget import MicroStepPlan, is_out_of_memory, plan_micro_steps
-from rmipo_lite.selftest.parts import tiny_model
+from tests.kit import tiny_model
 
 
 def _args(tmp_path: Path, **options: object) -> RMiPOConfig:

@@ -34,13 +34,13 @@ from rmipo_lite.checkpoints.trainer_mixin import (
     verify_checkpoint,
 )
 from tests.conftest import ROOT
-from tests.trainer_parts import (
+from tests.kit import (
     SafeTrainer,
-    adapter_weights,
+    equal_weights,
     make_trainer,
-    same_weights,
-    tiny_llama,
+    tiny_model,
     tiny_peft,
+    trained_weights,
 )
 
 TRAINER_STATES = ("optimizer", "scheduler", "scaler", "rng_state", "extra_state")
@@ -82,7 +82,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     resumed = make_trainer(tmp_path, optim=optim, save_strategy="no", model=tiny_peft())
     resumed.train(resume_from_checkpoint=f"{uninterrupted.args.output_dir}/checkpoint-{step}")
     assert resumed.state.global_step == uninterrupted.state.global_step == 12
-    assert same_weights(adapter_weights(uninterrupted), adapter_weights(resumed))
+    assert equal_weights(trained_weights(uninterrupted), trained_weights(resumed))
     losses = [entry["loss"] for entry in uninterrupted.state.log_history if "loss" in entry]
     again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
     assert again == losses
@@ -93,13 +93,15 @@ def test_safe_checkpointing_doesnt_change_training(tmp_path: Path) -> None:
     ours.train()
     stock = make_trainer(tmp_path / "b", kind=Trainer)
     stock.train()
-    assert same_weights(adapter_weights(ours), adapter_weights(stock))
+    assert equal_weights(trained_weights(ours), trained_weights(stock))
 
 
 def test_full_model_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = make_trainer(tmp_path / "whole", model=tiny_llama(dropout=0.1), max_steps=5)
+    whole = make_trainer(tmp_path / "whole", model=tiny_model(attention_dropout=0.1), max_steps=5)
     whole.train()
-    resumed = make_trainer(tmp_path / "other", model=tiny_llama(seed=3, dropout=0.1), max_steps=5)
+    resumed = make_trainer(
+        tmp_path / "other", model=tiny_model(seed=3, attention_dropout=0.1), max_steps=5
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     own, other = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own)
@@ -137,7 +139,7 @@ def test_weights_only_checkpoints_are_not_resumed(tmp_path: Path) -> None:
 
 
 def test_another_adapter_is_refused(finished: Path) -> None:
-    other = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules=["q_proj"]))
+    other = get_peft_model(tiny_model(), LoraConfig(r=8, target_modules=["q_proj"]))
     with pytest.raises(CheckpointError, match=r"belongs to another adapter: 0 weights missing"):
         load_adapter_weights(other, finished / "checkpoint-2")
 
@@ -164,7 +166,7 @@ def test_extra_state_comes_back_before_training(tmp_path: Path) -> None:
 KILLED_RUN = """
 import sys, time
 from pathlib import Path
-from tests.trainer_parts import make_trainer
+from tests.kit import make_trainer
 from rmipo_lite.checkpoints import sealed_folder as files
 real = files._sha256
 def slow(path):                       # stretch the save, so that a kill falls into it
@@ -205,7 +207,7 @@ def test_kill_during_a_save_leaves_a_valid_checkpoint_and_an_exact_resume(
     resumed.train(resume_from_checkpoint=True)
     whole = make_trainer(tmp_path / "whole", num_train_epochs=50, callbacks=[_StopAt(stop)])
     whole.train()
-    assert same_weights(adapter_weights(resumed), adapter_weights(whole))
+    assert equal_weights(trained_weights(resumed), trained_weights(whole))
 
 
 def _StopAt(step: int) -> Any:
@@ -293,7 +295,7 @@ def test_full_disk_at_any_write_keeps_the_earlier_checkpoint(
 
     monkeypatch.setattr(Path, "write_text", failing(Path.write_text))
     monkeypatch.setattr(Path, "open", failing(Path.open))
-    monkeypatch.setattr("rmipo_lite.checkpoints.state.save_file", failing(save_file_of_state_io()))
+    monkeypatch.setattr("rmipo_lite.checkpoints.state.save_file", failing(save_file_of_state()))
     failures = 0
     while True:
         calls["left"] = failures
@@ -335,7 +337,7 @@ def test_a_failed_save_is_told_and_training_goes_on(
     monkeypatch.setattr(sealed_folder, "seal", real)
     whole = make_trainer(tmp_path / "b", max_steps=6)
     whole.train()
-    assert same_weights(adapter_weights(trainer), adapter_weights(whole))
+    assert equal_weights(trained_weights(trainer), trained_weights(whole))
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
@@ -352,7 +354,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert newest_valid_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
 
 
-def save_file_of_state_io() -> Any:
+def save_file_of_state() -> Any:
     from safetensors.torch import save_file
 
     return save_file
@@ -407,7 +409,7 @@ def test_best_model_survives_rotation_and_is_loaded(tmp_path: Path) -> None:
     saved = tiny_peft(seed=5)
     load_adapter_weights(saved, best)
     expected = {n: p.detach() for n, p in saved.named_parameters() if "lora_" in n}
-    assert same_weights(adapter_weights(trainer), expected)
+    assert equal_weights(trained_weights(trainer), expected)
 
 
 # ---- what is in the files -------------------------------------------------------------------
@@ -431,13 +433,13 @@ def test_a_fresh_process_loads_the_adapter_with_equal_logits(tmp_path: Path) -> 
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train()
     folder = tmp_path / "checkpoint-2"
-    loaded = PeftModel.from_pretrained(tiny_llama(), folder)
+    loaded = PeftModel.from_pretrained(tiny_model(), folder)
     ids = torch.arange(3, 11).view(1, -1)
     trainer.model.eval()
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, trainer.model(ids).logits)
     weights = (folder / "adapter_model.safetensors").stat().st_size
-    assert weights < 4 * sum(p.numel() for p in tiny_llama().parameters())
+    assert weights < 4 * sum(p.numel() for p in tiny_model().parameters())
     assert (folder / "tokenizer.json").is_file()
 
 

@@ -13,7 +13,9 @@ from rmipo_lite import demo
 from rmipo_lite.demo import task
 from rmipo_lite.demo.data import ASSETS, load_tokenizer
 from rmipo_lite.demo.facts import KINDS, all_facts
-from rmipo_lite.demo.make_model import (
+from rmipo_lite.demo.run import run_demo
+from rmipo_lite.demo.scoring import Answer, score_answers
+from scripts.make_demo_model import (
     Corpus,
     Recipe,
     make_model,
@@ -21,8 +23,6 @@ from rmipo_lite.demo.make_model import (
     pretrain,
     write_pairs,
 )
-from rmipo_lite.demo.run import run_demo
-from rmipo_lite.demo.scoring import Answer, score_answers
 
 
 def question(kind: str) -> task.Question:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from rmipo_lite.output.console import duration, in_notebook, in_terminal, printable, say, show
 from rmipo_lite.watch.progress import ProgressDisplay, metric_line, show_progress
-from tests.trainer_parts import make_trainer
+from tests.kit import make_trainer
 
 
 class Terminal(io.StringIO):

@@ -14,8 +14,8 @@ import rmipo_lite
 from rmipo_lite import RMiPOConfig, RMiPOTrainer, TrainResult
 from rmipo_lite.ops.losses import LOSSES
 from tests.conftest import ROOT
+from tests.kit import word_tokenizer
 from tests.test_trainer import _trainer as pair_trainer
-from tests.trainer_parts import tiny_tokenizer
 
 PAGE = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
 OURS = (
@@ -60,7 +60,7 @@ def test_every_option_of_trl_exists() -> None:
 
 
 def test_every_metric_is_one_that_is_logged(tmp_path: Path) -> None:
-    trainer = pair_trainer(tmp_path, tiny_tokenizer(), max_steps=1)
+    trainer = pair_trainer(tmp_path, word_tokenizer(), max_steps=1)
     trainer.train()
     trainer.evaluate(trainer.train_dataset)
     logged = {name for entry in trainer.state.log_history for name in entry}

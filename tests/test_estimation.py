@@ -10,8 +10,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import rmipo_lite
+from benchmarks import estimates
 from rmipo_lite import demo
-from rmipo_lite.bench import estimates
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.adapter import attach_adapter
 from rmipo_lite.planning import budget, quantization
@@ -240,6 +240,6 @@ def test_gpt2_whose_context_is_short() -> None:
 
 @pytest.mark.slow
 def test_a_run_takes_what_was_estimated() -> None:
-    """Within 15 % is what `rmipo-lite bench estimate` shows at five shapes; here a noisy one."""
+    """`python -m benchmarks estimate` shows it within 15 % at five shapes; here a noisy one."""
     rows = {row.metric: row.value for row in estimates.bench(estimates.CASES[:1], steps=2)}
     assert rows[f"{estimates.PEAK} over measured"] == pytest.approx(1.0, abs=0.2)

@@ -20,7 +20,7 @@ from rmipo_lite.model.backbone import scored_hidden
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.planning import footprint
 from rmipo_lite.planning.footprint import Setup, activations_of, optimizer_width, weights_of
-from rmipo_lite.selftest.parts import random_pairs
+from tests.kit import random_pairs
 
 _FP32, _BF16 = (Setup(dtype, default_lora()) for dtype in (torch.float32, torch.bfloat16))
 

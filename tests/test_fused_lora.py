@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rmipo_lite.model.fused_lora import fused_lora, is_plain
-from rmipo_lite.selftest.parts import tiny_model
+from tests.kit import tiny_model
 
 
 def _model(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:

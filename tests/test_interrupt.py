@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from rmipo_lite.checkpoints.sealed_folder import checkpoints
 from rmipo_lite.checkpoints.trainer_mixin import newest_valid_checkpoint
 from rmipo_lite.training.interrupt import GracefulInterrupt
-from tests.trainer_parts import adapter_weights, make_trainer, same_weights, tiny_peft
+from tests.kit import equal_weights, make_trainer, tiny_peft, trained_weights
 
 
 class PressCtrlC(TrainerCallback):
@@ -54,7 +54,7 @@ def test_one_ctrl_c_finishes_the_step_saves_and_resumes_exactly(
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     assert resumed.state.global_step == 12
-    assert same_weights(adapter_weights(resumed), adapter_weights(whole))
+    assert equal_weights(trained_weights(resumed), trained_weights(whole))
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:

@@ -1,91 +1,94 @@
-"""Data flows one way: a module imports only from rooms before its own (the order of the design)."""
+"""The house keeps its order: every import of the package, wherever it stands, goes one way."""
 
 from __future__ import annotations
 
-import ast
+import pytest
 
-from tests.conftest import ROOT
+from scripts.architecture import FLOOR, PACKAGE, PICTURE, picture, read, sources, violations
 
-PACKAGE = ROOT / "rmipo_lite"
-
-# From the first room to the last. Names in one line may not import each other.
-ORDER = [
-    {"data_files", "model_files", "template_limits"},
-    {"config", "display", "redaction", "data_report", "data_sources", "data_rows", "text_encoder",
-     "authors_tokenization", "cli_options", "plots", "ops", "device_memory"},
-    {"run_progress", "findings", "cards"},
-    {"panel", "text_progress"},
-    {"data", "state_io", "progress", "interrupt", "environment"},
-    {"chat_templates", "checkpoint_files", "near_duplicates"},
-    {"row_tokens", "text_checks", "score_file"},
-    {"tokenization", "token_checks", "suspicious"},
-    {"batch", "adapter_files", "generation"},
-    {"varlen_attention", "checkpoint", "fused_lora", "completions"},
-    {"attention"},
-    {"model"},
-    {"footprint"},
-    {"loss", "loading", "budget"},
-    {"surroundings"},
-    {"metrics", "selfcheck", "trainer_setup"},
-    {"step"},
-    {"run_log", "pair_scores", "symptoms"},
-    {"doctor"},
-    {"trainer"},
-    {"preflight"},
-    {"model_card"},
-    {"report"},
-    {"inspection_view", "estimation_view", "workload"},
-    {"result", "inspection", "estimation"},
-    {"one_liner"},
-    {"demo"},
-    {"bench"},
-    {"selftest"},
-    {"cli_parser"},
-    {"cli"},
-]  # fmt: skip
-# Imported inside a function, at use: result -> report and model_card are drawn from a result.
-ROOM = {name: level for level, names in enumerate(ORDER) for name in names}
+MOST_LINES, MOST_FILES, MOST_ON_THE_LANDING = 400, 14, 5
 
 
-def _imports(path: str) -> set[str]:
-    tree = ast.parse((PACKAGE / path).read_text())
-    found = set()
-    for node in tree.body:  # only what runs at import time
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rmipo_lite"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found - {"__version__"}
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    return sources()
 
 
-def _modules() -> list[str]:
-    return sorted(
-        str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"
-    )
+def test_imports_go_one_way_through_faces_and_in_no_circle(texts: dict[str, str]) -> None:
+    assert violations(read(texts)) == []
 
 
-def test_every_module_has_its_room() -> None:
-    rooms = {name.split("/")[0].removesuffix(".py") for name in _modules()}
-    assert rooms == set(ROOM)
+@pytest.mark.parametrize(
+    ("module", "line", "told"),
+    [
+        (
+            "data.files",
+            "def f():\n    from rmipo_lite.data.rows import Row\n",
+            "circle: ",
+        ),
+        (
+            "ops.head",
+            "def f():\n    from rmipo_lite.training.step import PairStep\n",
+            "rmipo_lite.ops.head imports upward: rmipo_lite.training.step PairStep",
+        ),
+        (
+            "ops.head",
+            "if TYPE_CHECKING:\n    from rmipo_lite.config import RMiPOConfig\n",
+            "rmipo_lite.ops.head imports upward: rmipo_lite.config RMiPOConfig",
+        ),
+        (
+            "output.page",
+            "from rmipo_lite.ops import linear_logps\n",
+            "rmipo_lite.output.page imports upward: rmipo_lite.ops linear_logps",
+        ),
+        (
+            "training.step",
+            "from rmipo_lite.model.batch import _rows\n",
+            "rmipo_lite.training.step takes the private rmipo_lite.model.batch._rows",
+        ),
+        (
+            "training.step",
+            "from rmipo_lite.model import loading\nloading._NO_CODE\n",
+            "rmipo_lite.training.step takes the private rmipo_lite.model.loading._NO_CODE",
+        ),
+        (
+            "training.step",
+            "from rmipo_lite.data.sources import read_records\n",
+            "rmipo_lite.training.step imports rmipo_lite.data.sources, which its room doesn't name",
+        ),
+        ("attic.old", "", "rmipo_lite.attic.old is in no room of the order"),
+    ],
+)
+def test_what_breaks_the_order_is_found(
+    module: str, line: str, told: str, texts: dict[str, str]
+) -> None:
+    name = f"rmipo_lite.{module}"
+    planted = {**texts, name: f"{texts.get(name, '')}\n{line}"}
+    assert any(found.startswith(told) for found in violations(read(planted)))
 
 
-def test_imports_go_one_way() -> None:
-    wrong = []
-    for name in _modules():
-        room = name.split("/")[0].removesuffix(".py")
-        wrong += [
-            f"{name} imports {other}"
-            for other in _imports(name)
-            if other != room and ROOM[other] >= ROOM[room]
-        ]
-    assert wrong == []
+def test_files_and_rooms_are_small(texts: dict[str, str]) -> None:
+    assert [name for name, text in texts.items() if text.count("\n") > MOST_LINES] == []
+    for room in (path for path in PACKAGE.iterdir() if path.is_dir()):
+        assert len(list(room.glob("*.py"))) <= MOST_FILES, room.name
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_ON_THE_LANDING
+
+
+def test_every_face_says_in_two_lines_what_the_room_is_for() -> None:
+    for face in PACKAGE.glob("*/__init__.py"):
+        text = face.read_text(encoding="utf-8")
+        said = [line for line in text.split('"""')[1].splitlines() if line]
+        assert 1 < len(said) <= 4, face
+        assert "__all__" in text, face
 
 
 def test_no_module_hides_a_public_function() -> None:
     """With lazy imports `rmipo_lite.train` would be the module and not the function."""
     import rmipo_lite
 
-    modules = {name.split("/")[0].removesuffix(".py") for name in _modules()}
-    assert modules & set(rmipo_lite.__all__) == set()
+    hidden = FLOOR.keys() & set(rmipo_lite.__all__)
+    hidden |= {name for name in rmipo_lite.__all__ for _ in PACKAGE.rglob(f"{name}.py")}
+    assert hidden == set()
 
 
 def test_the_public_surface_is_importable() -> None:
@@ -93,3 +96,8 @@ def test_the_public_surface_is_importable() -> None:
 
     for name in rmipo_lite.__all__:
         assert getattr(rmipo_lite, name) is not None
+
+
+def test_the_picture_in_the_docs_is_of_these_imports(texts: dict[str, str]) -> None:
+    """Redraw it with `python scripts/architecture.py`."""
+    assert PICTURE.read_text(encoding="utf-8") == picture(read(texts))

@@ -15,8 +15,8 @@ from rmipo_lite.checkpoints.weights import save_weights
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import adapter, loading, names
 from rmipo_lite.planning import quantization
-from rmipo_lite.selftest.parts import random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.training.step import PairStep
+from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 
 def _trainable(model: nn.Module) -> int:

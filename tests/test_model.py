@@ -17,7 +17,7 @@ from rmipo_lite.model.backbone import (
 )
 from rmipo_lite.model.head import read_head
 from rmipo_lite.model.packing_check import packing_problem
-from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
+from tests.kit import VOCAB, random_pairs, tiny_model
 
 
 def _both(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,12 +25,12 @@ from rmipo_lite.inspection.pair_scores import (
 )
 from rmipo_lite.inspection.score_file import NUMBERS, SCORES_FILE, ScoreFile
 from rmipo_lite.ops import pair_loss
-from rmipo_lite.selftest.parts import random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.training.step import PairStep, make_step
+from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 COUNT, CHUNK = 23, 8
 

@@ -15,7 +15,7 @@ from rmipo_lite.watch import panel, progress
 from rmipo_lite.watch.panel import NotebookPanel, panel_html
 from rmipo_lite.watch.progress import ProgressDisplay, show_progress
 from rmipo_lite.watch.run_progress import RunProgress
-from tests.trainer_parts import make_trainer
+from tests.kit import make_trainer
 
 LINE = {
     "loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.25, "rmipo/gamma": 0.9,

@@ -20,7 +20,7 @@ from rmipo_lite.output import plots
 from rmipo_lite.results.comparison import Comparison
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
-from tests.trainer_parts import tiny_llama, tiny_peft, tiny_tokenizer
+from tests.kit import tiny_model, tiny_peft, word_tokenizer
 
 PROMPTS = ["w1 w2 w3 w4", "w5"]
 TEMPLATE = (
@@ -49,9 +49,11 @@ def strong_adapter() -> Any:
 def result(tmp_path: Path) -> TrainResult:
     report = DataReport(source="pairs.jsonl", total=3, kept=2)
     report.drop(1, "empty", "<script>alert(1)</script>")
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None  # as many have none
     return TrainResult(
         model=strong_adapter(),
-        tokenizer=tiny_tokenizer(),
+        tokenizer=tokenizer,
         args=RMiPOConfig(str(tmp_path / "run"), use_cpu=True, hub_token="hf_" + "Ab1" * 8),
         metrics={"eval_loss": 1.1, "eval_rewards/accuracies": 0.7, "eval_runtime": 3.0},
         metrics_before={"eval_loss": 1.5, "eval_rewards/accuracies": 0.5},
@@ -118,7 +120,7 @@ def test_wrong_prompts_are_named(result: TrainResult) -> None:
 def test_compare_switches_the_adapter_off_and_on(result: TrainResult) -> None:
     both = result.compare(PROMPTS, max_new_tokens=5)
     assert both.before == generate_answers(
-        tiny_llama(), result.tokenizer, PROMPTS, max_new_tokens=5
+        tiny_model(), result.tokenizer, PROMPTS, max_new_tokens=5
     )
     assert both.after == result.generate(PROMPTS, max_new_tokens=5)
     assert both.before != both.after
@@ -148,7 +150,7 @@ def test_an_answer_that_the_limit_cut_says_so(result: TrainResult) -> None:
 
 
 def test_compare_without_an_adapter_is_refused(result: TrainResult) -> None:
-    result.model = tiny_llama()
+    result.model = tiny_model()
     with pytest.raises(TypeError, match="has none"):
         result.compare(PROMPTS)
     with pytest.raises(TypeError, match="nothing to merge"):
@@ -165,7 +167,7 @@ def test_saved_adapter_loads_with_equal_logits(result: TrainResult, tmp_path: Pa
     assert {"README.md", "training_config.json"} <= names
     assert not [name for name in names if name.endswith(".bin")]
     ids = torch.arange(3, 11).view(1, -1)
-    loaded = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    loaded = PeftModel.from_pretrained(tiny_model(), folder).eval()
     result.model.eval()
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, result.model(ids).logits)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rmipo_lite.selftest.parts import random_pairs, tiny_trainer
 from rmipo_lite.training.run_log import PAIR_VALUES_FILE
+from tests.kit import random_pairs, tiny_trainer
 
 NAMES = {"loss": "loss", "logps/chosen": "chosen_logps", "rmipo/gamma": "gamma"}
 

@@ -16,12 +16,12 @@ from rmipo_lite.model import batch
 from rmipo_lite.model.adapter import attach_adapter
 from rmipo_lite.ops import head as head_module
 from rmipo_lite.ops import head_blocks
-from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training import step as step_module
 from rmipo_lite.training.step import PairStep
 from tests.conftest import ROOT
+from tests.kit import random_pairs, tiny_model
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -333,7 +333,7 @@ import resource, sys
 import torch
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.step import PairStep
-from rmipo_lite.selftest.parts import random_pairs, tiny_model
+from tests.kit import random_pairs, tiny_model
 
 torch.set_num_threads(1)
 model = tiny_model(hidden_size=256, intermediate_size=1024, max_position_embeddings=1024)

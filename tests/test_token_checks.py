@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.inspection.token_checks import TokenChecks, length_bias
-from rmipo_lite.selftest.parts import word_tokenizer
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import tokenize_in_chunks
+from tests.kit import word_tokenizer
 
 Record = dict[str, Any]
 

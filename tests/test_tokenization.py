@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import Row, load_rows
-from rmipo_lite.selftest.encoders import sentencepiece_like
 from rmipo_lite.tokens.encoder import TextEncoder
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import encode_prompt, tokenize_in_chunks, tokenize_rows
+from tests.kit import sentencepiece_like
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.tokens.options import prior_bos_id
 from rmipo_lite.training import step as step_module
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
+from tests.kit import random_pairs, tiny_model
 
 MODEL = REFERENCES / "model_sft"
 

@@ -3,8 +3,8 @@
 The stock Trainer writes files one by one into the folder it will later resume from, takes the
 highest number without looking inside, starts with a fresh optimizer when that file is missing, and
 pickles half of its state. This mixin replaces those hooks: `class T(SafeCheckpointing, Trainer)`.
-A checkpoint is whole or absent (checkpoint_files.py), its state is safetensors and JSON
-(state_io.py), and a resumed run repeats the uninterrupted one bit for bit on the CPU.
+A checkpoint is whole or absent (sealed_folder.py), its state is safetensors and JSON
+(state.py), and a resumed run repeats the uninterrupted one bit for bit on the CPU.
 
 `training_args.bin` is neither written nor read; `training_config.json` holds the same for people,
 without tokens and keys. One process on one device: anything else is refused.

@@ -1,4 +1,4 @@
-"""The command `rmipo-lite`: train, inspect, estimate, demo, info, selftest, bench.
+"""The command `rmipo-lite`: train, inspect, estimate, demo, info, selftest.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows the traceback),
 2 a wrong command line, 130 interrupted. Imports happen inside the commands, so that `--help`
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmipo_lite.cli.parser import OWN_NAMES, parser_for
+from rmipo_lite.model.upstream import quiet_bitsandbytes
 from rmipo_lite.output.console import printable, say
 from rmipo_lite.output.redaction import redact_text
 
@@ -113,27 +114,6 @@ def _selftest(given: dict[str, Any]) -> int:
     return FAILED if any(outcome.lost for outcome in outcomes) else OK
 
 
-def _bench(given: dict[str, Any]) -> int:
-    from pathlib import Path
-
-    from rmipo_lite.bench import report, run
-
-    what, folder = given.pop("what"), Path(given.pop("output_dir"))
-    if what == "report":
-        rows = report.read_all(folder)
-        report.draw(folder / report.PLOT, rows)
-        readme = folder.resolve().parent / "README.md"
-        report.put_between(readme, report.MARK, report.table(rows))
-        say(report.table(rows))
-        return OK
-    files = {
-        name: None if (path := given.pop(name)) is None else Path(path)
-        for name in ("pairs", "tokenizer")
-    }
-    say(f"Rows are in {run.run(what, folder, quick=given['quick'], **files)}")
-    return OK
-
-
 def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     chosen = subparsers.choices[command] if command else parser
@@ -165,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = {
     "train": _train, "inspect": _inspect, "estimate": _estimate, "demo": _demo, "info": _info,
-    "selftest": _selftest, "bench": _bench,
+    "selftest": _selftest,
 }  # fmt: skip
 
 
@@ -174,7 +154,8 @@ def _run(command: str, given: dict[str, Any]) -> int:
 
     debug = given.pop("debug", False)
     try:
-        return COMMANDS[command](given)
+        with quiet_bitsandbytes():
+            return COMMANDS[command](given)
     except KeyboardInterrupt:
         way = "; `--resume` goes on from the last checkpoint" if command == "train" else ""
         _complain("interrupted" + way)

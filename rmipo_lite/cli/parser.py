@@ -30,7 +30,7 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
     commands = parser.add_subparsers(
-        dest="command", metavar="{train,inspect,estimate,demo,info,selftest,bench}"
+        dest="command", metavar="{train,inspect,estimate,demo,info,selftest}"
     )
     _add_train(commands, argv)
     _add_inspect(commands, argv)
@@ -43,25 +43,8 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info", help="versions, device, precision, which operators run and why", allow_abbrev=False
     )
-    bench = commands.add_parser(
-        "bench",
-        help="measure against the authors' step, trl, liger and the bare matrix products",
-        description="Measure on the CPU and write rows to OUTPUT_DIR/<what>.csv; report makes the "
-        "README's table and a plot from all rows. Peers: pip install 'rmipo-lite[bench]'.",
-        allow_abbrev=False,
-    )
-    bench.add_argument(
-        "what",
-        choices=("head", "step", "memory", "estimate", "data", "methods", "gpu", "report"),
-    )
-    bench.add_argument(
-        "--output_dir", "--output-dir", default="benchmarks", help="folder of the rows"
-    )
-    bench.add_argument("--quick", action="store_true", help="one small shape: does it run?")
-    bench.add_argument("--pairs", help="data: preference pairs (default: the demo's)")
-    bench.add_argument("--tokenizer", help="data: folder of a tokenizer (default: the demo's)")
     _add_selftest(commands)
-    for command in (demo, info, bench):
+    for command in (demo, info):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

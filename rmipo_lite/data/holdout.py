@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from rmipo_lite.data.rows import Row, text_key
+from rmipo_lite.data.rows import Row
 
 MIN_PAIRS_TO_HOLD_OUT = 8  # fewer pairs are too few to lose any
 
@@ -44,5 +45,5 @@ def split_holdout(
 
 def _prompt_key(pair: Any) -> Any:
     if isinstance(pair, Row):
-        return text_key(pair.prompt)
+        return pair.prompt if isinstance(pair.prompt, str) else json.dumps(pair.prompt)
     return tuple(pair.prompt_ids)

@@ -8,11 +8,12 @@ that a user can go and look. The report holds no texts but short examples.
 
 from __future__ import annotations
 
-import html
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from rmipo_lite.output.table import html_table, labelled
 
 ROWS_SHOWN = 5  # row numbers that are printed for each reason; the report holds all of them
 EXAMPLE_CHARS = 300  # longest example text stored with a reason
@@ -21,8 +22,8 @@ REFUSED_SHARE = 0.5  # above it the refused rows stand first among the warnings
 PERCENTILES = (5, 50, 95)
 
 
-def printable(text: str, limit: int = EXAMPLE_CHARS) -> str:
-    """`text` made safe for a terminal: control characters become spaces, at most `limit` long."""
+def shortened(text: str, limit: int = EXAMPLE_CHARS) -> str:
+    """`text` on one line: control characters become spaces, at most `limit` characters long."""
     cut = text if len(text) <= limit else text[: limit - 4] + " ..."
     return "".join(c if c.isprintable() else " " for c in cut)
 
@@ -49,7 +50,7 @@ class Tally:
             self.ranges[-1] = (self.ranges[-1][0], row)
         else:
             self.ranges.append((row, row))
-        self.example = self.example or printable(example)
+        self.example = self.example or shortened(example)
 
     def numbers(self) -> Iterator[int]:
         """The 0-based numbers of its rows, in the order they were met."""
@@ -176,7 +177,7 @@ class DataReport:
 
     def facts(self) -> list[tuple[str, str]]:
         """(label, value) lines that the text and the HTML form share."""
-        facts = [("source", printable(self.source, 120))]
+        facts = [("source", shortened(self.source, 120))]
         facts.append(
             (
                 "rows",
@@ -207,25 +208,20 @@ class DataReport:
         ]
         facts += [(label, str(count)) for label, count in counts if count]
         if self.ignored_columns:
-            facts.append(("not used", printable(", ".join(self.ignored_columns))))
-        return facts + [("WARNING", printable(line, 400)) for line in self.warnings]
+            facts.append(("not used", shortened(", ".join(self.ignored_columns))))
+        return facts + [("WARNING", shortened(line, 400)) for line in self.warnings]
 
     def __str__(self) -> str:
-        return "\n".join(f"{label:<17}{value}" for label, value in [("Data", ""), *self.facts()])
+        return "\n".join(labelled([("Data", ""), *self.facts()], 17))
 
     # As the last value of a cell, or at a prompt, its lines are what a reader wants.
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The same lines as a small table; every text escaped."""
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for label, value in self.facts()
-        )
-        return f"<table>{cells}</table>"
+        return html_table((), self.facts())
 
 
 def _tally_line(reason: str, tally: Tally) -> str:
     example = f"; e.g. {tally.example}" if tally.example else ""
-    return f"{tally.count}: {printable(reason)} (rows {name_rows(tally.numbers())}){example}"
+    return f"{tally.count}: {shortened(reason)} (rows {name_rows(tally.numbers())}){example}"

@@ -11,15 +11,17 @@ not end an evening's run. Rows are never repaired by guessing.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rmipo_lite.data.columns import check_columns
 from rmipo_lite.data.files import Broken
 from rmipo_lite.data.normalise import Dropped, Identical, Message, Refused, normalise
-from rmipo_lite.data.report import DataReport, name_rows, printable
+from rmipo_lite.data.report import DataReport, name_rows, shortened
 from rmipo_lite.data.sources import read_records
+
+Texts = tuple[str, str, str]  # prompt, chosen, rejected
+_MIN_PROMPT = 20  # characters from which repeating the prompt is no chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,32 +92,44 @@ def load_rows(dataset: Any, *, split: str = "train", argument: str = "dataset") 
 
 
 def _count_texts(row: Row, seen: set[tuple[bytes, ...]], report: DataReport) -> None:
-    """Duplicates, and text responses that repeat their prompt."""
-    key = tuple(_digest(text_key(side)) for side in (row.prompt, row.chosen, row.rejected))
+    """Duplicates, and pairs both of whose responses repeat their prompt."""
+    key = tuple(map(digest, texts_of(row)))
     report.duplicate_rows += key in seen
     seen.add(key)
-    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        report.responses_repeating_prompt += (
-            len(prompt) > 20 and chosen.startswith(prompt) and rejected.startswith(prompt)
-        )
+    report.responses_repeating_prompt += len(repeating_prompt(row)) == 2
 
 
-def _digest(text: str) -> bytes:
-    """A text that is only compared: a second copy of every text would double the memory."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def texts_of(row: Row) -> Texts:
+    """Prompt, chosen and rejected as plain texts; messages joined by newlines."""
+    prompt, chosen, rejected = (
+        side if isinstance(side, str) else "\n".join(message["content"] for message in side)
+        for side in (row.prompt, row.chosen, row.rejected)
+    )
+    return prompt, chosen, rejected
 
 
-def text_key(side: str | list[Message]) -> str:
-    """A text, or messages as one text, for comparing."""
-    return side if isinstance(side, str) else json.dumps(side)
+def digest(text: str) -> bytes:
+    """What stands for a text that is only compared, 16 bytes; whitespace doesn't count.
+
+    A second copy of every text would double the memory.
+    """
+    folded = " ".join(text.split()).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(folded, digest_size=16).digest()
+
+
+def repeating_prompt(row: Row) -> list[str]:
+    """The responses that begin with their prompt; of messages, with the last question."""
+    asked = (row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]).strip()
+    if len(asked) <= _MIN_PROMPT:
+        return []
+    return [text for text in texts_of(row)[1:] if text.lstrip().startswith(asked)]
 
 
 def nothing_left(report: DataReport) -> str:
     """The message for a dataset without one usable row: the three most frequent reasons."""
     reasons = {**report.refused, **report.dropped}
     lines = [
-        f"  {tally.count} rows ({name_rows(tally.numbers())}): {printable(reason)}"
+        f"  {tally.count} rows ({name_rows(tally.numbers())}): {shortened(reason)}"
         + (f" ({tally.example})" if tally.example else "")
         for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].count)[:3]
     ]

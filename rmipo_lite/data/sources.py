@@ -1,6 +1,6 @@
 """Any container of preference rows -> a list of records, faulty records included.
 
-One function, `read_records`, knows every kind of input; files are read by `data_files`. A record
+One function, `read_records`, knows every kind of input; files are read by `files`. A record
 that could not be read is a `Broken` in its place, so that row numbers stay.
 """
 

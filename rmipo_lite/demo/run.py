@@ -7,7 +7,6 @@ learns from preferences, on one tiny made-up task; it compares no method with an
 
 from __future__ import annotations
 
-import html
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from rmipo_lite.demo.task import (
     held_out_questions,
     make_pairs,
 )
+from rmipo_lite.output.table import escaped, html_table
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.run import train
 
@@ -182,14 +182,6 @@ def _samples(
     return [(questions[i].text, before[i].text, after[i].text) for i in places]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = []
-    for tag, row in [("th", head), *(("td", row) for row in rows)]:
-        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
 def _sections(demo: DemoResult) -> list[tuple[str, str]]:
     """The demo's own part of the report: (title, HTML)."""
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in ANSWER_SHARES.items())
@@ -197,9 +189,9 @@ def _sections(demo: DemoResult) -> list[tuple[str, str]]:
     return [
         (
             f"True reward on {demo.prompts} held-out prompts",
-            _table(("", "before", "after"), list(demo.rows()))
-            + f"<p>{html.escape(_NOTE)} The supervised text mixed {shares} answers.</p>",
+            html_table(("", "before", "after"), list(demo.rows()))
+            + f"<p>{escaped(_NOTE)} The supervised text mixed {shares} answers.</p>",
         ),
-        ("Margin by kind of pair", _table(("pair", "mean PMI gap", "mean gamma"), list(gamma))),
-        ("Samples by position", _table(("prompt", "before", "after"), list(demo.samples))),
+        ("Margin by kind of pair", html_table(("pair", "mean PMI gap", "mean gamma"), list(gamma))),
+        ("Samples by position", html_table(("prompt", "before", "after"), list(demo.samples))),
     ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.demo.task import GENERIC, PAIR_KINDS, REWARD_RIGHT, Pair, Question, true_reward
+from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.ops import linear_logps, rmipo_loss
 
 MAX_NEW_TOKENS = 64  # the longest supervised answer has about 50
@@ -49,9 +50,7 @@ def sample_answers(
     device = next(model.parameters()).device
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with evaluating(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=input_ids,
@@ -63,7 +62,6 @@ def sample_answers(
             use_cache=True,
             pad_token_id=pad,
         )
-    model.train(was_training)
     answers = []
     for row in output[:, width:].tolist():
         ended = end in row

@@ -19,7 +19,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-Texts = tuple[str, str, str]  # prompt, chosen, rejected
+from rmipo_lite.data.rows import Texts
+
 Hashes = NDArray[np.uint64]
 
 ALMOST_EQUAL = 0.9  # similarity from which the two responses of a pair are almost equal

@@ -25,6 +25,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.score_file import LENGTHS, NUMBERS, Numbers, ScoreFile
 from rmipo_lite.model import batch
+from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.model.names import name_of
 from rmipo_lite.ops.losses import loss_named
 from rmipo_lite.output.console import duration, say
@@ -95,9 +96,7 @@ def score_pairs(
             columns[name][place] = value
 
     progress = _Progress(len(rows))
-    was_training = step.model.training
-    step.model.eval()
-    try:
+    with evaluating(step.model):
         for rows_behind, pairs in chunks:
             known = [pair.row for pair in pairs if pair.row in file]
             for row in known:
@@ -112,8 +111,6 @@ def score_pairs(
                 progress.tell(rows_behind, len(part))
             file.sync()
             progress.next_chunk()
-    finally:
-        step.model.train(was_training)
     return PairScores(columns, scored, taken_over)
 
 

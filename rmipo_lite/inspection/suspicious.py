@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rmipo_lite.data.rows import Row
+from rmipo_lite.data.rows import Row, texts_of
 from rmipo_lite.inspection.near_duplicates import ALMOST_EQUAL
-from rmipo_lite.inspection.text_checks import texts_of
 
 Kind = Literal["label", "generic", "almost_equal"]
 GENERIC_PMI = 0.1  # nats per token up to which a response doesn't depend on its prompt

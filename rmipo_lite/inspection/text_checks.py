@@ -13,22 +13,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal
 
-from rmipo_lite.data.report import Tally, printable
-from rmipo_lite.data.rows import Row
+from rmipo_lite.data.report import Tally, shortened
+from rmipo_lite.data.rows import Row, Texts, digest, repeating_prompt, texts_of
 from rmipo_lite.inspection.near_duplicates import (
     ALMOST_EQUAL,
     THRESHOLD,
-    Texts,
     near_duplicate_groups,
     similarity,
 )
+from rmipo_lite.output.findings import Finding
 
 _RARE = 0.2  # share of rows up to which answers of one word are odd rather than the task
-_MIN_PROMPT = 20  # characters from which repeating the prompt is no chance
 _EXAMPLE = 60  # characters of a text in an example
 _SIGMAS = 3.0  # of a fair coin, from which one side has a mark more often than by chance
 _MIN_ONE_SIDED = 0.02  # share of the rows below which such a mark is not worth a word
@@ -108,22 +106,14 @@ _NOTES = {
 
 
 @dataclass(frozen=True)
-class TextFinding:
-    """One kind of trouble in the data.
+class TextFinding(Finding):
+    """One kind of trouble in the data, e.g. "near_duplicates".
 
     Attributes:
-        name: which, e.g. "near_duplicates".
-        text: what was seen, with its numbers.
-        advice: what to do about it.
         tally: how many rows, which, and an example; empty where no row is to blame alone.
-        level: "warning", or "note" for what can be right.
     """
 
-    name: str
-    text: str
-    advice: str
     tally: Tally = field(default_factory=Tally)
-    level: Literal["warning", "note"] = "warning"
 
 
 @dataclass(frozen=True)
@@ -139,15 +129,6 @@ class TextReport:
     findings: list[TextFinding]
     similarity: dict[int, float]
     near_duplicates: list[list[int]]
-
-
-def texts_of(row: Row) -> Texts:
-    """Prompt, chosen and rejected as plain texts; messages joined by newlines."""
-    prompt, chosen, rejected = (
-        side if isinstance(side, str) else "\n".join(message["content"] for message in side)
-        for side in (row.prompt, row.chosen, row.rejected)
-    )
-    return prompt, chosen, rejected
 
 
 def check_texts(rows: Sequence[Row]) -> TextReport:
@@ -179,7 +160,7 @@ class _Check:
 
     def add(self, row: Row) -> None:
         texts = texts_of(row)
-        prompt, chosen, rejected = (_digest(text) for text in texts)
+        prompt, chosen, rejected = map(digest, texts)
         key = prompt + chosen + rejected
         if key in self._seen:
             self._note("duplicates", row, _short(texts[0]))
@@ -199,9 +180,8 @@ class _Check:
         bare = [text for text in responses if len(text.split()) < 2 or not _WORD.search(text)]
         if bare:
             self._note("one_word", row, _short(bare[0]))
-        asked = (row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]).strip()
-        repeating = [text for text in responses if text.lstrip().startswith(asked)]
-        if len(asked) > _MIN_PROMPT and repeating:
+        repeating = repeating_prompt(row)
+        if repeating:
             self._note("repeats_prompt", row, _short(repeating[0]))
         marked = [found for text in responses if (found := _ROLE_MARK.search(text))]
         if not isinstance(row.prompt, str):  # a text prompt is formatted by whoever wrote it
@@ -274,7 +254,7 @@ class _Check:
                 text = f"{tally.count} {'row' if tally.count == 1 else 'rows'}: {what}"
                 text += more if name == "one_side_cut_off" else ""
                 level: Literal["warning", "note"] = "note" if name in _NOTES else "warning"
-                findings.append(TextFinding(name, text, advice, tally, level))
+                findings.append(TextFinding(name, text, advice, level, tally=tally))
         return findings
 
     def _cut_off(self) -> tuple[Tally, str]:
@@ -303,15 +283,10 @@ def _circle(edges: set[tuple[bytes, bytes]]) -> set[tuple[bytes, bytes]]:
     return set()
 
 
-def _digest(text: str) -> bytes:
-    """What stands for a text; whitespace doesn't count."""
-    return blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-
-
 def _seems_cut(text: str) -> bool:
     last = text.rstrip()[-1:]
     return last.isalpha() or last in (",", "-", "–", "(", ";")
 
 
 def _short(text: str) -> str:
-    return printable(text, _EXAMPLE)
+    return shortened(text, _EXAMPLE)

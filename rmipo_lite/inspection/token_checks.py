@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rmipo_lite.data.report import LENGTH_BIAS_SHARE, Tally, printable
+from rmipo_lite.data.report import LENGTH_BIAS_SHARE, Tally, shortened
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.text_checks import TextFinding
 from rmipo_lite.tokens.encoder import TextEncoder
@@ -113,7 +113,7 @@ class TokenChecks:
         responses = self._encoder.responses([response for _, _, response in sides])
         joint = self._encoder.encode([prompt + response for _, prompt, response in sides])
         return {
-            row: printable(f"{prompt[-12:]!r} + {response[:12]!r}")
+            row: shortened(f"{prompt[-12:]!r} + {response[:12]!r}")
             for (row, prompt, response), one, other, both in zip(
                 sides, prompts, responses, joint, strict=True
             )
@@ -123,7 +123,7 @@ class TokenChecks:
     def findings(self) -> list[TextFinding]:
         """What is worth a word."""
         found = [
-            TextFinding(name, f"{_rows(tally.count)}: {what}", advice, tally, level)
+            TextFinding(name, f"{_rows(tally.count)}: {what}", advice, level, tally=tally)
             for name, (what, advice, level) in _ADVICE.items()
             if (tally := self._tallies[name]).count
         ]
@@ -135,8 +135,8 @@ class TokenChecks:
                     f"{_rows(self._cut.count)}: cut at {self._options.max_length} tokens "
                     f"({share:.1%} of the pairs)",
                     "Raise max_length if memory allows, or drop the longest pairs",
-                    self._cut,
                     "warning" if share > _MANY_CUT else "note",
+                    tally=self._cut,
                 )
             )
         return found

@@ -5,10 +5,9 @@ All four show the same facts; every text that comes from data is escaped on its 
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +17,14 @@ from rmipo_lite.inspection.pair_scores import OPTIONS
 from rmipo_lite.inspection.suspicious import RULES, SuspiciousPair
 from rmipo_lite.output import plots
 from rmipo_lite.output.console import printable
-from rmipo_lite.output.page import escaped, html_page, table
+from rmipo_lite.output.page import html_page
+from rmipo_lite.output.table import escaped, html_table, labelled, text_table, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rmipo_lite.inspection.inspection import Inspection
+    from rmipo_lite.inspection.facts import InspectionFacts
     from rmipo_lite.inspection.text_checks import TextFinding
 
 _WIDTH = 98  # characters of a line
@@ -39,14 +39,14 @@ Rows = list[tuple[str, ...]]
 # ---- what is shown --------------------------------------------------------------------------
 
 
-def facts(inspection: Inspection) -> Rows:
+def facts(inspection: InspectionFacts) -> Rows:
     """(label, value): what became of the rows, and what length tells."""
     kept = ("source", "rows", "dropped", "refused", "distinct prompts", "not used")
     shown: Rows = [fact for fact in inspection.data_report.facts() if fact[0] in kept]
     return shown + inspection.length_bias()[0]
 
 
-def lengths(inspection: Inspection) -> Rows:
+def lengths(inspection: InspectionFacts) -> Rows:
     """Length of prompts and responses: name, 5th, 50th, 95th percentile, longest."""
     rows: Rows = []
     for side in ("prompt", "chosen", "rejected"):
@@ -56,7 +56,7 @@ def lengths(inspection: Inspection) -> Rows:
     return rows
 
 
-def numbers(inspection: Inspection) -> Rows:
+def numbers(inspection: InspectionFacts) -> Rows:
     """What the model thinks: name with unit, mean, 5th, 50th, 95th percentile."""
     rows: Rows = []
     for quantity in _quantities(inspection):
@@ -68,7 +68,7 @@ def numbers(inspection: Inspection) -> Rows:
     return rows
 
 
-def model_facts(inspection: Inspection) -> Rows:
+def model_facts(inspection: InspectionFacts) -> Rows:
     """(label, value) about the pairs under the model."""
     scores, means = inspection.scores, inspection.metrics
     if scores is None:
@@ -111,7 +111,7 @@ def _where(finding: TextFinding) -> str:
 # ---- text -----------------------------------------------------------------------------------
 
 
-def text(inspection: Inspection, top: int) -> str:
+def text(inspection: InspectionFacts, top: int) -> str:
     """Everything for a terminal of 100 columns."""
     lines = ["Inspection", *_labelled(facts(inspection)), ""]
     lines += _columns(("", "p5", "p50", "p95", "max"), lengths(inspection))
@@ -141,33 +141,27 @@ def _one_line(line: str) -> str:
     return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 4] + " ..."
 
 
-def _labelled(rows: Rows) -> Iterator[str]:
-    for label, value in rows:
-        yield from _wrapped(value, f"  {label:<{_LABEL}}", " " * (_LABEL + 2))
+def _labelled(rows: Rows) -> list[str]:
+    return labelled(cast(list[tuple[str, str]], rows), _LABEL, _WIDTH, "  ")
 
 
 def _wrapped(value: str, first: str, later: str) -> list[str]:
-    value = " ".join(printable(value).split())
-    return textwrap.wrap(value, _WIDTH, initial_indent=first, subsequent_indent=later)
+    return wrapped(value, _WIDTH, first, later)
 
 
 def _columns(head: Sequence[str], rows: Rows) -> list[str]:
-    width = max([28, *(len(row[0]) for row in rows)])
-    return [
-        f"  {name:<{width}}" + "".join(f"{cell:>9}" for cell in cells)
-        for name, *cells in (tuple(head), *rows)
-    ]
+    return [f"  {line}" for line in text_table(head, rows, right=range(1, len(head)))]
 
 
 # ---- HTML -----------------------------------------------------------------------------------
 
 
-def html(inspection: Inspection, top: int) -> str:
+def html(inspection: InspectionFacts, top: int) -> str:
     """Everything for a notebook."""
     return "".join(f"<h4>{escaped(title)}</h4>{body}" for title, body in _sections(inspection, top))
 
 
-def page(inspection: Inspection, top: int) -> str:
+def page(inspection: InspectionFacts, top: int) -> str:
     """Everything as one self-contained page."""
     data = inspection.data_report
     under = f" under {inspection.model_name}" if inspection.scores is not None else ""
@@ -175,28 +169,28 @@ def page(inspection: Inspection, top: int) -> str:
     sections = _sections(inspection, top)
     if inspection.scores is not None:
         options = [(name, getattr(inspection.args, name)) for name in OPTIONS]
-        sections.append(("Options", table(("option", "value"), options)))
+        sections.append(("Options", html_table(("option", "value"), options)))
     return html_page(f"rmipo_lite inspection: {data.source}", subtitle, sections)
 
 
-def _sections(inspection: Inspection, top: int) -> list[tuple[str, str]]:
+def _sections(inspection: InspectionFacts, top: int) -> list[tuple[str, str]]:
     head = ("", "p5", "p50", "p95", "max")
     sections = [
-        ("Data", table(("", ""), facts(inspection)) + table(head, lengths(inspection))),
+        ("Data", html_table(("", ""), facts(inspection)) + html_table(head, lengths(inspection))),
     ]
     if inspection.scores is not None:
         head = ("", "mean", "p5", "p50", "p95")
-        body = table(("", ""), model_facts(inspection)) + table(head, numbers(inspection))
+        body = html_table(("", ""), model_facts(inspection)) + html_table(head, numbers(inspection))
         sections.append((f"Under {inspection.model_name}", body))
     sections.append(("Histograms", _histograms(inspection)))
     seen = finding_rows(inspection.findings)
     columns = ("level", "what was seen", "where", "what to do")
-    sections.append(("Findings", table(columns, seen) if seen else "<p>None.</p>"))
+    sections.append(("Findings", html_table(columns, seen) if seen else "<p>None.</p>"))
     for kind, count in inspection.suspicious_counts.items():
         if count:
             pairs = inspection.suspicious(top, kind)
             body = f"<p>{count} pairs: {escaped(RULES[kind])}.</p>"
-            body += table(("row", "prompt", "chosen", "rejected", "why"), _pair_rows(pairs))
+            body += html_table(("row", "prompt", "chosen", "rejected", "why"), _pair_rows(pairs))
             sections.append((f"Suspicious: {kind}", body))
     return sections
 
@@ -220,7 +214,7 @@ class _Quantity(NamedTuple):
     values: NDArray[Any]  # of the pairs that have it
 
 
-def _quantities(inspection: Inspection) -> list[_Quantity]:
+def _quantities(inspection: InspectionFacts) -> list[_Quantity]:
     """What the model says of every pair that is finite."""
     if inspection.scores is None:
         return []
@@ -241,7 +235,7 @@ def _quantities(inspection: Inspection) -> list[_Quantity]:
     return [quantity for quantity in known if len(quantity.values)]
 
 
-def _panels(inspection: Inspection) -> list[Callable[[Axes], None]]:
+def _panels(inspection: InspectionFacts) -> list[Callable[[Axes], None]]:
     """What each panel of the figure draws."""
     drawn: list[Callable[[Axes], None]] = [
         partial(_draw, "Response length", inspection.unit, {
@@ -275,7 +269,7 @@ def _draw(title: str, unit: str, series: dict[str, NDArray[Any]], axes: Axes) ->
         axes.legend(fontsize="small")
 
 
-def figure(inspection: Inspection) -> Figure:
+def figure(inspection: InspectionFacts) -> Figure:
     """All histograms in one figure."""
     panels = _panels(inspection)
     columns = min(3, len(panels))
@@ -286,6 +280,6 @@ def figure(inspection: Inspection) -> Figure:
     return drawn
 
 
-def _histograms(inspection: Inspection) -> str:
+def _histograms(inspection: InspectionFacts) -> str:
     """The panels as SVG."""
     return plots.beside([plots.svg_panel(draw) for draw in _panels(inspection)])

@@ -1,12 +1,13 @@
-"""The model's side: loading, LoRA, the hidden rows that are scored, and the head's conventions.
+"""The transformers model inside: the hidden rows that are scored, its modes, its device.
 
-The head is applied by our operator, never by the model: `(N, V)` logits are never held. What a
-model does between its last hidden state and its logits is therefore read here (`read_head`), and
-`selfcheck.py` compares the outcome with the model's own logits before a run.
+It runs up to its last hidden state. The head is applied by our operator (`head.read_head`), so that
+`(N, V)` logits are never held.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +69,18 @@ def enable_checkpointing(model: nn.Module) -> None:
     # Frozen embeddings have no gradient, and a checkpointed block would pass none on.
     if not hasattr(base, "_require_grads_hook"):
         base.enable_input_require_grads()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.tokens.tokenize_rows import encode_prompt
 
 Prompt = str | list[dict[str, str]]
@@ -46,21 +47,18 @@ class Answer(str):
 @contextmanager
 def _ready_to_generate(model: Any) -> Iterator[None]:
     """Evaluation mode with the key-value cache on; everything as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     use_cache = model.config.use_cache
-    model.eval()
     model.config.use_cache = True
     for module in checkpointed:  # a checkpointed block has no cache to write to
         module.gradient_checkpointing = False
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True
         model.config.use_cache = use_cache
-        for module, mode in modes:
-            module.training = mode
 
 
 class Generated(NamedTuple):

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import UnsupportedModelError, causal_lm, device_of, scored_hidden
+from rmipo_lite.model.backbone import (
+    UnsupportedModelError,
+    causal_lm,
+    device_of,
+    evaluating,
+    scored_hidden,
+)
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops.native import Impl
@@ -41,23 +47,18 @@ def packing_problem(
         UnsupportedModelError: even padded, our head disagrees with the model's own logits.
     """
     sample = _sample(pairs)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            padded_input = batch.policy_input(sample, packing=False, pad_id=pad_id)
-            padded = _token_logps(model, padded_input, impl)
-            _check_head(model, padded_input, padded)
-            if any(pair.rejected_prompt_ids is not None for pair in sample):
-                return "the two sides of a pair have different prompts"
-            try:
-                with packed_attention(model):
-                    packed = _token_logps(model, batch.policy_input(sample, packing=True), impl)
-            except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-                # Any error of a model that can't read packed rows means the same: pad instead.
-                return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        padded_input = batch.policy_input(sample, packing=False, pad_id=pad_id)
+        padded = _token_logps(model, padded_input, impl)
+        _check_head(model, padded_input, padded)
+        if any(pair.rejected_prompt_ids is not None for pair in sample):
+            return "the two sides of a pair have different prompts"
+        try:
+            with packed_attention(model):
+                packed = _token_logps(model, batch.policy_input(sample, packing=True), impl)
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            # Any error of a model that can't read packed rows means the same: pad instead.
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     difference = _difference(model, packed, padded)
     if difference is None:
         return None

@@ -1,9 +1,10 @@
 """The operators: `linear_logps` (the head) and `rmipo_loss` / `pair_loss` (the loss).
 
-`reference` defines what is correct, `native` finds, builds and loads the C++/CUDA kernels, `head`
-and `loss` hold the public functions with their gradients.
+They are handed on here, `losses` is the table of losses, `reference` what is correct, `native`
+and `library` the kernels.
 """
 
+from rmipo_lite.ops import library, losses, native, reference
 from rmipo_lite.ops.head import linear_logps
 from rmipo_lite.ops.head_rows import CPU_BUFFER_BYTES, card_buffer_bytes, head_buffer_bytes
 from rmipo_lite.ops.library import BackendStatus, status
@@ -18,8 +19,12 @@ __all__ = [
     "card_buffer_bytes",
     "device_flag",
     "head_buffer_bytes",
+    "library",
     "linear_logps",
+    "losses",
+    "native",
     "pair_loss",
+    "reference",
     "rmipo_loss",
     "status",
 ]

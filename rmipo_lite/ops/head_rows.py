@@ -23,7 +23,7 @@ _CHUNK_ROWS = (128, 256)
 # On a GPU every chunk reads the whole weight, so more rows are better, up to what its logits and
 # their derivative may take: this much, and this share of the card. A vocabulary so small that some
 # hundred rows of it stay in the second-level cache is better read from there. A count, not yet
-# measured on a card; `rmipo-lite bench gpu` measures it.
+# measured on a card; `python -m benchmarks gpu` measures it.
 _CARD_BYTES, _CARD_SHARE = 4 * 10**8, 1 / 40
 _CARD_ROWS = (128, 1024)
 _LEAST_CACHED_ROWS = 256

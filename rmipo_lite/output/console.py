@@ -68,6 +68,20 @@ def show(shown: Any) -> None:
     display(shown)
 
 
+def size(count: float) -> str:
+    """A number of bytes in words: `512 KiB`, `1.3 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def gib(count: float) -> str:
+    """A number of bytes in GiB, without the unit: two digits after the point below a half."""
+    return f"{count / 2**30:.1f}" if count >= 2**29 else f"{count / 2**30:.2f}"
+
+
 def duration(seconds: float) -> str:
     """A duration in words a person reads at a glance: `42 s`, `3 min 05 s`, `2 h 07 min`."""
     whole = max(0, round(seconds))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rmipo_lite.output.console import printable
+from rmipo_lite.output.table import escaped, html_table, wrapped
 
 _WIDTH = 96  # characters of a line
-_NONE = "Findings: none. What is watched: rmipo_lite/symptoms.py"
+_NONE = "Findings: none. What is watched: watch/symptoms.py"
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,9 @@ class Findings(Sequence[Finding]):
     def __str__(self) -> str:
         if not self:
             return _NONE
-        lines = [
-            textwrap.fill(printable(str(finding)), _WIDTH, subsequent_indent="  ")
-            for finding in self
-        ]
-        return "\n".join(lines)
+        return "\n".join(
+            line for finding in self for line in wrapped(str(finding), _WIDTH, later="  ")
+        )
 
     __repr__ = __str__
 
@@ -82,15 +78,5 @@ class Findings(Sequence[Finding]):
 
     def _repr_html_(self) -> str:
         if not self:
-            return f"<p>{html.escape(_NONE)}</p>"
-        style = "text-align:left;vertical-align:top;white-space:normal"
-        head = "".join(
-            f'<th style="{style}">{name}</th>' for name in ("when", "what was seen", "what to do")
-        )
-        body = "".join(
-            "<tr>"
-            + "".join(f'<td style="{style}">{html.escape(printable(c))}</td>' for c in row)
-            + "</tr>"
-            for row in self.rows()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            return f"<p>{escaped(_NONE)}</p>"
+        return html_table(("when", "what was seen", "what to do"), self.rows())

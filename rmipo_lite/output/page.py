@@ -1,4 +1,4 @@
-"""A self-contained HTML page: escaped texts, tables, sections; written to one file.
+"""A self-contained HTML page of sections, written to one file.
 
 No script, no font, no link out, so that it can be mailed and opens
 anywhere, on a phone and in the dark. Every text that comes from data is escaped.
@@ -6,13 +6,10 @@ anywhere, on a phone and in the dark. Every text that comes from data is escaped
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rmipo_lite.output.console import printable
-from rmipo_lite.output.redaction import redact_text
+from rmipo_lite.output.table import escaped
 from rmipo_lite.version import __version__
 
 _STYLE = """
@@ -29,28 +26,6 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align
          vertical-align: top; overflow-wrap: break-word }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 """
-
-_NUMBER = re.compile(r"[-+\d.,%e]+")
-_BREAKS = re.compile(r"(?<=[/_])(?=\w)")
-
-
-def escaped(text: object) -> str:
-    """Text for an HTML page: secrets redacted, control characters shown, markup escaped."""
-    return html.escape(printable(redact_text(str(text))))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An HTML table of escaped texts that scrolls sideways on a narrow screen."""
-    top = "".join(f"<th>{escaped(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(_cell(value) for value in r) + "</tr>" for r in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
-
-
-def _cell(value: object) -> str:
-    if _NUMBER.fullmatch(str(value)):
-        return f'<td class="number">{escaped(value)}</td>'
-    # Where a narrow screen may break a name such as rewards/accuracies.
-    return f"<td>{_BREAKS.sub(r'<wbr>', escaped(value))}</td>"
 
 
 def html_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:

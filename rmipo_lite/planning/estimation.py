@@ -7,6 +7,7 @@ floating-point operations over a share of the card's peak: an order of magnitude
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -256,9 +257,10 @@ class _Case:
 
 
 def _with_checkpointing(args: RMiPOConfig) -> RMiPOConfig:
-    return RMiPOConfig("rmipo-estimate", use_cpu=True, gradient_checkpointing=True,
-                       max_tokens_per_microstep=args.max_tokens_per_microstep,
-                       max_length=args.max_length)  # fmt: skip
+    """The caller's options, every one, and checkpointing."""
+    with_it = copy.copy(args)
+    with_it.gradient_checkpointing = True
+    return with_it
 
 
 # ---- time -----------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rmipo_lite.output import page, plots
-from rmipo_lite.output.console import duration, printable
+from rmipo_lite.output import plots
+from rmipo_lite.output.console import duration, gib, printable
+from rmipo_lite.output.table import escaped, html_table, labelled, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,8 +69,8 @@ class Fit:
     def row(self) -> tuple[str, ...]:
         """Texts of the table of cards."""
         return (
-            self.card, _gib(self.memory), self.weights, "on" if self.checkpointing else "off",
-            f"{self.max_tokens}", _gib(self.peak), self.time, self.verdict,
+            self.card, gib(self.memory), self.weights, "on" if self.checkpointing else "off",
+            f"{self.max_tokens}", gib(self.peak), self.time, self.verdict,
         )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ class Estimate:
         if self.fit.way_out is None:
             raise ValueError(
                 f"gpu: {self.model} fits {self.fit.card} with no setting: it takes "
-                f"{_gib(self.fit.least)} GiB of {_gib(self.fit.memory)}; take a smaller model"
+                f"{gib(self.fit.least)} GiB of {gib(self.fit.memory)}; take a smaller model"
             )
         return dict(self.fit.way_out)
 
@@ -135,10 +135,10 @@ class Estimate:
                 f"micro-steps of up to {fit.max_tokens} tokens",
             ),
         ]
-        lines += [(name, f"{_gib(size)} GiB") for name, size in fit.parts.items() if size]
-        lines.append(("peak", f"{_gib(fit.peak)} of {_gib(fit.memory)} GiB: {fit.verdict}"))
+        lines += [(name, f"{gib(size)} GiB") for name, size in fit.parts.items() if size]
+        lines.append(("peak", f"{gib(fit.peak)} of {gib(fit.memory)} GiB: {fit.verdict}"))
         if fit.least < fit.peak:
-            lines.append(("at least", f"{_gib(fit.least)} GiB, one pair at a time"))
+            lines.append(("at least", f"{gib(fit.least)} GiB, one pair at a time"))
         if fit.card == "cpu":
             lines.append(("note", "the system's allocator may hold up to 1.7 times as much"))
         if not fit.counted:
@@ -151,9 +151,8 @@ class Estimate:
         return f"Estimate: {self.model} on {self.fit.card} (nothing was loaded)"
 
     def __str__(self) -> str:
-        lines = [self.title]
-        lines += [f"  {label:<22}{value}" for label, value in self.facts()]
-        return printable("\n".join([*lines, "", *_aligned([_HEAD, *self._rows()]), _TIME_NOTE]))
+        lines = [printable(self.title), *labelled(self.facts(), 22, indent="  "), ""]
+        return "\n".join([*lines, *text_table(_HEAD, self._rows(), right=(1, 4, 5)), _TIME_NOTE])
 
     __repr__ = __str__
 
@@ -162,9 +161,9 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         return (
-            f"<p><b>{page.escaped(self.title)}</b></p>"
-            f"{page.table(('part', 'takes'), self.facts())}<p>On common cards:</p>"
-            f"{page.table(_HEAD, self._rows())}<p>{_TIME_NOTE}</p>"
+            f"<p><b>{escaped(self.title)}</b></p>"
+            f"{html_table(('part', 'takes'), self.facts())}<p>On common cards:</p>"
+            f"{html_table(_HEAD, self._rows())}<p>{_TIME_NOTE}</p>"
         )
 
     def to_pandas(self) -> pd.DataFrame:
@@ -203,20 +202,3 @@ class Estimate:
         axes.set_title(printable(self.model), parse_math=False)
         axes.legend(fontsize="small")
         return drawn
-
-
-def _gib(count: float) -> str:
-    return f"{count / _GIB:.1f}" if count >= _GIB / 2 else f"{count / _GIB:.2f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as columns of text; numbers stand to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = (1, 4, 5)
-    return [
-        "  ".join(
-            text.rjust(width) if place in right else text.ljust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

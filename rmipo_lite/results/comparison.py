@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rmipo_lite.model.generation import Answer, Prompt
 from rmipo_lite.output.console import printable
+from rmipo_lite.output.table import html_table
 
 COLUMN = 46  # characters of one column in the text table
 
@@ -61,17 +61,8 @@ class Comparison:
         return str(self)
 
     def _repr_html_(self) -> str:
-        def cell(text: str, tag: str = "td", width: str = "") -> str:
-            style = f"text-align:left;vertical-align:top;white-space:pre-wrap;{width}"
-            return f'<{tag} style="{style}">{html.escape(printable(text))}</{tag}>'
-
-        columns = (("prompt", "width:24%"), ("before", "width:38%"), ("after", "width:38%"))
-        head = "".join(cell(name, "th", width) for name, width in columns)
-        rows = "".join(
-            f"<tr>{cell(prompt_text(p))}{cell(_shown(before))}{cell(_shown(after))}</tr>"
-            for p, before, after in self
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        rows = [(prompt_text(p), _shown(before), _shown(after)) for p, before, after in self]
+        return html_table(("prompt", "before", "after"), rows, ("24%", "38%", "38%"))
 
 
 def _shown(answer: Answer) -> str:

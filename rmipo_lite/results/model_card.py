@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import html
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.redaction import redact, redact_text
-
-if TYPE_CHECKING:
-    from rmipo_lite.results.result import TrainResult
+from rmipo_lite.results.record import RunRecord
 
 _CLAIMS = """\
 The figures above belong to this run: one seed, one dataset, one held-out set. Nothing here shows
@@ -39,7 +37,7 @@ def run_options(args: Any) -> dict[str, Any]:
     return {name: values[name] for name in SHOWN_OPTIONS if name in values}
 
 
-def metric_rows(result: TrainResult) -> list[tuple[str, str, str]]:
+def metric_rows(result: RunRecord) -> list[tuple[str, str, str]]:
     """(metric, before, after) of the evaluation, as texts; what is read first stands first."""
     rows = []
     names = [*(name for name in _FIRST if name in result.metrics), *sorted(result.metrics)]
@@ -72,7 +70,7 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
-def model_card(result: TrainResult) -> str:
+def model_card(result: RunRecord) -> str:
     """The card as Markdown with the front matter that hubs read."""
     base = redact_text(result.base_model_name)
     method = result.args.loss.words

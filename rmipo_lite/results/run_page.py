@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rmipo_lite.model.names import short_name
 from rmipo_lite.output import plots
-from rmipo_lite.output.page import html_page, table
+from rmipo_lite.output.page import html_page
+from rmipo_lite.output.table import html_table
 from rmipo_lite.results.comparison import Comparison
 from rmipo_lite.results.model_card import metric_rows, run_options
-
-if TYPE_CHECKING:
-    from rmipo_lite.results.result import TrainResult
-
-
-def _samples(comparison: Comparison) -> str:
-    return f'<div class="wide">{comparison._repr_html_()}</div>'
+from rmipo_lite.results.record import RunRecord
 
 
 def curves(history: plots.History) -> str:
@@ -25,7 +19,7 @@ def curves(history: plots.History) -> str:
 
 
 def report_html(
-    result: TrainResult,
+    result: RunRecord,
     comparison: Comparison | None = None,
     extra_sections: Sequence[tuple[str, str]] = (),
 ) -> str:
@@ -39,19 +33,21 @@ def report_html(
     """
     rows = metric_rows(result)
     sections: list[tuple[str, str]] = [
-        ("Findings", f'<div class="wide">{result.findings._repr_html_()}</div>'),
+        ("Findings", result.findings._repr_html_()),
         (
             "Held-out metrics",
-            table(("metric", "before", "after"), rows) if rows else "<p>None was measured.</p>",
+            html_table(("metric", "before", "after"), rows)
+            if rows
+            else "<p>None was measured.</p>",
         ),
         *extra_sections,
         ("Curves", curves(result.history)),
     ]
     if comparison is not None and len(comparison):
-        sections.append(("Samples", _samples(comparison)))
+        sections.append(("Samples", comparison._repr_html_()))
     sections += [
-        ("Data", table(("fact", "value"), result.data_report.facts())),
-        ("Options", table(("option", "value"), list(run_options(result.args).items()))),
+        ("Data", html_table(("fact", "value"), result.data_report.facts())),
+        ("Options", html_table(("option", "value"), list(run_options(result.args).items()))),
     ]
     title = f"rmipo_lite run: {short_name(result.base_model_name) or result.output_dir.name}"
     return html_page(title, result.headline, sections)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-if __name__ == "__main__":
-    from rmipo_lite.cli.main import main
+from rmipo_lite.selftest.command import add_options, run
 
-    sys.exit(main(["selftest", *sys.argv[1:]]))
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="rmipo-lite selftest", allow_abbrev=False)
+    add_options(parser)
+    try:
+        sys.exit(run(parser.parse_args()))
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,4 +1,4 @@
-"""What the trials run on: tiny random models, pairs of ragged lengths, a word-level tokenizer."""
+"""Tiny random models, pairs of ragged lengths, a word-level tokenizer, a trainer of all three."""
 
 from __future__ import annotations
 
@@ -12,74 +12,45 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.results.result import TrainResult
-from rmipo_lite.run import train
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
 
 VOCAB = 97
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 # Windows of 8 are shorter than the pairs below, so a window that is not honoured shows.
+_WINDOW = {"sliding_window": 8}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _COMMON,
-    "mistral": {**_COMMON, "sliding_window": 8},
+    "mistral": _COMMON | _WINDOW,
     "qwen2": _COMMON,
-    "qwen2-sliding": {
-        **_COMMON,
-        "use_sliding_window": True,
-        "sliding_window": 8,
-        "max_window_layers": 1,
-    },
-    "qwen3": {**_COMMON, "head_dim": 8},
-    "gemma2": {
-        **_COMMON,
-        "head_dim": 8,
-        "sliding_window": 8,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-    },
-    "gemma3_text": {**_COMMON, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6},
-    "phi3": {**_COMMON, "sliding_window": 8},
-    "granite": {
-        **_COMMON,
-        "logits_scaling": 4.0,
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 3.0,
-    },
+    "qwen2-sliding": _COMMON | _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": _COMMON | {"head_dim": 8},
+    "gemma2": _COMMON
+    | _WINDOW
+    | {"head_dim": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": _COMMON | _WINDOW | {"head_dim": 8, "num_hidden_layers": 6},
+    "phi3": _COMMON | _WINDOW,
+    "granite": _COMMON
+    | {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
+       "embedding_multiplier": 3.0},
     "gpt2": {
-        "vocab_size": VOCAB,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 128,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": 1,
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1,
         "eos_token_id": 2,
     },
-}
+}  # fmt: skip
 
 
-def tiny_model(name: str = "llama", **changes: object) -> PreTrainedModel:
+def tiny_model(name: str = "llama", *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random model with weights large enough that its log-probs differ between tokens."""
     options = {**ARCHITECTURES[name], **changes}
     config = AutoConfig.for_model(name.removesuffix("-sliding"), **options)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # Stock sdpa of transformers before 5.20 ignores gemma2's softcap without a word.
     attention = {"attn_implementation": "eager"} if name == "gemma2" else {}
     model = AutoModelForCausalLM.from_config(config, **attention)
@@ -124,22 +95,6 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def word_rows(count: int, seed: int = 0, longest: int = 14) -> list[dict[str, str]]:
-    """`random_pairs` as text rows of that tokenizer."""
-    return [
-        {
-            "prompt": _words(pair.prompt_ids[1:]),
-            "chosen": _words(pair.chosen_ids),
-            "rejected": _words(pair.rejected_ids),
-        }
-        for pair in random_pairs(count, seed, longest, VOCAB - 1)
-    ]
-
-
-def _words(ids: list[int]) -> str:
-    return " ".join(f"w{token_id}" for token_id in ids)
-
-
 def tiny_trainer(
     folder: Path,
     *,
@@ -172,29 +127,6 @@ def tiny_trainer(
     )
 
 
-def train_words(
-    model: Any,
-    folder: Path,
-    rows: Any = None,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    **options: Any,
-) -> TrainResult:
-    """`train()` on rows of the word tokenizer, four pairs a step."""
-    settings: dict[str, Any] = {
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        **options,
-    }
-    return train(
-        model,
-        rows or word_rows(16),
-        tokenizer=tokenizer or word_tokenizer(),
-        output_dir=folder,
-        **settings,
-    )
-
-
 def trained_weights(trainer: RMiPOTrainer) -> dict[str, Tensor]:
     """Copies of the trained weights by name."""
     named = trainer.model.named_parameters()
@@ -204,8 +136,3 @@ def trained_weights(trainer: RMiPOTrainer) -> dict[str, Tensor]:
 def equal_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two sets of weights agree in every bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def logged_losses(trainer: RMiPOTrainer) -> list[float]:
-    """The training losses in the log."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,6 +1,6 @@
 """Rows -> token pairs: options checked, the work shared out, every row accounted for.
 
-What becomes of one row stands in `row_tokens`.
+What becomes of one row stands in `one_row`.
 """
 
 from __future__ import annotations

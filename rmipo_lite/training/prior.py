@@ -8,6 +8,8 @@ constants. The formulas stand in `ops/reference.py`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -17,9 +19,18 @@ from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import PairLossOutput, pair_loss
+from rmipo_lite.tokens.pair import TokenizedPair
 
 # A side's cached prior: mean nats per token, or NaN where the response has no scored token.
 CachedPriors = dict[int, tuple[float, float]]  # row of the dataset -> (chosen, rejected)
+
+
+def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
+    """Which pairs cached priors belong to: their rows and responses."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        found.update(json.dumps([pair.row, pair.chosen_ids, pair.rejected_ids]).encode())
+    return found.hexdigest()
 
 
 def losses(

@@ -23,7 +23,7 @@ from peft import PeftModel
 from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.model import batch
 from rmipo_lite.model.backbone import device_of
-from rmipo_lite.output.console import duration
+from rmipo_lite.output.console import duration, size
 from rmipo_lite.planning.device import end_peak, start_peak
 from rmipo_lite.planning.footprint import optimizer_width
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -73,8 +73,8 @@ class Plan:
         if self.checkpointing:
             parts.append("activations computed again in the backward pass")
         if self.memory is not None:
-            parts.append(f"{_size(self.memory)} of memory beside the model")
-        parts.append(f"{_size(self.disk)} on disk ({_size(self.free_disk)} free)")
+            parts.append(f"{size(self.memory)} of memory beside the model")
+        parts.append(f"{size(self.disk)} on disk ({size(self.free_disk)} free)")
         return ", ".join(parts)
 
     @property
@@ -83,8 +83,8 @@ class Plan:
         lines = []
         if self.disk > self.free_disk:
             lines.append(
-                f"WARNING: checkpoints and adapter need {_size(self.disk)} and "
-                f"{_size(self.free_disk)} are free: some saves will fail. Make room, or lower "
+                f"WARNING: checkpoints and adapter need {size(self.disk)} and "
+                f"{size(self.free_disk)} are free: some saves will fail. Make room, or lower "
                 "save_total_limit"
             )
         if self.on_cpu and self.seconds is not None and self.seconds > _LONG_CPU_RUN_S:
@@ -217,15 +217,6 @@ def _weight_bytes(trainer: RMiPOTrainer) -> int:
 def _tokenizer_bytes(trainer: RMiPOTrainer) -> int:
     backend = getattr(trainer.processing_class, "backend_tokenizer", None)
     return 0 if backend is None else len(backend.to_str(pretty=True).encode())
-
-
-def _size(count: float) -> str:
-    """A number of bytes in words: `512 KiB`, `1.3 GiB`."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
 
 
 def _nearest_folder(path: Path) -> Path:

@@ -3,7 +3,7 @@
 accelerate, trackers, callbacks and schedules come with the base class. What is ours: a dataloader
 batch holds every pair of one optimizer step and is cut into micro-steps by tokens (`step.py`);
 evaluation and metrics are means over pairs; checkpoints are verified and free of pickle
-(`checkpoint.py`).
+(`checkpoints/`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport, name_rows
-from rmipo_lite.model import adapter, loading, names
-from rmipo_lite.model.backbone import causal_lm, disable_dropout
+from rmipo_lite.model import adapter, loading, names, upstream
+from rmipo_lite.model.backbone import causal_lm, disable_dropout, evaluating
 from rmipo_lite.output.console import say
 from rmipo_lite.tokens.options import prior_bos_id
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -44,6 +44,7 @@ from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.prior import pairs_digest
 from rmipo_lite.training.refusals import (
     refuse_bad_weights,
     refuse_other_options,
@@ -114,6 +115,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         if isinstance(model, Path):
             model = str(model)
         args = RMiPOConfig(names.run_name(model)) if args is None else args
+        upstream.require()
         refuse_other_options(args)
         refuse_several_devices(args)
         if processing_class is None:
@@ -162,8 +164,8 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         # Our batch has no num_items: the loss is a mean over pairs already.
         self.model_accepts_loss_kwargs = False
         self.run_log = RunLog(self.args)
-        self._dropped_in_a_row = 0
         self.pair_step = self._make_step(train_pairs or [])
+        self.begin_run()
 
     # ---- data -----------------------------------------------------------------------------
 
@@ -204,8 +206,11 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         return self.run_log.dropped_pairs
 
     def begin_run(self) -> None:
-        """A new run counts from zero."""
+        """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
         self.run_log.clear()
+        self.pair_step.prior_cache = None
+        self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
+        self._priors_are_ready = False
         self._dropped_in_a_row = 0
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -228,9 +233,16 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     def _fill_prior_cache(self) -> None:
         """Before the first step: the prior of every training pair under the untrained policy."""
-        if self.pair_step.prior_cache is None:
-            pairs = cast(list[TokenizedPair], self.train_dataset)
+        if self._priors_are_ready:
+            return
+        pairs = cast(list[TokenizedPair], self.train_dataset)
+        digest, known = pairs_digest(pairs), self.pair_step.prior_cache is not None
+        if known and self._priors_of not in ("", digest):
+            say("The checkpoint's cached priors are of other pairs: these are scored anew")
+            known = False
+        if not known:
             self.pair_step.prior_cache = self.pair_step.prior_means(pairs)
+        self._priors_of, self._priors_are_ready = digest, True
 
     def _count_dropped(self, outcome: StepOutcome) -> None:
         if not outcome.dropped:
@@ -268,14 +280,12 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Means over all pairs of the dataset. Leaves mode and random state as they were."""
-        was_training = self.model.training
-        self.model.eval()
         parts: list[PairValues] = []
         rows: list[int] = []
         # A dataloader draws a seed for its workers, and dropout would go on from elsewhere.
         with kept_random_state():
             batches = list(dataloader)
-        try:
+        with evaluating(self.model):
             for inputs in batches:
                 for pairs, values in self.pair_step.evaluate(inputs["pairs"]):
                     parts.append(values)
@@ -286,8 +296,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
                 if self._may_stop_evaluating():
                     say(f"Evaluation stopped after {len(rows)} pairs: it has no numbers")
                     return _evaluated({}, metric_key_prefix, 0)
-        finally:
-            self.model.train(was_training)
         if not parts:
             raise ValueError("eval_dataset: no pair to evaluate")
         numbers = self._eval_numbers(parts, rows)
@@ -354,6 +362,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             "max_tokens_per_microstep": self.pair_step.max_tokens,
             "packing": self.pair_step.packing,
             "checkpointing": self.pair_step.checkpointing,
+            "priors_of": self._priors_of,
             "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
         }
 
@@ -366,6 +375,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         if wanted and not self.pair_step.checkpointing:
             self.pair_step.enable_checkpointing()
         cache = state["prior_cache"]
+        self._priors_of = state.get("priors_of", "")  # absent in checkpoints of version 0.1.0
         if cache is not None:
             self.pair_step.prior_cache = {
                 int(row): (side_w, side_l) for row, side_w, side_l in cache

@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rmipo_lite.bench import (
+from benchmarks import (
     gpu_models,
     head,
     inputs,
+    memory,
     methods,
     peers,
     records,
@@ -24,10 +25,10 @@ from rmipo_lite.bench import (
     run,
     step,
 )
-from rmipo_lite.bench.authors import authors_step, pad_pairs
-from rmipo_lite.bench.floors import StepFloor, head_floor
-from rmipo_lite.bench.records import Record
-from rmipo_lite.cli.main import main
+from benchmarks.__main__ import main
+from benchmarks.authors import authors_step, pad_pairs
+from benchmarks.floors import StepFloor, head_floor
+from benchmarks.records import Record
 from rmipo_lite.model import batch
 from rmipo_lite.ops import head_blocks
 from tests.conftest import ROOT
@@ -160,7 +161,7 @@ def test_rows_survive_the_file_and_newer_ones_replace(tmp_path: Path) -> None:
 def test_a_quick_benchmark_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "head", "--quick", "--output_dir", str(tmp_path)]) == 0
+    main(["head", "--quick", "--output_dir", str(tmp_path)])
     assert "time over floor" in capsys.readouterr().out
     rows = records.read(tmp_path / "quick" / "head.csv")
     named = {row.impl for row in rows}
@@ -200,7 +201,7 @@ def test_the_stored_comparison_of_the_methods_is_whole() -> None:
 
 @pytest.mark.slow
 def test_the_methods_are_compared_again(tmp_path: Path) -> None:
-    assert main(["bench", "methods", "--quick", "--output_dir", str(tmp_path)]) == 0
+    main(["methods", "--quick", "--output_dir", str(tmp_path)])
     values = _methods(records.read(tmp_path / "quick" / "methods.csv"))
     _complete(values, [methods.Case(pairs, 1e-3, 0) for pairs in methods.PAIRS])
 
@@ -228,13 +229,11 @@ def test_a_random_model_in_4_bits_is_whole() -> None:
     assert logits.std() > 0
 
 
-def test_a_gpu_is_wanted_where_one_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_is_wanted_where_one_is_measured(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert main(["bench", "gpu", "--output_dir", str(tmp_path)]) == 1
-    assert "--quick rehearses it without one" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="--quick rehearses it without one"):
+        main(["gpu", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -260,9 +259,10 @@ def _own_path() -> str:
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    from rmipo_lite.bench import memory
-
+def test_memory_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # which finds the benchmarks from wherever one stands
     (peak,) = memory._in_child("head", "ours", 32000, "fp32", 1024)
     # Direction and gradient (1024 x 512 each) and the block of logits, and little more.
     least = 2 * 1024 * 512 * 4 + head_blocks.CPU_BLOCK_BYTES
@@ -271,8 +271,6 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_memory_names_a_peer_that_is_absent() -> None:
-    from rmipo_lite.bench import memory
-
     try:
         peers.TrlChunkedStep(torch.nn.Identity())
     except peers.Absent:
@@ -283,7 +281,7 @@ def test_memory_names_a_peer_that_is_absent() -> None:
 
 
 def test_the_readme_shows_what_the_rows_say() -> None:
-    """`rmipo-lite bench report` was run after the last measurement."""
+    """`python -m benchmarks report` was run after the last measurement."""
     rows = report.read_all(ROOT / "benchmarks")
     assert rows
     table = report.table(rows)
@@ -303,7 +301,7 @@ def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
     records.write(folder / "step.csv", rows)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main(["bench", "report", "--output_dir", str(folder)]) == 0
+    main(["report", "--output_dir", str(folder)])
     text = readme.read_text()
     assert "| 1.50 (1.40–1.60) | – | step.csv |" in text
     assert "old" not in text

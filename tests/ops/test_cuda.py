@@ -76,7 +76,7 @@ def test_the_head_against_float64(
 def test_log_probs_come_from_float32_logits(dtype: torch.dtype) -> None:
     """Of the size of full float32 logits' error; 16-bit ones would be off by a tenth here.
 
-    Not the same: tensor cores cut where they add. How much worse is `bench gpu`'s to measure.
+    Not the same: tensor cores cut where they add. How much worse is `benchmarks gpu`'s to measure.
     """
     hidden, weight, ids, _ = (x.detach().cuda() for x in inputs(256, 50257, dtype, h=512))
     exact = plain(hidden.double(), weight.double(), ids)

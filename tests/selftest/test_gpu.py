@@ -12,8 +12,9 @@ import torch
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import library, native
-from rmipo_lite.selftest import addresses, gpu
+from rmipo_lite.selftest import gpu
 from rmipo_lite.selftest.scorecard import Lost
+from tests.trials.numbers import addresses
 
 
 @pytest.fixture(autouse=True)

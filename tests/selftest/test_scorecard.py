@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rmipo_lite.cli.main import main
-from rmipo_lite.selftest import run as run_module
+from rmipo_lite.selftest import run as run_module as run as run_module
 from rmipo_lite.selftest.run import ELSEWHERE, all_checks, as_json, selftest, total_line
 from rmipo_lite.selftest.scorecard import Check, Trials, carry_out, expect
 

@@ -1,7 +1,7 @@
 """The README's table of what is promised, with the counts of a run of the scorecard.
 
 rmipo-lite selftest --soak --json benchmarks/selftest.json
-python -m rmipo_lite.selftest.promises benchmarks/selftest.json README.md
+python -m tests.trials.promises benchmarks/selftest.json README.md
 """
 
 from __future__ import annotations

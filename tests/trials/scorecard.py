@@ -10,14 +10,13 @@ A check is written as a loop:
                 trial.tried = f"bit {place}"             # told when the trial is lost
                 expect(found(place), "the flipped bit was not found")
 
-A trial depends on nothing but seed and index, so that one lost among ten thousand is repeated alone
-(`--only 7 --trial 41`). Fewer trials than the scorecard asks for are spread evenly over its
-indices: a check that goes through a table by index meets every part of it.
+A trial depends on nothing but seed and index, so that one lost among ten thousand is repeated
+alone. Fewer trials than a check has are spread evenly over its indices: a check that goes through
+a table by index meets every part of it.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
 import time
@@ -27,11 +26,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import torch
 
-Mode = Literal["quick", "default", "soak"]
 _LONGEST_MESSAGE = 500  # characters of an error that are kept
 
 
@@ -60,7 +57,7 @@ class Trial:
     """One trial, to be entered; exceptions in the block are noted and end it alone.
 
     Attributes:
-        index: 0-based, below the number of trials of the whole scorecard.
+        index: 0-based, below the number of trials that the check has.
         rng: its own random numbers.
         folder: an empty folder of its own, removed after the block.
         tried: what this trial does, in words; set it before the risky part.
@@ -99,15 +96,16 @@ class Trials:
     """The trials of one check.
 
     Attributes:
-        mode: how thorough the whole run is; for what scales otherwise than by trials.
         folder: an empty folder of the check, removed after it.
+        indices: the trials to try.
+        thorough: whether all were asked for, for what scales otherwise than by trials.
     """
 
     number: int
     seed: int
-    mode: Mode
     folder: Path
     indices: list[int]
+    thorough: bool = False
     done: int = 0
     losses: list[Loss] = field(default_factory=list)
 
@@ -154,30 +152,23 @@ class Check:
     Attributes:
         number: its number there.
         name: what is tried, in a few words.
-        soak: how many trials the scorecard asks for.
+        all: how many trials it has.
         run: the loop over the trials.
-        quick: trials of `--quick`; 0 leaves the check out there.
-        least: trials of the default run, where a tenth would be too few to mean anything.
+        least: the fewest that mean anything, where a tenth would be fewer.
         absent: why the check can't be run here, or None.
     """
 
     number: int
     name: str
-    soak: int
+    all: int
     run: Callable[[Trials], None]
-    quick: int = 1
     least: int = 1
     absent: Callable[[], str | None] = always
 
-    def trials(self, mode: Mode) -> list[int]:
-        """The indices that a mode tries, spread over all of them."""
-        counts = {
-            "quick": self.quick,
-            "default": min(self.soak, max(self.least, math.ceil(self.soak / 10))),
-            "soak": self.soak,
-        }
-        count = counts[mode]
-        return [place * self.soak // count for place in range(count)]
+    def indices(self, count: int) -> list[int]:
+        """So many trials, or all that there are, spread over all of them."""
+        count = min(count, self.all)
+        return [place * self.all // count for place in range(count)]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from rmipo_lite.selftest.promises import PROMISES, main, table
 from rmipo_lite.selftest.run import all_checks
 from tests.conftest import ROOT
+from tests.trials.promises import PROMISES, main, table
 
 
 def test_every_check_keeps_exactly_one_promise() -> None:

@@ -9,7 +9,11 @@ from typing import Any
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model import batch
-from rmipo_lite.selftest.encoders import (
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.tokens.options import TokenizationOptions
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.tokenize_rows import tokenize_rows
+from tests.kit import (
     BOS,
     BOS_ID,
     EOS,
@@ -19,10 +23,6 @@ from rmipo_lite.selftest.encoders import (
     sentencepiece_like,
     word_level,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.tokens.options import TokenizationOptions
-from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 
 Record = dict[str, Any]
 WORDS = [f"w{number}" for number in range(4, 90)]

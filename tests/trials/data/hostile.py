@@ -16,10 +16,10 @@ import torch
 from rmipo_lite.checkpoints.sealed_folder import seal
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import adapter, loading, names
-from rmipo_lite.selftest import hostile_data, hostile_shown
-from rmipo_lite.selftest.hostile_data import Bench, expect_refused
-from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.kit import tiny_model, tiny_trainer, word_tokenizer
+from tests.trials.data import hostile_data, hostile_shown
+from tests.trials.data.hostile_data import Bench, expect_refused
 
 _POISON = (
     "pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt",

@@ -16,13 +16,13 @@ from unittest import mock
 from rmipo_lite.data import files
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.selftest.encoders import byte_level
 from rmipo_lite.selftest.scorecard import Lost, Mode, expect
 from rmipo_lite.tokens import template_limits
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import encode_prompt, tokenize_rows
+from tests.kit import byte_level
 
 MiB = 2**20
 _ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}

@@ -17,9 +17,9 @@ from rmipo_lite.results.comparison import Comparison
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.results.run_page import report_html
-from rmipo_lite.selftest.hostile_data import Bench
-from rmipo_lite.selftest.parts import tiny_model
 from rmipo_lite.selftest.scorecard import expect
+from tests.kit import tiny_model
+from tests.trials.data.hostile_data import Bench
 
 _ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 _MARKUP = "</td></pre><script>alert(1)</script><img src=x onerror=alert(1)>'\"&"

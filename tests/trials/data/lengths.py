@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmipo_lite.selftest.borders import WORDS, tokenized
-from rmipo_lite.selftest.encoders import BOS_ID, EOS_ID, word_level
-from rmipo_lite.selftest.parts import tiny_model, tiny_trainer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.step import PairStep
+from tests.kit import BOS_ID, EOS_ID, tiny_model, tiny_trainer, word_level
+from tests.trials.data.borders import WORDS, tokenized
 
 _SIZES = tuple((chosen, rejected) for chosen in range(3) for rejected in range(3))  # words
 _OFFSETS = (-2, -1, 0, 1, 2)  # of the prompt's tokens against max_length

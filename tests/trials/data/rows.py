@@ -14,9 +14,6 @@ import torch
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.selftest.bad_rows import KINDS, MAX_LENGTH, Bad, Record
-from rmipo_lite.selftest.encoders import byte_level
-from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -24,6 +21,8 @@ from rmipo_lite.tokens.tokenize_rows import tokenize_rows
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.step import PairStep
 from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.kit import byte_level, tiny_model, tiny_trainer, word_rows, word_tokenizer
+from tests.trials.data.bad_rows import KINDS, MAX_LENGTH, Bad, Record
 
 _GOOD_ROWS = 6
 _OPTIONS = TokenizationOptions(max_length=MAX_LENGTH)

@@ -10,7 +10,7 @@ import pytest
 
 from rmipo_lite.data import files, report
 from rmipo_lite.model import loading, names
-from rmipo_lite.selftest.hostile import CASES, Bomb
+from tests.trials.data.hostile import CASES, Bomb
 
 NAMES = list(CASES)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from rmipo_lite.data import columns, files, normalise
-from rmipo_lite.selftest.bad_rows import KINDS, tools
+from tests.trials.data.bad_rows import KINDS, tools
 
 
 def test_every_kind_is_met_by_a_tenth_of_the_trials() -> None:

@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from rmipo_lite.selftest.children import start
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
-from rmipo_lite.selftest.wrong_calls import all_calls
+from tests.trials.numbers.wrong_calls import all_calls
+from tests.trials.runs.children import start
 
 _TRIALS, _CALLS_EACH = 200, 2  # together as many as there are calls
 _STEP = 7919  # a prime: a tenth of the trials, spread over the indices, still meets every kind

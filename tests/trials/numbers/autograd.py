@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.operands import kernel_impl, seeded
 from rmipo_lite.selftest.scorecard import Check, Trials
+from tests.trials.numbers.operands import kernel_impl, seeded
 
 _ROWS, _WIDTH, _VOCAB = 5, 4, 13
 _BORDERS = torch.tensor([0, 1, 4, 6, 7], dtype=torch.int32)  # two pairs, ragged

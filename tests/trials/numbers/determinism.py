@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
-from rmipo_lite.selftest.operands import kernel_impl, random_head, seeded
-from rmipo_lite.selftest.parts import (
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
+from tests.kit import (
     equal_weights,
     logged_losses,
     random_pairs,
@@ -18,7 +18,7 @@ from rmipo_lite.selftest.parts import (
     tiny_trainer,
     trained_weights,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
+from tests.trials.numbers.operands import kernel_impl, random_head, seeded
 
 
 def same_bits(trials: Trials) -> None:

@@ -21,11 +21,11 @@ from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.operands import DTYPES, any_impl, random_head, seeded
-from rmipo_lite.selftest.parts import VOCAB, random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.selftest.truth import Formula, pair_truth
 from rmipo_lite.tokens.pair import TokenizedPair
+from tests.kit import VOCAB, random_pairs, tiny_model
+from tests.trials.numbers.operands import DTYPES, any_impl, random_head, seeded
+from tests.trials.numbers.truth import Formula, pair_truth
 
 _FILLERS = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 6e4, "zero": 0.0}
 _GARBAGE = ("NaN", "inf", "-inf", "huge", "random")

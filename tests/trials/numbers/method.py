@@ -18,12 +18,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
-from rmipo_lite.selftest.parts import random_pairs, tiny_model
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
-from rmipo_lite.selftest.truth import Formula, PairTruth, mean, pair_truth
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.training.step import PairStep
+from tests.kit import random_pairs, tiny_model
+from tests.trials.numbers.truth import Formula, PairTruth, mean, pair_truth
 
 _TOLERANCE = 1e-6  # some models take norms and softmax in float32 whatever their own dtype
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "gpt2")

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
 from rmipo_lite.planning import quantization
-from rmipo_lite.selftest.parts import ARCHITECTURES, random_pairs, tiny_model, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.training.step import PairStep
 from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.kit import ARCHITECTURES, random_pairs, tiny_model, word_tokenizer
 
 _TOLERANCE = 1e-5  # nats, fp32
 _BOS = 1

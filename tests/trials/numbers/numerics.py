@@ -16,15 +16,15 @@ from torch import Tensor
 
 from rmipo_lite.ops import pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.operands import (
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
+from tests.trials.numbers.operands import (
     HeadCase,
     any_impl,
     ragged_borders,
     random_head,
     seeded,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
-from rmipo_lite.selftest.truth import Formula, PairTruth, head_truth, mean, pair_truth
+from tests.trials.numbers.truth import Formula, PairTruth, head_truth, mean, pair_truth
 
 # Absolute error of a log-prob, nats.
 _LOGPS = {torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rmipo_lite.ops import head, head_blocks
-from rmipo_lite.selftest import abuse
-from rmipo_lite.selftest.wrong_calls import all_calls
+from tests.trials.numbers import abuse
+from tests.trials.numbers.wrong_calls import all_calls
 
 
 def test_no_call_ends_the_process(try_check) -> None:

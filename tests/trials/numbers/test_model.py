@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rmipo_lite.model import head, loading
-from rmipo_lite.selftest import heads
+from rmipo_lite.selftest import models as heads
 from rmipo_lite.training import step, trainer
 
 

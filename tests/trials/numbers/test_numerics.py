@@ -9,8 +9,8 @@ import torch
 
 from rmipo_lite.ops import head_blocks, head_rows, native
 from rmipo_lite.ops.reference import PairParts
-from rmipo_lite.selftest import extremes
 from rmipo_lite.training import step
+from tests.trials.numbers import extremes
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_the_checks_hold(number: int, indices: tuple[int, ...], try_check) -> No
 
 
 def test_every_operator_is_in_the_list_of_gradients() -> None:
-    from rmipo_lite.selftest.autograd import all_cases
+    from tests.trials.numbers.autograd import all_cases
 
     texts = " ".join(text for text, _ in all_cases())
     for name in ("linear_logps", "pair_loss", "rmipo_loss", "scale_directions", "fold_logits"):

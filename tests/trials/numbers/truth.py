@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.operands import HeadCase
+from tests.trials.numbers.operands import HeadCase
 
 
 @dataclass(frozen=True)

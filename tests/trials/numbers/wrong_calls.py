@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.operands import LAYOUTS, kernel_impl, laid_out
 from rmipo_lite.selftest.scorecard import expect
+from tests.trials.numbers.operands import LAYOUTS, kernel_impl, laid_out
 
 Call = tuple[str, Callable[[], None]]  # what is called, and a function that raises if it went wrong
 _ROWS, _WIDTH, _VOCAB = 4, 8, 11

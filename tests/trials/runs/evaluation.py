@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from rmipo_lite.selftest.parts import (
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.training.run_log import PAIR_VALUES_FILE
+from tests.kit import (
     equal_weights,
     logged_losses,
     random_pairs,
@@ -17,8 +19,6 @@ from rmipo_lite.selftest.parts import (
     tiny_trainer,
     trained_weights,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.training.run_log import PAIR_VALUES_FILE
 
 _LOSSES = ("rmipo", "simpo", "hinge", "simper")
 _EXACT = 1e-6

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from rmipo_lite import run
 from rmipo_lite.output.console import say
-from rmipo_lite.selftest.parts import tiny_model, tiny_trainer, train_words, word_rows
 from rmipo_lite.watch.progress import show_progress
+from tests.kit import tiny_model, tiny_trainer, train_words, word_rows
 
 KILLED_STEPS = 12
 ASKED_STEPS = 10

@@ -26,9 +26,9 @@ from rmipo_lite.model.adapter import detach_adapter
 from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
-from rmipo_lite.selftest.parts import tiny_model, train_words, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.training import step as step_module
+from tests.kit import tiny_model, train_words, word_tokenizer
 
 _TOKENIZER_FIELDS = (
     "padding_side", "truncation_side", "chat_template", "special_tokens_map", "model_max_length",

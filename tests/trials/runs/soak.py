@@ -16,11 +16,11 @@ from torch import Tensor
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
 from rmipo_lite.checkpoints.weights import ADAPTER_FILE
 from rmipo_lite.output.console import say
-from rmipo_lite.selftest.children import start
-from rmipo_lite.selftest.faults import PLACES, Poison, files_of_at_most
-from rmipo_lite.selftest.parts import equal_weights, tiny_model, tiny_trainer
 from rmipo_lite.selftest.scorecard import Check, Mode, Trial, Trials, expect
 from rmipo_lite.training.interrupt import GracefulInterrupt
+from tests.kit import equal_weights, tiny_model, tiny_trainer
+from tests.trials.runs.children import start
+from tests.trials.runs.faults import PLACES, Poison, files_of_at_most
 
 _STEPS: dict[Mode, int] = {"quick": 300, "default": 1000, "soak": 10_000}
 _SAVE_STEPS = 20

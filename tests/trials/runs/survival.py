@@ -24,11 +24,11 @@ from rmipo_lite.checkpoints.sealed_folder import (
     read_manifest,
     verify_checkpoint,
 )
-from rmipo_lite.selftest import jobs
-from rmipo_lite.selftest.children import start
-from rmipo_lite.selftest.faults import files_of_at_most
-from rmipo_lite.selftest.parts import equal_weights, tiny_model, tiny_trainer, trained_weights
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.kit import equal_weights, tiny_model, tiny_trainer, trained_weights
+from tests.trials.runs import jobs
+from tests.trials.runs.children import start
+from tests.trials.runs.faults import files_of_at_most
 
 
 def _last(text: str, word: str) -> int:

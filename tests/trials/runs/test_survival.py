@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rmipo_lite.checkpoints import sealed_folder, trainer_mixin
-from rmipo_lite.selftest import survival
+from tests.trials.runs import survival
 
 
 def test_damage_and_full_disk_are_survived(try_check) -> None:

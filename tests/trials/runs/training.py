@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rmipo_lite.checkpoints.trainer_mixin import newest_valid_checkpoint
-from rmipo_lite.selftest.faults import PLACES, Poison
-from rmipo_lite.selftest.parts import (
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.kit import (
     equal_weights,
     logged_losses,
     random_pairs,
@@ -25,8 +26,7 @@ from rmipo_lite.selftest.parts import (
     tiny_trainer,
     trained_weights,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
-from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.trials.runs.faults import PLACES, Poison
 
 _VALUES = (math.nan, math.inf, -math.inf)
 _STEPS = 5

@@ -38,8 +38,8 @@ import rmipo_lite
 from rmipo_lite import RMiPOConfig, TrainResult
 from rmipo_lite.checkpoints.weights import ADAPTER_FILE
 from rmipo_lite.model.loading import load_model
-from rmipo_lite.selftest.parts import VOCAB, tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Lost, expect
+from tests.kit import VOCAB, tiny_model, word_rows, word_tokenizer
 
 STORE = Path(__file__).resolve().parent.parent / "tests" / "references" / "adapters"
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt2")

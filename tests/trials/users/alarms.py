@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import rmipo_lite
 from rmipo_lite.demo.data import MODEL, PAIRS
-from rmipo_lite.selftest.encoders import byte_level
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.kit import byte_level
 
 Rows = list[dict[str, Any]]
 _PAIRS = 40

@@ -22,8 +22,8 @@ from unittest.mock import patch
 import torch
 
 from rmipo_lite.ops import build, library
-from rmipo_lite.selftest.children import Child, fresh, start
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.runs.children import Child, fresh, start
 
 _PATIENCE_S = 60.0  # whoever waits longer for a build hangs
 _TELLING = "rmipo_lite: "  # what the package's own lines and warnings begin with
@@ -75,7 +75,7 @@ def obstacles(trials: Trials) -> None:
 
 def train_once(folder: str) -> None:
     """In the child: two steps, then where the kernels came from and the losses, as JSON."""
-    from rmipo_lite.selftest.parts import logged_losses, tiny_trainer
+    from tests.kit import logged_losses, tiny_trainer
 
     library._PACKAGE = Path(folder)  # no library beside the package
     if os.environ.get(_HIDE_NINJA):

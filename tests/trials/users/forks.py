@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps
-from rmipo_lite.selftest.children import changed_environment, fresh_command
 from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.trials.runs.children import changed_environment, fresh_command
 
 _PATIENCE_S = 60.0  # a trial takes seconds
 _ROWS, _WIDTH, _VOCAB = 600, 64, 3000  # enough for torch and the kernels to use several threads

@@ -17,11 +17,10 @@ from huggingface_hub import constants
 import rmipo_lite
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import linear_logps, rmipo_loss
-from rmipo_lite.selftest.bad_rows import said_as_chat
-from rmipo_lite.selftest.encoders import word_level
-from rmipo_lite.selftest.parts import tiny_model, word_rows, word_tokenizer
 from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
 from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.kit import tiny_model, word_level, word_rows, word_tokenizer
+from tests.trials.data.bad_rows import said_as_chat
 
 _LONGEST = 480  # characters of a message: two sentences and a path
 _PACKAGE = str(Path(rmipo_lite.__file__).parent)

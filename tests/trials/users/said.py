@@ -24,12 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rmipo_lite import run
 from rmipo_lite.checkpoints.sealed_folder import checkpoints
 from rmipo_lite.planning.device import end_peak, start_peak
-from rmipo_lite.selftest.children import changed_environment, fresh_command, start
-from rmipo_lite.selftest.parts import VOCAB, tiny_model, train_words, word_rows
 from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.training import rehearsal
 from rmipo_lite.training.rehearsal import Plan
 from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.kit import VOCAB, tiny_model, train_words, word_rows
+from tests.trials.runs.children import changed_environment, fresh_command, start
 
 _LIMIT_S = 120
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rmipo_lite.selftest import building, forks
 from rmipo_lite.selftest.scorecard import Lost
+from tests.trials.users import building, forks
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rmipo_lite.data import columns, report
-from rmipo_lite.selftest.mistakes import MISTAKES
 from rmipo_lite.watch import symptoms
+from tests.trials.users.mistakes import MISTAKES
 
 NAMES = [mistake.what for mistake in MISTAKES]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rmipo_lite.checkpoints import weights
-from rmipo_lite.selftest import users
 from rmipo_lite.selftest.scorecard import Trial
+from tests.trials.users import said as users
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""The command line: `python -m benchmarks step`, from the project's root."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure against the authors' step, trl, liger and the bare matrix products, "
+        "on the CPU (gpu: on an NVIDIA GPU), and write rows to OUTPUT_DIR/<name>.csv; report makes "
+        "the README's table and a plot from all rows. Peers: pip install -e '.[bench]'.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "name",
+        choices=("head", "step", "memory", "estimate", "data", "methods", "gpu", "report"),
+    )
+    parser.add_argument(
+        "--output_dir",
+        "--output-dir",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="folder of the rows (default: this one); the README that report writes is beside it",
+    )
+    parser.add_argument("--quick", action="store_true", help="one small shape: does it run?")
+    parser.add_argument("--pairs", type=Path, help="data: preference pairs (default: the demo's)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="data: folder of a tokenizer (default: the demo's)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, or report what was measured."""
+    given = _parser().parse_args(argv)
+    # torch takes seconds, and --help should not.
+    from benchmarks import report, run
+    from rmipo_lite.output.console import say
+
+    folder: Path = given.output_dir.resolve()
+    if given.name == "report":
+        say(report.write(folder, folder.parent / "README.md"))
+        return
+    path = run.run(
+        given.name, folder, quick=given.quick, pairs=given.pairs, tokenizer=given.tokenizer
+    )
+    say(f"Rows are in {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Any preference dataset becomes rows {prompt, chosen, rejected}, every one accounted for.
+
+`rows.load_rows` gives rows and a `report.DataReport`; `holdout` puts some aside.
+"""
+
+__all__ = ["files", "holdout", "normalise", "report", "rows"]

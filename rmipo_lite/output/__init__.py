@@ -1,0 +1,6 @@
+"""How things are shown: lines, tables, pages, plots, findings; it knows nothing of models.
+
+`console.say` prints, `page` and `table` make HTML and text, `redaction` keeps secrets out.
+"""
+
+__all__ = ["console", "findings", "page", "plots", "redaction", "table"]

@@ -1,0 +1,6 @@
+"""What a run was and what can be done with it: answers, reports, files.
+
+`result.TrainResult` is what `train()` returns.
+"""
+
+__all__ = ["comparison", "model_card", "record", "result", "run_page"]

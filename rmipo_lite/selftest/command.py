@@ -1,0 +1,39 @@
+"""`rmipo-lite selftest`: its options, which take no library to know, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def numbers(text: str) -> list[int]:
+    """`4,15` as [4, 15]."""
+    return [int(word) for word in text.split(",") if word]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options of the command."""
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="the outcome as JSON, to FILE beside the table, or to standard output instead of it",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    parser.add_argument("--only", type=numbers, default=[], metavar="N,N", help="these checks")
+    # Not called debug: a lost trial is no exception of the command.
+    parser.add_argument("--debug", dest="tracebacks", action="store_true", help="show tracebacks")
+    parser.add_argument("--quick", action="store_true", help="nothing more: it is quick")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Do what the options say; the exit code is 1 when a trial was lost."""
+    from rmipo_lite.output.console import say
+    from rmipo_lite.selftest.run import as_json, selftest
+
+    show = given.json != "-"
+    outcomes = selftest(given.only, given.seed, show=show, debug=given.tracebacks)
+    text = as_json(outcomes, given.seed)
+    if not show:
+        say(text)
+    elif given.json:
+        Path(given.json).write_text(text + "\n", encoding="utf-8")
+    return int(any(outcome.lost for outcome in outcomes))

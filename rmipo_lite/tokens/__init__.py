@@ -1,0 +1,15 @@
+"""Rows become ids: chat template, border, truncation, end token.
+
+`prepare.prepare` gives the `pair.TokenizedPair`s of any dataset.
+"""
+
+__all__ = [
+    "encoder",
+    "one_row",
+    "options",
+    "pair",
+    "prepare",
+    "template_limits",
+    "templates",
+    "tokenize_rows",
+]

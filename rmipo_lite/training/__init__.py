@@ -1,0 +1,15 @@
+"""A step, and the trainer around it: priors, pair values, log, interrupt, plan.
+
+`step.make_step` runs pairs; `trainer.RMiPOTrainer` trains with it.
+"""
+
+__all__ = [
+    "interrupt",
+    "pair_values",
+    "refusals",
+    "rehearsal",
+    "restore",
+    "run_log",
+    "step",
+    "trainer",
+]
