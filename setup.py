@@ -138,7 +138,10 @@ class BuildPy(build_py):
 native = kernels()
 setup(
     packages=find_packages(include=["rmipo_lite", "rmipo_lite.*"]),
-    package_data={"rmipo_lite.demo": ["assets/*", "assets/**/*"]},
+    package_data={
+        "rmipo_lite.demo": ["assets/*", "assets/**/*"],
+        "rmipo_lite.planning": ["cards.csv"],
+    },
     ext_modules=native + bindings(),
     cmdclass={"build_py": BuildPy, "build_ext": kernel_builder() if native else build_ext},
 )

@@ -165,8 +165,7 @@ def write_looks(folder: Path) -> dict[str, Path]:
 
     import rmipo_lite
     from rmipo_lite import demo
-    from rmipo_lite.output import plots
-    from rmipo_lite.output import page
+    from rmipo_lite.output import page, plots
 
     rows = demo.load_rows()
     swapped = set(random.Random(1).sample(range(len(rows)), 80))

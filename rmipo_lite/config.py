@@ -16,14 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from transformers import TrainingArguments
 
-from rmipo_lite.ops.losses import (
-    LOSSES,
-    Loss,
-    PairOptions,
-    loss_named,
-    losses_with,
-    option_problem,
-)
+from rmipo_lite.ops.losses import LOSSES, Loss, PairOptions, loss_named, losses_with, option_problem
 from rmipo_lite.ops.native import Impl
 
 PriorMode = Literal["live", "cached"]
@@ -73,12 +66,10 @@ class RMiPOConfig(TrainingArguments):
         "gamma is in nats per token.",
     )
     simpo_gamma: float = _option(
-        0.5,
-        f"{losses_with(margin='constant')}: constant target margin outside beta, reward units.",
+        0.5, f"{losses_with(margin='constant')}: constant target margin outside beta, reward units."
     )
     label_smoothing: float = _option(
-        0.0,
-        f"{losses_with(smoothable=True)}: assumed share of swapped labels, in [0, 0.5).",
+        0.0, f"{losses_with(smoothable=True)}: assumed share of swapped labels, in [0, 0.5)."
     )
     sft_weight: float = _option(
         0.0,

@@ -25,14 +25,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rmipo_lite.demo.data import ASSETS, MODEL
+from rmipo_lite.demo.facts import GENERIC, Fact
 from rmipo_lite.demo.task import (
+    ANSWER_SHARES,
     Question,
-    clean_answer,
+    ask,
     held_out_questions,
     make_pairs,
     right_answer,
-    sft_answer,
-    training_questions,
+    split_facts,
+    wordy_answer,
+    wrong_answer,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,32 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+def training_questions() -> list[Question]:
+    """All questions the supervised text may ask: every phrasing but the withheld one."""
+    kept, held = split_facts()
+    questions = [ask(fact, phrasing) for fact in kept for phrasing in range(3)]
+    for index, fact in enumerate(held):
+        questions += [ask(fact, phrasing) for phrasing in range(3) if phrasing != index % 3]
+    return questions
+
+
+def sft_answer(fact: Fact, rng: random.Random) -> str:
+    """An answer as the supervised text has it: the kinds of `ANSWER_SHARES` in their shares."""
+    kind = rng.choices(list(ANSWER_SHARES), list(ANSWER_SHARES.values()))[0]
+    if kind == "right":
+        return right_answer(fact)
+    if kind == "wrong":
+        return wrong_answer(fact, rng)
+    if kind == "generic":
+        return rng.choice(GENERIC)
+    return wordy_answer(fact, rng)
+
+
+def clean_answer(fact: Fact, rng: random.Random) -> str:
+    """A right answer, terse or wordy, as the text has it from which the model learns its facts."""
+    return right_answer(fact) if rng.random() < 0.9 else wordy_answer(fact, rng)
 
 
 @dataclass(frozen=True)

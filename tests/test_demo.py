@@ -21,6 +21,7 @@ from scripts.make_demo_model import (
     make_model,
     make_tokenizer,
     pretrain,
+    training_questions,
     write_pairs,
 )
 
@@ -67,7 +68,7 @@ def test_held_out_questions_stand_nowhere_else() -> None:
     texts = {asked.text for asked in held}
     pairs = task.make_pairs(1000)
     assert len(texts) == len(held) >= 200
-    assert not texts & {asked.text for asked in task.training_questions()}
+    assert not texts & {asked.text for asked in training_questions()}
     assert not texts & {pair.question.text for pair in pairs}
     groups = {(pair.question.fact.kind, pair.question.fact.group) for pair in pairs}
     assert not groups & {(asked.fact.kind, asked.fact.group) for asked in held}

@@ -14,7 +14,7 @@ from benchmarks import estimates
 from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.adapter import attach_adapter
-from rmipo_lite.planning import budget, quantization
+from rmipo_lite.planning import budget, estimation, quantization
 from rmipo_lite.planning.estimation_view import Estimate
 from rmipo_lite.planning.footprint import Setup, activations_of, weights_of
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -73,6 +73,32 @@ def test_what_does_not_fit_names_what_would(eight_billion: str) -> None:
     assert hopeless.fit.verdict == "no: take a smaller model"
     with pytest.raises(ValueError, match="fits 6 GB card with no setting: it takes"):
         _ = hopeless.settings
+
+
+def test_advice_is_computed_with_every_option_of_the_caller(
+    eight_billion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it tries may differ from the caller's options in what it advises alone."""
+    own = {
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "packing": False,
+        "loss_type": "simpo", "optim": "sgd", "max_length": 900, "max_prompt_length": 333,
+        "max_tokens_per_microstep": 4096, "prior": "cached",
+    }  # fmt: skip
+    tried: list[RMiPOConfig] = []
+    real = estimation.choose
+
+    def choose(*given: Any, args: RMiPOConfig, **rest: Any) -> Any:
+        tried.append(args)
+        return real(*given, args=args, **rest)
+
+    monkeypatch.setattr(estimation, "choose", choose)
+    found = rmipo_lite.estimate(eight_billion, gpu="9GB", gradient_checkpointing=False, **own)
+    assert found.fit.way_out is not None
+    assert found.fit.way_out["gradient_checkpointing"] is True
+    asked = RMiPOConfig("x", use_cpu=True, **own)
+    assert {args.gradient_checkpointing for args in tried} == {False, True}
+    for args in tried:
+        assert [getattr(args, name) for name in own] == [getattr(asked, name) for name in own]
 
 
 def test_the_cards(on_3060: Estimate) -> None:

@@ -18,7 +18,7 @@ from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo import MODEL
 from rmipo_lite.demo import load_rows as demo_rows
 from rmipo_lite.demo.data import load_tokenizer
-from rmipo_lite.demo.task import GENERIC
+from rmipo_lite.demo.facts import GENERIC
 from rmipo_lite.inspection import inspection
 from rmipo_lite.inspection.inspection import Inspection, inspect
 from rmipo_lite.inspection.score_file import SCORES_FILE

@@ -155,9 +155,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def newest_valid_checkpoint(
-    output_dir: str | Path,
-) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest_valid_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and what was passed over on the way, with reasons.
 
     Newest means: of the run that saved last, the highest step. So the `checkpoint-1000` of an

@@ -36,24 +36,14 @@ from rmipo_lite.checkpoints.weights import (
     load_adapter_weights,
     non_finite_weight,
     save_run,
-    write_training_config,
 )
 from rmipo_lite.output.console import say
-
-__all__ = [
-    "CheckpointError",
-    "SafeCheckpointing",
-    "load_adapter_weights",
-    "newest_valid_checkpoint",
-    "verify_checkpoint",
-    "write_training_config",
-]
 
 STATE_FILE = "trainer_state.json"
 
 
 class SafeCheckpointing:
-    """Mixin for `transformers.Trainer` (5.17 to 5.23); put it before Trainer in the bases.
+    """Mixin for `transformers.Trainer`; put it before Trainer in the bases.
 
     A subclass adds its own state with `extra_state` and takes it back with `load_extra_state`.
 

@@ -13,19 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rmipo_lite.demo.data import MODEL, load_rows
-from rmipo_lite.demo.scoring import (
-    Answer,
-    Score,
-    gamma_by_pair_kind,
-    sample_answers,
-    score_answers,
-)
-from rmipo_lite.demo.task import (
-    ANSWER_SHARES,
-    Question,
-    held_out_questions,
-    make_pairs,
-)
+from rmipo_lite.demo.scoring import Answer, Score, gamma_by_pair_kind, sample_answers, score_answers
+from rmipo_lite.demo.task import ANSWER_SHARES, Question, held_out_questions, make_pairs
 from rmipo_lite.output.table import escaped, html_table
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.run import train

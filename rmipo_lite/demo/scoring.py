@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmipo_lite.demo.task import GENERIC, PAIR_KINDS, REWARD_RIGHT, Pair, Question, true_reward
+from rmipo_lite.demo.facts import GENERIC
+from rmipo_lite.demo.task import PAIR_KINDS, REWARD_RIGHT, Pair, Question, true_reward
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.ops import linear_logps, rmipo_loss
 

@@ -11,16 +11,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from rmipo_lite.demo.facts import KINDS, LEAD_INS, PHRASINGS, Fact, all_facts
+from rmipo_lite.demo.facts import FILLERS, GENERIC, KINDS, LEAD_INS, PHRASINGS, Fact, all_facts
 
-GENERIC = ("I am not sure.", "It is hard to say.", "That depends on many things.")
-FILLERS = (
-    "Well, that is a good question.",
-    "Let me think about it for a moment.",
-    "I had a close look at this for you.",
-    "There are many ways to see it.",
-    "Thank you for asking me this.",
-)
 PAIR_KINDS = ("right/wrong", "specific/generic", "terse/wordy")
 # Shares of the kinds of answer in the supervised text: what the model does before the preferences.
 ANSWER_SHARES = {"right": 0.36, "wrong": 0.14, "generic": 0.26, "wordy": 0.24}
@@ -96,7 +88,7 @@ def true_reward(question: Question, text: str, ended: bool = True) -> float:
     return reward if ended else reward - PENALTY_UNENDED
 
 
-def _split_facts() -> tuple[list[Fact], list[Fact]]:
+def split_facts() -> tuple[list[Fact], list[Fact]]:
     """(facts for pairs, held-out facts), split by group; the same split in every process."""
     rng = random.Random(7)
     kept: list[Fact] = []
@@ -110,7 +102,8 @@ def _split_facts() -> tuple[list[Fact], list[Fact]]:
     return kept, held
 
 
-def _ask(fact: Fact, phrasing: int) -> Question:
+def ask(fact: Fact, phrasing: int) -> Question:
+    """The question about a fact in one of its three phrasings."""
     return Question(fact, PHRASINGS[fact.kind][phrasing].format(*fact.subject))
 
 
@@ -118,38 +111,12 @@ def held_out_questions() -> list[Question]:
     """The evaluation prompts: facts in no pair, each in the one phrasing no training text has."""
     rng = random.Random(8)
     by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
-    for index, fact in enumerate(_split_facts()[1]):
-        by_kind[fact.kind].append(_ask(fact, index % 3))
+    for index, fact in enumerate(split_facts()[1]):
+        by_kind[fact.kind].append(ask(fact, index % 3))
     chosen = []
     for questions in by_kind.values():
         chosen += rng.sample(questions, min(HELD_OUT_PER_KIND, len(questions)))
     return chosen
-
-
-def training_questions() -> list[Question]:
-    """All questions the supervised text may ask: every phrasing but the withheld one."""
-    kept, held = _split_facts()
-    questions = [_ask(fact, phrasing) for fact in kept for phrasing in range(3)]
-    for index, fact in enumerate(held):
-        questions += [_ask(fact, phrasing) for phrasing in range(3) if phrasing != index % 3]
-    return questions
-
-
-def sft_answer(fact: Fact, rng: random.Random) -> str:
-    """An answer as the supervised text has it: the kinds of `ANSWER_SHARES` in their shares."""
-    kind = rng.choices(list(ANSWER_SHARES), list(ANSWER_SHARES.values()))[0]
-    if kind == "right":
-        return right_answer(fact)
-    if kind == "wrong":
-        return wrong_answer(fact, rng)
-    if kind == "generic":
-        return rng.choice(GENERIC)
-    return wordy_answer(fact, rng)
-
-
-def clean_answer(fact: Fact, rng: random.Random) -> str:
-    """A right answer, terse or wordy, as the text has it from which the model learns its facts."""
-    return right_answer(fact) if rng.random() < 0.9 else wordy_answer(fact, rng)
 
 
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -158,12 +125,12 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     Question kinds take turns, so that those with few facts weigh as much as those with many.
     """
     rng = random.Random(seed)
-    kept = _split_facts()[0]
+    kept = split_facts()[0]
     by_kind = {kind: [fact for fact in kept if fact.kind == kind] for kind in KINDS}
     pairs: dict[tuple[str, str], Pair] = {}  # by question and rejected answer: no pair twice
     while len(pairs) < count:
         fact = rng.choice(by_kind[KINDS[len(pairs) % len(KINDS)]])
-        question = _ask(fact, rng.randrange(3))
+        question = ask(fact, rng.randrange(3))
         kind = rng.choices(PAIR_KINDS, (0.5, 0.25, 0.25))[0]
         rejected = {
             "right/wrong": wrong_answer(fact, rng),

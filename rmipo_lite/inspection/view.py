@@ -176,7 +176,7 @@ def page(inspection: InspectionFacts, top: int) -> str:
 def _sections(inspection: InspectionFacts, top: int) -> list[tuple[str, str]]:
     head = ("", "p5", "p50", "p95", "max")
     sections = [
-        ("Data", html_table(("", ""), facts(inspection)) + html_table(head, lengths(inspection))),
+        ("Data", html_table(("", ""), facts(inspection)) + html_table(head, lengths(inspection)))
     ]
     if inspection.scores is not None:
         head = ("", "mean", "p5", "p50", "p95")

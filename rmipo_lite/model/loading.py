@@ -74,9 +74,7 @@ def load_config(name: str) -> PretrainedConfig:
 
 
 def load_model(
-    name: str,
-    args: RMiPOConfig,
-    quantization_config: BitsAndBytesConfig | None = None,
+    name: str, args: RMiPOConfig, quantization_config: BitsAndBytesConfig | None = None
 ) -> nn.Module:
     """Load a causal language model in the run's precision, or with quantised weights.
 

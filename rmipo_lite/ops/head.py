@@ -18,6 +18,8 @@ save where a CPU multiplies bfloat16 itself and gives bfloat16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,13 +103,7 @@ def _linear_logps(
         )
         for rows in head.chunks:
             logps[rows], grads = row_work(
-                head,
-                rows,
-                target_ids,
-                transform,
-                None,
-                use_native,
-                with_grads,
+                head, rows, target_ids, transform, None, use_native, with_grads
             )
             if grads is not None:
                 head.times_weight(grads, directions[rows])
@@ -115,18 +111,9 @@ def _linear_logps(
 
 
 @_linear_logps.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
-    mode: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     exact = accumulate_dtype(hidden.dtype)
-    rows = hidden.shape[0] if mode == _DIRECTION else 0
+    rows = hidden.shape[0] if others[-2] == _DIRECTION else 0  # the mode
     return (
         hidden.new_empty(hidden.shape[0], dtype=exact),
         hidden.new_empty((rows, hidden.shape[1]), dtype=exact),
@@ -173,15 +160,7 @@ def _recompute_backward(
             len(weight) if bias is not None else 0, dtype=head.exact, device=hidden.device
         )
         for rows in head.chunks:
-            _, grads = row_work(
-                head,
-                rows,
-                target_ids,
-                transform,
-                grad_logps,
-                use_native,
-                True,
-            )
+            _, grads = row_work(head, rows, target_ids, transform, grad_logps, use_native, True)
             assert grads is not None
             head.times_weight(grads, grad_hidden[rows])
             head.add_weight_grad(grads, rows, target_ids, grad_weight)
@@ -193,14 +172,7 @@ def _recompute_backward(
 
 @_recompute_backward.register_fake
 def _(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    logit_softcap: float | None,
-    logit_scale: float,
-    impl: str,
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_bias = hidden.new_empty(weight.shape[0] if bias is not None else 0)
     return torch.empty_like(hidden), torch.empty_like(weight), grad_bias

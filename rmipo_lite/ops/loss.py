@@ -17,7 +17,7 @@ method sets, and a gradient through it would let the policy lower its own margin
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -225,20 +225,7 @@ def _pair_loss(
 
 
 @_pair_loss.register_fake
-def _(
-    token_logps: Tensor,
-    cu_seqlens: Tensor,
-    prior_token_logps: Tensor | None,
-    prior_cu_seqlens: Tensor | None,
-    loss_type: str,
-    beta: float,
-    gamma_min: float,
-    gamma_max: float,
-    gamma_scaled_by_beta: bool,
-    label_smoothing: float,
-    simpo_gamma: float,
-    impl: str,
-) -> tuple[Tensor, ...]:
+def _(token_logps: Tensor, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, ...]:
     sequences = cu_seqlens.shape[0] - 1
     per_pair = [token_logps.new_empty(sequences // 2) for _ in range(3)]
     per_sequence = [token_logps.new_empty(sequences) for _ in range(3)]

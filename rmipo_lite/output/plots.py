@@ -44,19 +44,8 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
             ("rmipo/pmi_rejected", "rejected"),
         ),
     ),
-    (
-        "Response length",
-        "tokens",
-        (
-            ("lengths/chosen", "chosen"),
-            ("lengths/rejected", "rejected"),
-        ),
-    ),
-    (
-        "Length of held-out answers",
-        "tokens",
-        (("eval_completions/mean_length", "mean"),),
-    ),
+    ("Response length", "tokens", (("lengths/chosen", "chosen"), ("lengths/rejected", "rejected"))),
+    ("Length of held-out answers", "tokens", (("eval_completions/mean_length", "mean"),)),
     (
         "Faults of held-out answers",
         "share",

@@ -1,15 +1,17 @@
 """Graphics cards that people train on: what of them decides whether a run fits, and how fast.
 
 From the makers' data sheets: memory, dense 16-bit tensor throughput with float32 accumulation (on
-GeForce cards half of the headline figure), memory bandwidth, second-level cache. Peaks, not what a
-run reaches.
+GeForce cards half of the headline figure), memory bandwidth, second-level cache: `cards.csv`.
+Peaks, not what a run reaches.
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 _GIB, _MIB = 2**30, 2**20
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)?", re.IGNORECASE)
@@ -42,40 +44,18 @@ class Card:
         return self.capability >= 8
 
 
-def _card(
-    name: str, gib: int, tflops: float, bandwidth: float, cache_mib: float, capability: float
-) -> Card:
-    return Card(name, gib * _GIB, tflops, bandwidth, int(cache_mib * _MIB), capability)
+def _read() -> tuple[Card, ...]:
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Card(
+                row["name"], int(row["gib"]) * _GIB, float(row["tflops"]), float(row["bandwidth"]),
+                int(float(row["cache_mib"]) * _MIB), float(row["capability"]),
+            )
+            for row in csv.DictReader(file)
+        )  # fmt: skip
 
 
-CARDS = (
-    _card("T4 16GB", 15, 65, 320, 4, 7.5),  # 15 GiB with its error correction on, as on Colab
-    _card("RTX 2060 6GB", 6, 26, 336, 3, 7.5),
-    _card("RTX 2070 8GB", 8, 30, 448, 4, 7.5),
-    _card("RTX 2080 Ti 11GB", 11, 54, 616, 5.5, 7.5),
-    _card("RTX 3050 8GB", 8, 18, 224, 2, 8.6),
-    _card("RTX 3060 12GB", 12, 26, 360, 3, 8.6),
-    _card("RTX 3060 Ti 8GB", 8, 32, 448, 4, 8.6),
-    _card("RTX 3070 8GB", 8, 41, 448, 4, 8.6),
-    _card("RTX 3080 10GB", 10, 60, 760, 5, 8.6),
-    _card("RTX 3090 24GB", 24, 71, 936, 6, 8.6),
-    _card("RTX A6000 48GB", 48, 155, 768, 6, 8.6),
-    _card("A10 24GB", 24, 125, 600, 6, 8.6),
-    _card("A100 40GB", 40, 312, 1555, 40, 8.0),
-    _card("A100 80GB", 80, 312, 2039, 40, 8.0),
-    _card("RTX 4060 8GB", 8, 30, 272, 24, 8.9),
-    _card("RTX 4060 Ti 16GB", 16, 44, 288, 32, 8.9),
-    _card("RTX 4070 12GB", 12, 58, 504, 36, 8.9),
-    _card("RTX 4080 16GB", 16, 98, 717, 64, 8.9),
-    _card("RTX 4090 24GB", 24, 165, 1008, 72, 8.9),
-    _card("L4 24GB", 24, 121, 300, 48, 8.9),
-    _card("L40S 48GB", 48, 362, 864, 96, 8.9),
-    _card("H100 80GB", 80, 989, 3350, 50, 9.0),
-    _card("RTX 5060 Ti 16GB", 16, 47, 448, 32, 12.0),
-    _card("RTX 5070 12GB", 12, 62, 672, 48, 12.0),
-    _card("RTX 5080 16GB", 16, 113, 960, 64, 12.0),
-    _card("RTX 5090 32GB", 32, 210, 1792, 96, 12.0),
-)
+CARDS = _read()  # a T4 has 15 GiB with its error correction on, as on Colab
 COMMON = (
     "RTX 3070 8GB", "RTX 4060 8GB", "RTX 3080 10GB", "RTX 3060 12GB", "RTX 4070 12GB", "T4 16GB",
     "RTX 4060 Ti 16GB", "RTX 4080 16GB", "RTX 3090 24GB", "RTX 4090 24GB", "L4 24GB",

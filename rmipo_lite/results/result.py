@@ -98,10 +98,7 @@ class TrainResult(RunRecord):
             yield self.model
 
     def compare(
-        self,
-        prompts: Sequence[Prompt] | None = None,
-        max_new_tokens: int = 128,
-        **options: Any,
+        self, prompts: Sequence[Prompt] | None = None, max_new_tokens: int = 128, **options: Any
     ) -> Comparison:
         """Answers before and after training, side by side; printed or shown as a table.
 

@@ -10,7 +10,4 @@ from rmipo_lite.selftest.command import add_options, run
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="rmipo-lite selftest", allow_abbrev=False)
     add_options(parser)
-    try:
-        sys.exit(run(parser.parse_args()))
-    except ValueError as error:
-        parser.error(str(error))
+    sys.exit(run(parser.parse_args()))

@@ -9,7 +9,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,75 +29,45 @@ def expect(holds: object, text: str) -> None:
         raise Lost(text)
 
 
-def always() -> str | None:
-    """Nothing is in the way of a check."""
-    return None
-
-
 @dataclass(frozen=True)
 class Check:
-    """One row.
+    """One row: its cases in an empty folder by a seed, and why it can't be run here, or None.
 
-    Attributes:
-        number: that of its larger sister in `tests/trials`.
-        name: what is tried, in a few words.
-        cases: an empty folder and a seed -> the cases.
-        absent: why it can't be run here, or None.
+    The number is that of its larger sister in `tests/trials`.
     """
 
     number: int
     name: str
     cases: Callable[[Path, int], Iterable[Case]]
-    absent: Callable[[], str | None] = always
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A lost case: what was tried, what came, the traceback."""
-
-    tried: str
-    message: str
-    where: str
+    absent: Callable[[], str | None] = lambda: None
 
 
 @dataclass
 class Outcome:
-    """What became of one check."""
+    """What became of one check; of a lost case: what was tried, what came, the traceback."""
 
     number: int
     name: str
+    absent: str | None
     trials: int = 0
-    losses: list[Loss] = field(default_factory=list)
+    losses: list[tuple[str, str, str]] = field(default_factory=list)
     seconds: float = 0.0
-    absent: str | None = None
 
     def lose(self, tried: str, error: Exception) -> None:
         """Note a lost case."""
         name = "" if isinstance(error, Lost) else f"{type(error).__name__}: "
-        where = "".join(traceback.format_exception(error))
-        self.losses.append(Loss(tried, f"{name}{error}"[:_LONGEST_MESSAGE], where))
+        text = f"{name}{error}"[:_LONGEST_MESSAGE]
+        self.losses.append((tried, text, "".join(traceback.format_exception(error))))
 
 
 def carry_out(check: Check, folder: Path, seed: int) -> Outcome:
-    """Every case of a check, whatever happens in it; nothing of what they print is seen."""
-    outcome = Outcome(check.number, check.name, absent=check.absent())
+    """Every case of a check, whatever happens in it."""
+    outcome = Outcome(check.number, check.name, check.absent())
     if outcome.absent is not None:
         return outcome
-    start, before, disabled = (
-        time.monotonic(),
-        torch.get_num_threads(),
-        logging.root.manager.disable,
-    )
+    start = time.monotonic()
     folder.mkdir()
-    torch.set_num_threads(1)  # tiny models gain nothing from more, and on a busy machine they wait
-    logging.disable(logging.WARNING)
-    sink = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-    ):
-        warnings.simplefilter("ignore")
+    with _in_quiet():
         try:
             for tried, run in check.cases(folder, seed):
                 outcome.trials += 1
@@ -108,8 +78,22 @@ def carry_out(check: Check, folder: Path, seed: int) -> Outcome:
         except Exception as error:
             outcome.trials += 1
             outcome.lose("making the cases", error)
-    logging.disable(disabled)
-    torch.set_num_threads(before)
     shutil.rmtree(folder, ignore_errors=True)
     outcome.seconds = time.monotonic() - start
     return outcome
+
+
+@contextlib.contextmanager
+def _in_quiet() -> Iterator[None]:
+    """In one thread, which is enough for tiny models, and with nothing printed, warned, logged."""
+    threads, disabled, sink = torch.get_num_threads(), logging.root.manager.disable, io.StringIO()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+    ):
+        yield
+    logging.disable(disabled)
+    torch.set_num_threads(threads)

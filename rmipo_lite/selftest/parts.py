@@ -30,14 +30,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON,
     "qwen2-sliding": _COMMON | _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": _COMMON | {"head_dim": 8},
-    "gemma2": _COMMON
-    | _WINDOW
-    | {"head_dim": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma2": _COMMON | _WINDOW | {
+        "head_dim": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": _COMMON | _WINDOW | {"head_dim": 8, "num_hidden_layers": 6},
     "phi3": _COMMON | _WINDOW,
-    "granite": _COMMON
-    | {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
-       "embedding_multiplier": 3.0},
+    "granite": _COMMON | {
+        "logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+    },
     "gpt2": {
         "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1,
@@ -87,12 +88,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         pad_token="<pad>",
-    )
+    )  # fmt: skip
 
 
 def tiny_trainer(
@@ -107,15 +105,9 @@ def tiny_trainer(
 ) -> RMiPOTrainer:
     """A trainer on a tiny Llama: 4 pairs a step, LoRA of rank 4, everything logged."""
     settings: dict[str, Any] = {
-        "max_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **options,
-    }
+        "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no",
+        "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True, **options,
+    }  # fmt: skip
     return RMiPOTrainer(
         tiny_model() if model is None else model,
         RMiPOConfig(str(folder), **settings),

@@ -1,77 +1,72 @@
-"""Jobs in new processes, which may be killed, hang or lack what this one has."""
+"""Jobs in processes of their own, which may be killed, may hang, and may lack what this one has.
+
+They are forked from a server that has imported the package and computed nothing: the imports take
+longer than the checks, and a fork after OpenMP has run can hang.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 HANG_S = 600.0  # no job takes a tenth of it, beside whatever else the machine does
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
 
 
-def run_fresh(
+def start_server() -> None:
+    """Let the server begin to import the package; this takes no import itself."""
+    if _FORKS:
+        _CONTEXT.set_forkserver_preload(["rmipo_lite.selftest.survival"])
+        forkserver.ensure_running()
+
+
+def run_job(
     job: Callable[..., None],
     *args: Any,
-    env: Mapping[str, str | None] | None = None,
+    output: Path,
+    kill_after: str = "",
     seconds: float = HANG_S,
-    kill_after: str | None = None,
 ) -> tuple[int, str]:
-    """Exit code and output of `job(*args)` in a new interpreter; arguments go as JSON.
-
-    Args:
-        job: a function at the top of a module.
-        *args: its arguments, JSON-like.
-        env: changes of the environment; None removes a variable.
-        seconds: after which the job and its own children are killed.
-        kill_after: a line; when the job has printed it, it is killed.
+    """Exit code and output of `job(*args)`, which prints to a file and is killed after a line.
 
     Raises:
-        TimeoutError: it hung.
+        TimeoutError: it hung for so many seconds; it and its children are killed.
     """
-    child = subprocess.Popen(
-        fresh_command(job, *args), env=changed_environment(env or {}), text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-    assert child.stdout is not None
-    hung = threading.Event()
-
-    def end() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            # All of its group: a hung worker outlives a parent that is killed alone.
-            os.killpg(child.pid, signal.SIGKILL)
-            hung.set()
-
-    timer = threading.Timer(seconds, end)
-    timer.start()
-    text = ""
-    with child:
-        for line in child.stdout:
-            text += line
-            if line.rstrip("\n") == kill_after:
-                child.kill()
-    timer.cancel()
-    if hung.is_set():
-        raise TimeoutError(f"hung for more than {seconds:g} s: {text[-300:]}")
-    return child.returncode, text
+    process = _CONTEXT.Process(target=_run, args=(str(output), job, args))
+    process.start()
+    deadline = time.monotonic() + seconds
+    while process.exitcode is None:
+        process.join(0.002)
+        if kill_after and kill_after in _text(output).splitlines():
+            process.kill()
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and its children: they may hang
+            raise TimeoutError(f"hung for more than {seconds:g} s: {_text(output)[-300:]}")
+    return int(process.exitcode), _text(output)
 
 
-def fresh_command(job: Callable[..., None], *args: Any) -> list[str]:
-    """The command that runs `job(*args)` in a new interpreter."""
-    code = f"import json; from {job.__module__} import {job.__name__} as job; job(*json.loads("
-    return [sys.executable, "-c", f"{code}{json.dumps(json.dumps(args))}))"]
+def _text(output: Path) -> str:
+    return output.read_text(errors="replace") if output.exists() else ""
 
 
-def changed_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """This process's environment with changes, and with this package importable."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    merged = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
-    return {name: value for name, value in merged.items() if value is not None}
+def _run(output: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.setsid()
+    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as we
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    import torch
+
+    torch.set_num_threads(1)  # as in the parent: another number would round otherwise
+    job(*args)

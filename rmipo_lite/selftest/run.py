@@ -12,60 +12,52 @@ from pathlib import Path
 
 from rmipo_lite.environment import versions
 from rmipo_lite.output.console import duration, say
-from rmipo_lite.selftest import gpu, kernels, models, survival, workers
+from rmipo_lite.selftest import gpu, kernels, models, survival
 from rmipo_lite.selftest.check import Check, Outcome, carry_out
-
-_HEAD = f"{'':>3} {'check':<58}{'trials':>7}{'lost':>6}{'seconds':>9}"
 
 
 def all_checks() -> list[Check]:
-    """Every check, by number."""
-    checks = [c for part in (survival, workers, kernels, models, gpu) for c in part.CHECKS]
-    return sorted(checks, key=lambda check: check.number)
+    """Every check, those first during which the server for the others gets ready."""
+    return [check for part in (kernels, models, survival, gpu) for check in part.CHECKS]
 
 
 def selftest(
     only: Sequence[int] = (), seed: int = 0, *, show: bool = True, debug: bool = False
 ) -> list[Outcome]:
-    """Try what depends on this machine, in a folder below the current one, where runs go too.
+    """Run the checks of these numbers, or all, in a folder below the current one, as runs are.
 
-    Args:
-        only: numbers of the checks to run; empty for all.
-        seed: what every random choice comes from.
-        show: whether to print a row as each check ends.
-        debug: whether a lost case is shown with its traceback.
+    Prints a row as each check ends; `debug` adds the tracebacks.
 
     Raises:
-        ValueError: a number that is no check here.
+        ValueError: a number that no check has.
     """
-    checks = all_checks()
+    checks = [check for check in all_checks() if not only or check.number in only]
     unknown = sorted(set(only) - {check.number for check in checks})
     if unknown:
-        known = ", ".join(map(str, sorted({check.number for check in checks})))
+        known = ", ".join(map(str, sorted({check.number for check in all_checks()})))
         raise ValueError(f"selftest: no check {unknown[0]} here; there are {known}")
     tell = say if show else lambda text: None
     outcomes = []
     place = Path.cwd() if os.access(".", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".rmipo-selftest-", dir=place) as folder:
         tell(f"seed {seed}; its checkpoints are on the disk of {Path(folder).parent}")
-        tell(_HEAD)
+        tell(f"{'':>3} {'check':<60}{'trials':>7}{'lost':>6}{'seconds':>9}")
         for row, check in enumerate(checks):
-            if not only or check.number in only:
-                outcomes.append(carry_out(check, Path(folder) / str(row), seed))
-                for line in _lines(outcomes[-1], seed, debug):
-                    tell(line)
+            outcomes.append(carry_out(check, Path(folder) / str(row), seed))
+            for line in _lines(outcomes[-1], seed, debug):
+                tell(line)
     tell(f"{total_line(outcomes)}  ({duration(sum(outcome.seconds for outcome in outcomes))})")
     return outcomes
 
 
 def _lines(outcome: Outcome, seed: int, debug: bool) -> list[str]:
-    head = f"{outcome.number:>3} {outcome.name:<58}"
+    head = f"{outcome.number:>3} {outcome.name:<60}"
     if outcome.absent is not None:
         return [f"{head} not run: {outcome.absent}"]
     lines = [f"{head}{outcome.trials:>7}{len(outcome.losses):>6}{outcome.seconds:>9.1f}"]
-    for loss in outcome.losses:
-        lines.append(f"      lost ({loss.tried}): {loss.message}")
-        lines += [f"      {line}" for line in loss.where.splitlines()] if debug else []
+    for tried, text, where in outcome.losses:
+        lines.append(f"      lost ({tried}): {text}")
+        lines += [f"      {line}" for line in where.splitlines()] if debug else []
     if outcome.losses and not debug:
         command = f"rmipo-lite selftest --seed {seed} --only {outcome.number} --debug"
         lines.append(f"      repeat: {command}")

@@ -1,9 +1,9 @@
-"""What a machine may do to a run: kill it in the middle, have no compiler for its kernels."""
+"""What a machine may do to a run: kill it, have no compiler for its kernels, fork it."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import random
 import re
 import signal
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint, read_manifest
-from rmipo_lite.ops import status
+from rmipo_lite.ops import linear_logps, status
 from rmipo_lite.output.console import say
 from rmipo_lite.selftest.check import Case, Check, expect
 from rmipo_lite.selftest.parts import equal_weights, tiny_model, tiny_trainer, trained_weights
-from rmipo_lite.selftest.processes import run_fresh
+from rmipo_lite.selftest.processes import HANG_S, run_job
 
 STEPS = 12  # of a run that is to be killed
-
 
 # ---- 1: kill -9 -----------------------------------------------------------------------------
 
@@ -45,37 +45,37 @@ class Announce(TrainerCallback):
         say(f"saved {state.global_step}.")
 
 
-def saving_run(folder: str) -> None:
-    """A run that saves after every step, to be killed."""
-    saving_trainer(Path(folder), callbacks=[Announce()]).train()
-
-
 def saving_trainer(folder: Path, **options: Any) -> Any:
-    """The trainer of that run; five pairs, so that an epoch has a short last step."""
+    """A trainer that saves after every step; five pairs, so that an epoch ends in a short step."""
     return tiny_trainer(
         folder, count=5, max_steps=STEPS, save_strategy="steps", save_steps=1, save_total_limit=2,
         disable_dropout=False, model=tiny_model(attention_dropout=0.1), **options,
     )  # fmt: skip
 
 
+def saving_run(folder: str) -> None:
+    """Its run, to be killed."""
+    saving_trainer(Path(folder), callbacks=[Announce()]).train()
+
+
 def kills(folder: Path, seed: int) -> Iterator[Case]:
-    """Kill a saving run at a random place; what is left resumes to the uninterrupted weights."""
+    """Kill a run at a random step, in its save and behind it; it resumes to the same weights."""
     whole = saving_trainer(folder / "whole")
     whole.train()
-    rng = random.Random(seed)
-    for number, word in enumerate(("stepped", "saved")):  # while it saves, and between saves
-        line = f"{word} {rng.randint(2, STEPS - 1)}."
-        run = partial(_kill, folder / str(number), line, trained_weights(whole))
-        yield f"kill -9 after '{line}'", run
+    for word in ("stepped", "saved"):
+        line = f"{word} {random.Random(seed).randint(2, STEPS - 1)}."
+        kill = partial(_kill, folder / word, line, trained_weights(whole))
+        yield f"kill -9 after '{line}'", kill
 
 
-def _kill(folder: Path, line: str, weights: dict[str, Tensor]) -> None:
-    code, text = run_fresh(saving_run, str(folder), kill_after=line)
-    expect_resumes(folder, code, text, weights)
+def _kill(run: Path, line: str, weights: dict[str, Tensor]) -> None:
+    output = run.with_suffix(".out")
+    code, text = run_job(saving_run, str(run), output=output, kill_after=line)
+    expect_resumes(run, code, text, weights)
 
 
 def expect_resumes(run: Path, code: int, text: str, weights: dict[str, Tensor]) -> None:
-    """Lose the trial unless the killed run kept what it had saved, and resumes to these weights."""
+    """Lose the case unless the killed run kept what it had saved, and resumes to these weights."""
     expect(code in (-signal.SIGKILL, 0), f"the run ended by itself: {text[-300:]}")
     newest, skipped = newest_valid_checkpoint(run)
     expect(not skipped, f"a broken checkpoint was left: {skipped}")
@@ -98,25 +98,77 @@ def no_compiler(folder: Path, _seed: int) -> Iterator[Case]:
 
 
 def _train_plainly(folder: Path) -> None:
-    env = {"PATH": str(folder), "RMIPO_LITE_CACHE": str(folder / "cache"), "CXX": None}
-    code, text = run_fresh(plain_run, str(folder), env=env)
+    code, text = run_job(plain_run, str(folder), output=folder / "out")
     expect(code == 0, f"exit {code}: {text[-300:]}")
-    told = json.loads(text.splitlines()[-1])
-    expect(told["kind"] is None, f"kernels from somewhere: {told}")
-    expect(len(told["losses"]) == 2, f"it did not train: {told}")
-    expect(all(map(math.isfinite, told["losses"])), f"losses {told['losses']}")
+    kind, losses = json.loads(text.splitlines()[-1])
+    expect(kind is None, f"kernels from somewhere: {kind}")
+    expect(len(losses) == 2 and all(0 < loss < 99 for loss in losses), f"losses {losses}")
 
 
 def plain_run(folder: str) -> None:
     """In that process: two steps, then where the kernels came from and the losses, as JSON."""
+    os.environ |= {"PATH": folder, "RMIPO_LITE_CACHE": f"{folder}/cache", "CXX": "g++"}
     with mock.patch("rmipo_lite.ops.library._PACKAGE", Path(folder)):  # no kernels beside it
         trainer = tiny_trainer(Path(folder) / "run", max_steps=2)
         trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        say(json.dumps({"kind": status("cpu").kind, "losses": losses}))
+        log = trainer.state.log_history
+        say(json.dumps([status("cpu").kind, [line["loss"] for line in log if "loss" in line]]))
+
+
+# ---- 19: forks ------------------------------------------------------------------------------
+
+
+def forked_workers(folder: Path, _seed: int) -> Iterator[Case]:
+    """Workers forked after a forward pass must not wait for threads that only the parent has."""
+    for kind in ("DataLoader", "fork"):
+        yield kind, partial(expect_no_hang, kind, folder / kind)
+
+
+def expect_no_hang(kind: str, output: Path, seconds: float = HANG_S) -> None:
+    """Lose the case when the workers hang, or give other values than their parent."""
+    code, text = run_job(parent_with_workers, kind, output=output, seconds=seconds)
+    expect(code == 0, f"exit {code}: {text[-300:]}")
+    expect(text.splitlines()[-1:] == ["same"], f"the workers' values differ: {text[-300:]}")
+
+
+def parent_with_workers(kind: str) -> None:
+    """In the parent: a forward with two threads, then workers that do it again."""
+    torch.set_num_threads(2)
+    want = _value()
+    torch.randn(700, 700).matmul(torch.randn(700, 700))  # and BLAS's own threads
+    got = _by_dataloader() if kind == "DataLoader" else _by_fork()
+    same = all(abs(number - want) < 1e-3 * abs(want) for number in got) and bool(got)
+    say("same" if same else f"{got}, not {want}")
+
+
+def _value() -> Tensor:
+    """The operator's sum on fixed inputs, large enough for torch and the kernels to use threads."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator) for n in (600, 3000))
+    return linear_logps(hidden, weight, torch.zeros(600, dtype=torch.int64)).sum()
+
+
+def _by_dataloader() -> list[float]:
+    items: Any = range(4)
+    values = torch.utils.data.DataLoader(items, num_workers=2, collate_fn=lambda _: _value())
+    return [float(value) for value in values]
+
+
+def _by_fork() -> list[float]:
+    """No library in between that would set the number of threads."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(theirs, str(float(_value())).encode())
+        finally:  # whatever comes, the parent's code is not the child's to run
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return [float(os.read(ours, 100))]
 
 
 CHECKS = [
     Check(1, "kill -9 and resume, on this disk", kills),
     Check(17, "no compiler and no kernels: plain PyTorch trains", no_compiler),
+    Check(19, "workers forked after a forward pass", forked_workers),
 ]

@@ -21,7 +21,9 @@ from rmipo_lite.output.console import say
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl as Control
+    from transformers import TrainerState as State
+    from transformers import TrainingArguments as Args
 
 
 class GracefulInterrupt(TrainerCallback):
@@ -76,9 +78,7 @@ class GracefulInterrupt(TrainerCallback):
         self.request()
         say("Stopping when this step, or this save, is whole. Ctrl-C again stops at once.")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """Turn the flag into a save and a stop; the step is whole here."""
         if self.requested and self.stopped_at_step is None:
             self.stopped_at_step = state.global_step
@@ -86,9 +86,7 @@ class GracefulInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """Keep the loop from evaluating and saving once more as if the epoch had ended.
 
         An evaluation that the uninterrupted run doesn't do there would move the random state,

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Args
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from rmipo_lite.checkpoints.random_state import kept_random_state
@@ -68,9 +68,7 @@ def _collate(pairs: list[TokenizedPair]) -> dict[str, list[TokenizedPair]]:
 class _LogLastStep(TrainerCallback):
     """Log after the last step too: a run shorter than `logging_steps` would leave no numbers."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
 

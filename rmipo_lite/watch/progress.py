@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -17,28 +17,20 @@ from rmipo_lite.watch.run_progress import RunProgress, metric_line
 from rmipo_lite.watch.text_progress import PlainLines, TerminalBar
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        Trainer,
+    )
+    from transformers import (
+        TrainerControl as Control,
+    )
+    from transformers import (
+        TrainerState as State,
+    )
+    from transformers import (
+        TrainingArguments as Args,
+    )
 
 PLAIN_LINE_SECONDS = 5.0
-
-
-class View(Protocol):
-    """How a run is shown."""
-
-    def start(self, run: RunProgress) -> None:
-        """The first step is about to start."""
-
-    def update(self, run: RunProgress) -> None:
-        """Something has changed; a view decides when it redraws."""
-
-    def tell(self, run: RunProgress, text: str) -> None:
-        """An evaluation has numbers: show them at once."""
-
-    def close(self, run: RunProgress) -> None:
-        """Let go of the screen; called twice, and after an exception too."""
-
-    def end(self, run: RunProgress) -> None:
-        """The training loop has ended as it should."""
 
 
 class ProgressDisplay(TrainerCallback):
@@ -53,10 +45,10 @@ class ProgressDisplay(TrainerCallback):
         self.seconds = seconds
         self.live = live
         self.run = RunProgress()
-        self._chosen: View | None = None
+        self._chosen: PlainLines | NotebookPanel | None = None
 
     @property
-    def _view(self) -> View:
+    def _view(self) -> PlainLines | NotebookPanel:
         # Chosen at the first event: a notebook's panel begins with the evaluation before training.
         if self._chosen is None:
             if self.live is None and in_notebook():
@@ -75,39 +67,31 @@ class ProgressDisplay(TrainerCallback):
             self.run.fail("interrupted" if kind is KeyboardInterrupt else "ended with an error")
         self.close()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """Draw the view."""
         self.run.begin(state.global_step, state.max_steps)
         self._view.start(self.run)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """Move on by a step."""
         self.run.step = state.global_step
         self._view.update(self.run)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """An evaluation goes on: say so, since it can take as long as many steps."""
         self.run.batches += 1
         self._view.update(self.run)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """Back to what was done before."""
         self.run.batches = 0
         self._view.update(self.run)
 
     def on_log(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        args: Args,
+        state: State,
+        control: Control,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -123,9 +107,7 @@ class ProgressDisplay(TrainerCallback):
             self.run.add_held_out(logs)
             self._view.tell(self.run, f"step {state.global_step}: held out  {numbers}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         """Close the view and say how long the run took."""
         self.run.end()
         self.close()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rmipo_lite.selftest.scorecard import Lost
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import library, native
 from rmipo_lite.selftest import gpu
-from rmipo_lite.selftest.scorecard import Lost
 from tests.trials.numbers import addresses
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rmipo_lite.selftest.scorecard import Check, Outcome, Trials, carry_out
+
 from rmipo_lite.environment import versions
 from rmipo_lite.output.console import duration, say
 from rmipo_lite.selftest import gpu, kernels, models, survival
-from rmipo_lite.selftest.scorecard import Check, Outcome, Trials, carry_out
 from rmipo_lite.training.interrupt import GracefulInterrupt
 
 Chosen = Sequence[tuple[Check, list[int]]]  # checks, each with its trials

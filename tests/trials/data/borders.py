@@ -6,10 +6,11 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model import batch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.tokenize_rows import tokenize_rows

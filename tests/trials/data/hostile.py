@@ -12,11 +12,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trials, expect
 
 from rmipo_lite.checkpoints.sealed_folder import seal
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import adapter, loading, names
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from tests.kit import tiny_model, tiny_trainer, word_tokenizer
 from tests.trials.data import hostile_data, hostile_shown
 from tests.trials.data.hostile_data import Bench, expect_refused

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rmipo_lite.selftest.scorecard import Lost, Mode, expect
+
 from rmipo_lite.data import files
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.selftest.scorecard import Lost, Mode, expect
 from rmipo_lite.tokens import template_limits
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair

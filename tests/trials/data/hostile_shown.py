@@ -9,6 +9,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from rmipo_lite.selftest.scorecard import expect
+
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model.generation import Answer
@@ -17,7 +19,6 @@ from rmipo_lite.results.comparison import Comparison
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.results.run_page import report_html
-from rmipo_lite.selftest.scorecard import expect
 from tests.kit import tiny_model
 from tests.trials.data.hostile_data import Bench
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from torch import Tensor, nn
 
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.step import PairStep

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.tokenize_rows import tokenize_rows

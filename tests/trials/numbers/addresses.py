@@ -9,13 +9,13 @@ import mmap
 import random
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, native, reference
 from rmipo_lite.ops.head_blocks import even_slices
 from rmipo_lite.ops.reference import IGNORED, LogitTransform
 from rmipo_lite.selftest.gpu import no_gpu
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from tests.trials.numbers.operands import seeded
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE: addresses without memory behind them until they are touched

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trials
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.scorecard import Check, Trials
 from tests.trials.numbers.operands import kernel_impl, seeded
 
 _ROWS, _WIDTH, _VOCAB = 5, 4, 13

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from torch import Tensor, nn
 
 from rmipo_lite.model import batch
@@ -21,7 +22,6 @@ from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.pair import TokenizedPair
 from tests.kit import VOCAB, random_pairs, tiny_model
 from tests.trials.numbers.operands import DTYPES, any_impl, random_head, seeded

@@ -15,10 +15,10 @@ from statistics import fmean
 
 import torch
 from peft import LoraConfig, get_peft_model
+from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from torch import nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.training.step import PairStep

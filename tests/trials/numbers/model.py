@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from torch import Tensor, nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
 from rmipo_lite.planning import quantization
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.pair_values import PairValues

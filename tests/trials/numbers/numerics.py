@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
 from torch import Tensor
 
 from rmipo_lite.ops import pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
 from tests.trials.numbers.operands import (
     HeadCase,
     any_impl,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rmipo_lite.selftest.scorecard import expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
-from rmipo_lite.selftest.scorecard import expect
 from tests.trials.numbers.operands import LAYOUTS, kernel_impl, laid_out
 
 Call = tuple[str, Callable[[], None]]  # what is called, and a function that raises if it went wrong

@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +27,6 @@ from rmipo_lite.model.adapter import detach_adapter
 from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.training import step as step_module
 from tests.kit import tiny_model, train_words, word_tokenizer
 

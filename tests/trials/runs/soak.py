@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rmipo_lite.selftest.scorecard import Check, Mode, Trial, Trials, expect
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
 from rmipo_lite.checkpoints.weights import ADAPTER_FILE
 from rmipo_lite.output.console import say
-from rmipo_lite.selftest.scorecard import Check, Mode, Trial, Trials, expect
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from tests.kit import equal_weights, tiny_model, tiny_trainer
 from tests.trials.runs.children import start

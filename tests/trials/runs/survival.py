@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from peft import PeftModel
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.checkpoints import sealed_folder, state, trainer_mixin
@@ -24,7 +25,6 @@ from rmipo_lite.checkpoints.sealed_folder import (
     read_manifest,
     verify_checkpoint,
 )
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from tests.kit import equal_weights, tiny_model, tiny_trainer, trained_weights
 from tests.trials.runs import jobs
 from tests.trials.runs.children import start

@@ -12,11 +12,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from torch import Tensor
 from transformers import TrainerCallback
 
 from rmipo_lite.checkpoints.trainer_mixin import newest_valid_checkpoint
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import (
     equal_weights,

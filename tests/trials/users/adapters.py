@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from rmipo_lite.selftest.scorecard import Lost, expect
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -38,7 +39,6 @@ import rmipo_lite
 from rmipo_lite import RMiPOConfig, TrainResult
 from rmipo_lite.checkpoints.weights import ADAPTER_FILE
 from rmipo_lite.model.loading import load_model
-from rmipo_lite.selftest.scorecard import Lost, expect
 from tests.kit import VOCAB, tiny_model, word_rows, word_tokenizer
 
 STORE = Path(__file__).resolve().parent.parent / "tests" / "references" / "adapters"

@@ -9,11 +9,11 @@ import json
 import random
 from typing import Any
 
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from transformers import AutoModelForCausalLM
 
 import rmipo_lite
 from rmipo_lite.demo.data import MODEL, PAIRS
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from tests.kit import byte_level
 
 Rows = list[dict[str, Any]]

@@ -20,9 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 
 from rmipo_lite.ops import build, library
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from tests.trials.runs.children import Child, fresh, start
 
 _PATIENCE_S = 60.0  # whoever waits longer for a build hangs

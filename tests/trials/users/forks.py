@@ -14,10 +14,10 @@ import time
 from typing import Any
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
 from tests.trials.runs.children import changed_environment, fresh_command
 
 _PATIENCE_S = 60.0  # a trial takes seconds

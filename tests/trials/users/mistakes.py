@@ -13,11 +13,11 @@ from unittest import mock
 
 import torch
 from huggingface_hub import constants
+from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
 
 import rmipo_lite
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import linear_logps, rmipo_loss
-from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import tiny_model, word_level, word_rows, word_tokenizer
 from tests.trials.data.bad_rows import said_as_chat

@@ -19,12 +19,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmipo_lite import run
 from rmipo_lite.checkpoints.sealed_folder import checkpoints
 from rmipo_lite.planning.device import end_peak, start_peak
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
 from rmipo_lite.training import rehearsal
 from rmipo_lite.training.rehearsal import Plan
 from rmipo_lite.training.trainer import RMiPOTrainer

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from rmipo_lite.selftest.scorecard import Trial
 
 from rmipo_lite.checkpoints import weights
-from rmipo_lite.selftest.scorecard import Trial
 from tests.trials.users import said as users
 
 

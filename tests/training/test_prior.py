@@ -10,6 +10,7 @@ import torch
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.training.prior import cached_prior, chosen_token_nll, losses
+from tests.kit import random_pairs, tiny_trainer
 
 
 def _out(chosen, rejected, prior_chosen, prior_rejected, tmp_path: Path, **options):
@@ -84,3 +85,30 @@ def test_chosen_token_nll_counts_chosen_tokens_only() -> None:
     token_logps = torch.tensor([-1.0, -2.0, -10.0, -4.0, -20.0])
     borders = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
     assert chosen_token_nll(token_logps, borders).item() == 7.0
+
+
+def test_other_pairs_with_the_same_rows_have_priors_of_their_own(tmp_path: Path) -> None:
+    """A second set of pairs under the same row numbers, on the trainer that cached the first's."""
+    first, second = random_pairs(4, seed=1), random_pairs(4, seed=2)
+    trainer = tiny_trainer(tmp_path / "a", pairs=first, prior="cached", learning_rate=0.0)
+    trainer.train()
+    trainer.train_dataset = second
+    trainer.train()
+    fresh = tiny_trainer(tmp_path / "b", pairs=second, prior="cached", learning_rate=0.0)
+    fresh.train()
+    assert trainer.pair_step.prior_cache == fresh.pair_step.prior_cache
+    assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == [
+        e["loss"] for e in fresh.state.log_history if "loss" in e
+    ]
+
+
+def test_priors_of_a_checkpoint_are_scored_anew_for_other_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving = {"prior": "cached", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    tiny_trainer(tmp_path, pairs=random_pairs(4, seed=1), **saving).train()
+    pairs = random_pairs(4, seed=2)
+    trainer = tiny_trainer(tmp_path, pairs=pairs, **(saving | {"max_steps": 3}))
+    trainer.train(resume_from_checkpoint=True)
+    assert "cached priors are of other pairs" in capsys.readouterr().out
+    assert trainer.pair_step.prior_cache is not None
