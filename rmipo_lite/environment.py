@@ -4,8 +4,6 @@ It is what a bug report needs, so it never raises because something is missing: 
 isn't there is a line that says so.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

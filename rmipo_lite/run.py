@@ -5,8 +5,6 @@ The order: load -> read and report the data -> attach the adapter -> evaluate ->
 caller's model beside the adapter is put back.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -81,11 +82,40 @@ def test_every_block_of_code_compiles_with_options_that_exist() -> None:
                 assert {keyword.arg for keyword in call.keywords} <= OURS
 
 
-def test_pictures_and_pages_that_the_readme_shows_are_there() -> None:
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_pages_that_a_page_shows_are_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
-    assert "docs/from_trl.md" in links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert readme.count("\n") <= 180
+    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme]
+    assert missing == []
+
+
+def test_files_and_names_that_the_architecture_tells_of_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
+        assert (ROOT / name).exists() or (ROOT / "rmipo_lite" / name).exists(), name
+    for name in re.findall(r"`(\w+(?:\.\w+)+)`", text):
+        if not name.endswith(".py"):
+            assert pkgutil.resolve_name(f"rmipo_lite.{name}"), name
+
+
+def test_numbers_of_the_readme_stand_in_the_table() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = readme.split("## How fast, how small, how safe")[1].split("**Nothing")[0]
+    table = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    medians = {cell.split()[0] for row in rows for cell in row[2:4] if cell.strip()}
+    numbers = re.findall(r"\b0\.\d+", said)
+    assert len(numbers) == 6
+    assert set(numbers) <= medians
 
 
 def test_the_tour_of_the_readme_runs_and_has_ten_lines(

@@ -1,7 +1,5 @@
 """The state of every random generator that training uses: read, put back, kept over a block."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -11,8 +11,6 @@ the swap never finished), `.trash-checkpoint-N-pid` is being deleted. `.tmp-save
 files (the final adapter) on their way into the folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

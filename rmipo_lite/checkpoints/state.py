@@ -6,8 +6,6 @@ where `{"__tensor__": "3"}` stands for tensor 3. JSON keeps every Python float e
 integer keys, bytes and numpy arrays are marked, so that what is read equals what was written.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights of a run on disk: saved as safetensors, loaded strictly, the options beside them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

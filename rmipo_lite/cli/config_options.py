@@ -4,8 +4,6 @@ The field's text is the help and its annotation decides how a word is read, so a
 described once, in config.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

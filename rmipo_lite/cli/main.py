@@ -5,8 +5,6 @@ Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows 
 answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -93,25 +91,9 @@ def _info(given: dict[str, Any]) -> int:
 
 
 def _selftest(given: dict[str, Any]) -> int:
-    from pathlib import Path
+    from rmipo_lite.selftest.command import run
 
-    from rmipo_lite.cli.config_options import UsageError
-    from rmipo_lite.selftest.run import as_json, selftest
-
-    try:
-        only = [int(word) for word in given["only"].split(",") if word]
-    except ValueError:
-        raise UsageError(f"selftest: --only wants numbers, got {given['only']!r}") from None
-    mode, seed, file = given["mode"], given["seed"], given["json"]
-    outcomes = selftest(mode, seed=seed, only=only, trial=given["trial"], show=file != "-",
-                        debug=given["tracebacks"])  # fmt: skip
-    if file is not None:
-        text = as_json(outcomes, mode, seed)
-        if file == "-":
-            say(text)
-        else:
-            Path(file).write_text(text + "\n", encoding="utf-8")
-    return FAILED if any(outcome.lost for outcome in outcomes) else OK
+    return run(argparse.Namespace(**given))
 
 
 def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list[str]:

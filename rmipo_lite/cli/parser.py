@@ -4,12 +4,11 @@ The options of `train`, `inspect` and `estimate` come from the config, whose imp
 they are added only where that command was called.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from rmipo_lite.selftest.command import add_options
 from rmipo_lite.version import __version__
 
 # What these commands take beside the config's options; a file of options may hold them too.
@@ -154,22 +153,9 @@ def _add_estimate(commands: Any, argv: Sequence[str]) -> None:
 def _add_selftest(commands: Any) -> None:
     selftest = commands.add_parser(
         "selftest",
-        help="try to lose a run (kills, full disks, bad numbers, bad rows) and count how often",
-        description="Run the reliability scorecard, a row per check; the exit code is 1 when a "
-        "trial was lost. No network, minutes; --quick takes less than one.",
+        help="does it work on this machine? half a minute, no network",
+        description="Try what depends on this machine (kernels, libraries, disk, compiler, card), "
+        "a row per check; the exit code is 1 when anything was lost. No network.",
         allow_abbrev=False,
     )
-    depth = selftest.add_mutually_exclusive_group()
-    for mode, text in (("quick", "under a minute"), ("soak", "every trial of the scorecard")):
-        depth.add_argument(
-            f"--{mode}", dest="mode", action="store_const", const=mode, default="default", help=text
-        )
-    selftest.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
-        help="the outcome as JSON, to FILE beside the table, or to standard output instead of it",
-    )  # fmt: skip
-    selftest.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
-    selftest.add_argument("--only", metavar="N,N", default="", help="these checks alone")
-    selftest.add_argument("--trial", type=int, metavar="INDEX", help="repeat one trial of --only")
-    # its lost trials are no exceptions of the command
-    selftest.add_argument("--debug", dest="tracebacks", action="store_true", help="show tracebacks")
+    add_options(selftest)

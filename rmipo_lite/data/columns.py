@@ -1,7 +1,5 @@
 """Which columns a dataset has, and which it should have: the likely rename is named, never done."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ alone, and nothing is ever evaluated or unpickled. A record that could not be re
 its place, so that row numbers stay.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Pairs put aside for evaluation, none of which shares a prompt with the others."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import defaultdict

@@ -11,8 +11,6 @@ The forms people publish, and what becomes of them:
     (none), transcript, transcript             messages ("\\n\\nHuman: " / "\\n\\nAssistant: ")
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence

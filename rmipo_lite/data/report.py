@@ -6,8 +6,6 @@ belongs). The three counts add up to the input, and every reason keeps the numbe
 that a user can go and look. The report holds no texts but short examples.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field

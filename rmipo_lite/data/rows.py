@@ -8,8 +8,6 @@ rows) raises ValueError with the way out; what is wrong with one row is counted 
 not end an evening's run. Rows are never repaired by guessing.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ One function, `read_records`, knows every kind of input; files are read by `file
 that could not be read is a `Broken` in its place, so that row numbers stay.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

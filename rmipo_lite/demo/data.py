@@ -1,7 +1,5 @@
 """What the demo ships, as a reader would load their own: a model's folder and preference pairs."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -4,8 +4,6 @@ Every fact carries its right answer and a few plausible wrong ones, so that the 
 questions, training text, preference pairs and the true reward from one place.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

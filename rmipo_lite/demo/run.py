@@ -5,8 +5,6 @@ after on questions that stand in no pair. What it shows is that the method runs 
 learns from preferences, on one tiny made-up task; it compares no method with another.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -5,8 +5,6 @@ before training, sampled with a seed of its own. A higher true reward wins, an e
 half. The model before training therefore scores about 50 % against itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ answers to the same questions, so it knows more than it says and preferences hav
 Held-out questions ask about facts that stand in no pair, in words that stand in no training text.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

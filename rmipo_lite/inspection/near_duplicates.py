@@ -8,8 +8,6 @@ compared with a few leaders and not with every other: a thousand copies of one t
 comparisons. What meets is compared exactly before it counts.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

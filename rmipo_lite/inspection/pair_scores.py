@@ -5,8 +5,6 @@ Only one chunk's token ids exist at a time; what stays of a pair are its numbers
 what is done already, so an interrupted run that goes on has the same numbers to the last bit.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ Lines are appended as soon as they are known, so an interrupted run goes on wher
 that a kill or a power cut left unfinished is taken off the file.
 """
 
-from __future__ import annotations
-
 import json
 from array import array
 from collections.abc import Sequence

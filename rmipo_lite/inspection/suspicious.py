@@ -4,8 +4,6 @@ A rule finds candidates, it proves nothing: a model that is wrong about a questi
 the right label too. What stands first deserves a look first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

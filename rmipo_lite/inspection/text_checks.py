@@ -6,8 +6,6 @@ it stands on one side so much more often than on the other that a model would le
 difference.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

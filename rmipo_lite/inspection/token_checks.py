@@ -1,7 +1,5 @@
 """What is wrong with preference pairs as tokens: control text, borders, cuts, lengths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal

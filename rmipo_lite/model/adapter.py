@@ -1,7 +1,5 @@
 """LoRA on a model: attached once, gone on with, taken off; never nested."""
 
-from __future__ import annotations
-
 import warnings
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model

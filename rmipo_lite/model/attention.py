@@ -12,8 +12,6 @@ would be silently wrong on a packed row (a restart of the positions reads as a n
 again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

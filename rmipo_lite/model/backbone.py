@@ -4,8 +4,6 @@ It runs up to its last hidden state. The head is applied by our operator (`head.
 `(N, V)` logits are never held.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

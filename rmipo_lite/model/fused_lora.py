@@ -10,8 +10,6 @@ Only a plain LoRA layer is taken: one active adapter, a linear base layer withou
 no DoRA or other variant, no dropout. Everything else keeps peft's own forward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType

@@ -5,8 +5,6 @@ are padded here, by hand, and a missing pad token is stood in for by the end tok
 tokenizer keeps its settings and the vocabulary its size.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

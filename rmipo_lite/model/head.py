@@ -1,7 +1,5 @@
 """A model's output layer as our operator needs it: weight, bias, conventions of its logits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, cast
 

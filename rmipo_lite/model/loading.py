@@ -4,8 +4,6 @@ Nothing that comes with a model is run, neither pickles nor code (`model_files`)
 the precision they are computed in, never silently in fp32.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -5,8 +5,6 @@ while they load; code in the folder is never run, and nobody is asked whether it
 the folder's own files must stay inside it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a model is called: where it was loaded from, for people, and in a run's folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import nn

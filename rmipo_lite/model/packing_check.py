@@ -5,8 +5,6 @@ list of model names stays complete. So two small pairs of the run's own data go 
 three ways: packed, padded, and with the model's own logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise

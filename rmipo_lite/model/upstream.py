@@ -6,8 +6,6 @@ each stands once with its user; `missing` is asked before a trainer is made and 
 peft 0.21.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Iterator

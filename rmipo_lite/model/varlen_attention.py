@@ -7,8 +7,6 @@ sees every key, as a text's last token does. One call a layer, where attention b
 (attention.py) makes several for each segment.
 """
 
-from __future__ import annotations
-
 import inspect
 from functools import cache
 from itertools import accumulate

@@ -10,8 +10,6 @@ CPU and CUDA are separate libraries, since one linked to CUDA won't load without
 imported only inside functions: `setup.py` loads this file where torch may be absent.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Every message names the operator, the argument, what was wanted and what came.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import torch

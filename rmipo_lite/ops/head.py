@@ -16,8 +16,6 @@ the work on the rows. Sums and results are float32 (float64 for float64) everywh
 save where a CPU multiplies bfloat16 itself and gives bfloat16.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

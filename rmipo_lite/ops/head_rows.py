@@ -5,8 +5,6 @@ float32 (float64 for float64) whatever the input. On CUDA the product itself giv
 (`out_dtype`); on the CPU, where it can't, the weight is cast a block of rows at a time.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

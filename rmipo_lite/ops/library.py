@@ -12,8 +12,6 @@ removed by the next one. A library counts as ours when its kernels are registere
 loads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

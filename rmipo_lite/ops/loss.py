@@ -15,8 +15,6 @@ only spreads it over the tokens. Means, PMI and gamma carry no gradient: gamma i
 method sets, and a gradient through it would let the policy lower its own margin.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -9,8 +9,6 @@ The formulas are computed in float64 whatever comes in: P numbers cost nothing, 
 add its rounding to a margin that lies in 0.3 to 1.6.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Which library brings them, and what is in the way where none does, is `library`'s business.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Literal, get_args
 

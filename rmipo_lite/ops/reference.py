@@ -8,8 +8,6 @@ which are tested against this file in float64.
 The losses themselves stand in `losses`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

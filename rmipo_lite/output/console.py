@@ -4,8 +4,6 @@
 hours. It imports nothing heavy, so that `rmipo-lite --help` stays quick.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """What is wrong with a run, in plain words: `Finding`, and the list that a result shows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal

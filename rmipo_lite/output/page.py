@@ -4,8 +4,6 @@ No script, no font, no link out, so that it can be mailed and opens
 anywhere, on a phone and in the dark. Every text that comes from data is escaped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

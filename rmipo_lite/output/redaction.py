@@ -5,8 +5,6 @@ the environment. Two rules, both applied: a value whose *name* says token, key, 
 is replaced, and so is any text that equals the value of an environment variable named so.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """One table, as text and as HTML: what reports, estimates and comparisons are shown in."""
 
-from __future__ import annotations
-
 import html
 import re
 import textwrap

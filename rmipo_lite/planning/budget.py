@@ -6,8 +6,6 @@ and repeats the step. Checkpointing is a last resort: it costs a second forward 
 where the longest pair would not fit without.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ GeForce cards half of the headline figure), memory bandwidth, second-level cache
 Peaks, not what a run reaches.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import re

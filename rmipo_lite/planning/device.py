@@ -4,8 +4,6 @@ Of a card it is torch's allocator that is asked; on the CPU the process's reside
 is the kernel's own high-water mark, reset before.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from pathlib import Path

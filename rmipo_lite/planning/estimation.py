@@ -5,8 +5,6 @@ What train() would do on a card is decided by the functions that decide it in a 
 floating-point operations over a share of the card's peak: an order of magnitude, not a promise.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import dataclass, replace

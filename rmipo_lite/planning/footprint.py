@@ -10,8 +10,6 @@ a number a row). Counted are tensors: what a kernel takes inside, and what an al
 not among them.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Whether weights load in 4 bits, and how."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The tokens of a dataset, as far as memory and time of a run depend on them."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Answers before and after training, side by side: as text and as a table in a notebook."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass

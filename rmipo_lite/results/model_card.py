@@ -4,8 +4,6 @@ It claims what was measured and no more: that the margin sets itself per pair fr
 not that nothing needs tuning and not that the result beats other methods.
 """
 
-from __future__ import annotations
-
 import html
 import json
 from typing import Any

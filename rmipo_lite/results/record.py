@@ -1,7 +1,5 @@
 """`RunRecord`: what a run was, as it is kept, shown and written; it does nothing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One HTML file that shows a run: metrics before and after, curves, data report, samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rmipo_lite.model.names import short_name

@@ -1,7 +1,5 @@
 """`python -m rmipo_lite.selftest`: the same as `rmipo-lite selftest`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

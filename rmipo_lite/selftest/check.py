@@ -1,7 +1,5 @@
 """What a check is: cases, each of which holds or is lost; and how one is carried out."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

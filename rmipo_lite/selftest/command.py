@@ -1,7 +1,5 @@
 """`rmipo-lite selftest`: its options, which take no library to know, and what it does."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

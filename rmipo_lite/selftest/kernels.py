@@ -1,7 +1,5 @@
 """The operators as this machine computes them: against float64, registered, the same bits twice."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -33,9 +31,6 @@ _SHAPES = ((0, 7), (1, 1), (17, 97), (300, 2049), (3, 151_936))  # rows, vocabul
 def no_gpu() -> str | None:
     """Why nothing can run on a card, or None."""
     return None if torch.cuda.is_available() else "no NVIDIA GPU on this machine"
-
-
-# ---- 4: against float64 ---------------------------------------------------------------------
 
 
 def against_float64(device: str, _folder: Path, seed: int) -> Iterator[Case]:
@@ -95,9 +90,6 @@ def _expect_close(name: str, got: Tensor | None, want: Tensor | None, dtype: tor
     expect(error <= allowed, f"{name} off by {error:.1e}, allowed {allowed:.1e}")
 
 
-# ---- 22: registration -----------------------------------------------------------------------
-
-
 def registration(_folder: Path, seed: int) -> Iterator[Case]:
     """Finite differences, and torch's own check of schema, tracing and gradient formula."""
     torch.manual_seed(seed)
@@ -116,9 +108,6 @@ def registration(_folder: Path, seed: int) -> Iterator[Case]:
     pair = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 13)]
     logps_of = partial(linear_logps, target_ids=ids, logit_softcap=3.0)
     yield "finite differences", partial(torch.autograd.gradcheck, logps_of, pair)
-
-
-# ---- 24: the same bits ----------------------------------------------------------------------
 
 
 def same_bits(folder: Path, seed: int) -> Iterator[Case]:
@@ -143,7 +132,7 @@ def _train_twice(folder: Path, seed: int) -> None:
 def _head_twice(threads: int, dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(300, 128).to(dtype), torch.randn(12_000, 128).to(dtype)
     torch.set_num_threads(threads)
-    grads = []
+    grads: list[Tensor] = []
     for leaf in (hidden.clone().requires_grad_() for _ in "ab"):
         logps = linear_logps(leaf, weight, torch.arange(300))
         grads += torch.autograd.grad(logps.sum(), leaf)

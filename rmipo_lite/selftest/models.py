@@ -1,7 +1,5 @@
 """Models of the installed transformers: their output layers, packing, and a step of the method."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,8 +18,6 @@ from rmipo_lite.selftest.check import Case, Check, expect
 from rmipo_lite.selftest.parts import ARCHITECTURES, VOCAB, random_pairs, tiny_model
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.step import PairStep
-
-# ---- 31: output layers ----------------------------------------------------------------------
 
 
 def head_kinds(_folder: Path, seed: int) -> Iterator[Case]:
@@ -70,9 +66,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "softcap and LoRA on the head": _with_lora,
     "4-bit head": _four_bit,
 }
-
-
-# ---- 12: the method -------------------------------------------------------------------------
 
 
 def against_loops(folder: Path, seed: int) -> Iterator[Case]:

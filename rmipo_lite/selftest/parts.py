@@ -1,7 +1,5 @@
 """Tiny random models, pairs of ragged lengths, a word-level tokenizer, a trainer of all three."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ They are forked from a server that has imported the package and computed nothing
 longer than the checks, and a fork after OpenMP has run can hang.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

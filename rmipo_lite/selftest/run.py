@@ -1,7 +1,5 @@
 """Which checks run, and how their outcome is shown."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """What a machine may do to a run: kill it, have no compiler for its kernels, fork it."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -26,22 +24,12 @@ from rmipo_lite.selftest.processes import HANG_S, run_job
 
 STEPS = 12  # of a run that is to be killed
 
-# ---- 1: kill -9 -----------------------------------------------------------------------------
 
-
-class Announce(TrainerCallback):
-    """Says what has just been done, for a parent to aim at."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is about to run."""
-        say(f"begun {state.global_step + 1}.")
-
+class _Announce(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The update has been made; a save may follow."""
         say(f"stepped {state.global_step}.")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is in its place."""
         say(f"saved {state.global_step}.")
 
 
@@ -54,8 +42,8 @@ def saving_trainer(folder: Path, **options: Any) -> Any:
 
 
 def saving_run(folder: str) -> None:
-    """Its run, to be killed."""
-    saving_trainer(Path(folder), callbacks=[Announce()]).train()
+    """Its run, which says what it has done, to be killed."""
+    saving_trainer(Path(folder), callbacks=[_Announce()]).train()
 
 
 def kills(folder: Path, seed: int) -> Iterator[Case]:
@@ -89,9 +77,6 @@ def expect_resumes(run: Path, code: int, text: str, weights: dict[str, Tensor]) 
     expect(equal_weights(trained_weights(resumed), weights), "the weights differ")
 
 
-# ---- 17: no compiler ------------------------------------------------------------------------
-
-
 def no_compiler(folder: Path, _seed: int) -> Iterator[Case]:
     """A process that finds no kernels and nothing to build them with trains all the same."""
     yield "nothing on PATH, an empty cache", partial(_train_plainly, folder)
@@ -113,9 +98,6 @@ def plain_run(folder: str) -> None:
         trainer.train()
         log = trainer.state.log_history
         say(json.dumps([status("cpu").kind, [line["loss"] for line in log if "loss" in line]]))
-
-
-# ---- 19: forks ------------------------------------------------------------------------------
 
 
 def forked_workers(folder: Path, _seed: int) -> Iterator[Case]:
@@ -150,8 +132,10 @@ def _value() -> Tensor:
 
 def _by_dataloader() -> list[float]:
     items: Any = range(4)
-    values = torch.utils.data.DataLoader(items, num_workers=2, collate_fn=lambda _: _value())
-    return [float(value) for value in values]
+    loader = torch.utils.data.DataLoader(
+        items, num_workers=2, collate_fn=lambda _: _value(), multiprocessing_context="fork"
+    )
+    return [float(value) for value in loader]
 
 
 def _by_fork() -> list[float]:

@@ -8,8 +8,6 @@ are cut to `max_length - max_prompt_length`, however short the other side is.
 Checked against recorded outputs of that code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -9,8 +9,6 @@ merges with it gets another one. And a huge text takes minutes: texts are cut by
 they are tokenised.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

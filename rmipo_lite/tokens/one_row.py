@@ -11,8 +11,6 @@ is never cut, whatever the other side, and nothing is cut that would fit. A cut 
 token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

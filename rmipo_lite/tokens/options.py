@@ -1,7 +1,5 @@
 """How rows become ids: the run's options and the model's context put together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """`TokenizedPair`: one preference pair as ids, what every later room works on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

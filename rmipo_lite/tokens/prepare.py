@@ -1,7 +1,5 @@
 """Load, options, tokenise: the one way from any dataset to token pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

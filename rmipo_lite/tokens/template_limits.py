@@ -4,8 +4,6 @@ Templates are programs from strangers. The sandbox they run in keeps them from P
 from `range` above 100,000, but not from loops in loops or from `'a' * 10**10`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -8,8 +8,6 @@ Templates are programs from strangers: rendering has its limits, and a template 
 does not keep the prefix costs the rows it does that to, with the template's own words.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

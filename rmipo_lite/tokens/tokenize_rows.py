@@ -3,8 +3,6 @@
 What becomes of one row stands in `one_row`.
 """
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from array import array

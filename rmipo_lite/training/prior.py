@@ -6,8 +6,6 @@ This file only decides what the operator is given: which prior (live, cached or 
 constants. The formulas stand in `ops/reference.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

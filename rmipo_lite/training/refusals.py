@@ -1,7 +1,5 @@
 """What a run is refused for before a trainer is made."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from itertools import chain

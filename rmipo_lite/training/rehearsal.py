@@ -6,8 +6,6 @@ are timed. Disk is counted from what a checkpoint holds. Random numbers and weig
 were.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import shutil

@@ -6,8 +6,6 @@ training returned; where it raised, an adapter that this run attached comes off,
 is free again.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import traceback

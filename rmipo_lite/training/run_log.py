@@ -8,8 +8,6 @@ With `save_pair_values` every pair of every step is a line of `pair_values.jsonl
 log can be recomputed.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

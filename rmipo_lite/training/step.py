@@ -9,8 +9,6 @@ Where memory runs out, what was accumulated is thrown away, the budget is halved
 again; a single pair that doesn't fit gets checkpointing. Nothing is lost or counted twice.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence

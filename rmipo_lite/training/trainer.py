@@ -6,8 +6,6 @@ evaluation and metrics are means over pairs; checkpoints are verified and free o
 (`checkpoints/`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

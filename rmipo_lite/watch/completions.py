@@ -6,8 +6,6 @@ its own prompts. Answers are sampled: greedy ones of a small model repeat themse
 healthy too, and end where sampled ones have long stopped ending.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

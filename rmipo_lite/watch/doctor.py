@@ -1,7 +1,5 @@
 """The doctor: watches a run's numbers, says a finding when it first shows, and keeps them all."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

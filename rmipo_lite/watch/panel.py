@@ -5,8 +5,6 @@ table, so that it still reads where a viewer takes the styles away; colours that
 a dark page; small curves as images.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import time

@@ -3,8 +3,6 @@
 Filled by `progress.ProgressDisplay`, read by `text_progress.py` and `panel.py`.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, field

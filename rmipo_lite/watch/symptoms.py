@@ -6,8 +6,6 @@ the ones whose answers go on ending, held-out chosen responses lose at most 0.16
 those half of whose answers no longer end, 0.97 to 2.6.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rmipo_lite.selftest.run import all_checks
-from rmipo_lite.selftest.scorecard import Outcome, Trials, carry_out
+from tests.trials.run import all_checks
+from tests.trials.scorecard import Outcome, Trials, carry_out
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rmipo_lite.selftest.scorecard import Lost
+from tests.trials.scorecard import Lost
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import library, native

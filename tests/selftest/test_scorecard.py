@@ -9,8 +9,8 @@ import pytest
 
 from rmipo_lite.cli.main import main
 from rmipo_lite.selftest import run as run_module as run as run_module
-from rmipo_lite.selftest.run import ELSEWHERE, all_checks, as_json, selftest, total_line
-from rmipo_lite.selftest.scorecard import Check, Trials, carry_out, expect
+from tests.trials.run import ELSEWHERE, all_checks, as_json, selftest, total_line
+from tests.trials.scorecard import Check, Trials, carry_out, expect
 
 
 def _dice(trials: Trials) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmipo_lite.selftest.scorecard import Check, Outcome, Trials, carry_out
+from tests.trials.scorecard import Check, Outcome, Trials, carry_out
 
 from rmipo_lite.environment import versions
 from rmipo_lite.output.console import duration, say

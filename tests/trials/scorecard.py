@@ -29,17 +29,10 @@ from types import TracebackType
 
 import torch
 
+from rmipo_lite.selftest.check import Lost, expect
+
+__all__ = ["Check", "Lost", "Outcome", "Trial", "Trials", "carry_out", "expect", "threads"]
 _LONGEST_MESSAGE = 500  # characters of an error that are kept
-
-
-class Lost(AssertionError):
-    """What a trial was to prove does not hold."""
-
-
-def expect(holds: object, text: str) -> None:
-    """Lose the trial, with this text, unless `holds`."""
-    if not holds:
-        raise Lost(text)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rmipo_lite.selftest.run import all_checks
+from tests.trials.run import all_checks
 from tests.conftest import ROOT
 from tests.trials.promises import PROMISES, main, table
 

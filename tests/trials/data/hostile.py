@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.trials.scorecard import Check, Trials, expect
 
 from rmipo_lite.checkpoints.sealed_folder import seal
 from rmipo_lite.config import RMiPOConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmipo_lite.selftest.scorecard import Lost, Mode, expect
+from tests.trials.scorecard import Lost, Mode, expect
 
 from rmipo_lite.data import files
 from rmipo_lite.data.report import DataReport

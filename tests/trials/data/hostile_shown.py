@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from rmipo_lite.selftest.scorecard import expect
+from tests.trials.scorecard import expect
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows

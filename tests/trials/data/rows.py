@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.trials.scorecard import Check, Trials, expect
 
 from tests.trials.numbers.wrong_calls import all_calls
 from tests.trials.runs.children import start

@@ -9,7 +9,7 @@ import mmap
 import random
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.trials.scorecard import Check, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, native, reference

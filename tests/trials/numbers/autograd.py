@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trials
+from tests.trials.scorecard import Check, Trials
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
+from tests.trials.scorecard import Check, Trial, Trials, expect, threads
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference

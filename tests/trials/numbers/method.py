@@ -15,7 +15,7 @@ from statistics import fmean
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.trials.scorecard import Check, Trials, expect
 from torch import nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig

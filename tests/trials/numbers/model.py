@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor, nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig

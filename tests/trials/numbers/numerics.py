@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect, threads
+from tests.trials.scorecard import Check, Trial, Trials, expect, threads
 from torch import Tensor
 
 from rmipo_lite.ops import pair_loss, rmipo_loss

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rmipo_lite.selftest.scorecard import expect
+from tests.trials.scorecard import expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss

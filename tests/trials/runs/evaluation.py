@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 from rmipo_lite.training.run_log import PAIR_VALUES_FILE
 from tests.kit import (

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import nn
 from transformers import PreTrainedModel
 

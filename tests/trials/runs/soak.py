@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rmipo_lite.selftest.scorecard import Check, Mode, Trial, Trials, expect
+from tests.trials.scorecard import Check, Mode, Trial, Trials, expect
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from peft import PeftModel
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.checkpoints import sealed_folder, state, trainer_mixin

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor
 from transformers import TrainerCallback
 

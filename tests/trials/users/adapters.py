@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from rmipo_lite.selftest.scorecard import Lost, expect
+from tests.trials.scorecard import Lost, expect
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ import json
 import random
 from typing import Any
 
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 from transformers import AutoModelForCausalLM
 
 import rmipo_lite

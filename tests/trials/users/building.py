@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 from rmipo_lite.ops import build, library
 from tests.trials.runs.children import Child, fresh, start

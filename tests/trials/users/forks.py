@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trials, expect
+from tests.trials.scorecard import Check, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps

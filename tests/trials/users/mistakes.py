@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from huggingface_hub import constants
-from rmipo_lite.selftest.scorecard import Check, Lost, Trials, expect
+from tests.trials.scorecard import Check, Lost, Trials, expect
 
 import rmipo_lite
 from rmipo_lite.config import RMiPOConfig

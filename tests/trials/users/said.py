@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rmipo_lite.selftest.scorecard import Check, Trial, Trials, expect
+from tests.trials.scorecard import Check, Trial, Trials, expect
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmipo_lite import run

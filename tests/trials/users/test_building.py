@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rmipo_lite.selftest.scorecard import Lost
+from tests.trials.scorecard import Lost
 
 from tests.trials.users import building, forks
 

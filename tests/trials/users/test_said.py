@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rmipo_lite.selftest.scorecard import Trial
+from tests.trials.scorecard import Trial
 
 from rmipo_lite.checkpoints import weights
 from tests.trials.users import said as users
