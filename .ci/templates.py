@@ -30,8 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rmipo_lite.data.rows import Row
 from rmipo_lite.data.report import DataReport
+from rmipo_lite.data.rows import Row
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.tokenize_rows import tokenize_rows

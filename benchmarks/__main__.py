@@ -12,7 +12,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Measure against the authors' step, trl, liger and the bare matrix products, "
         "on the CPU (gpu: on an NVIDIA GPU), and write rows to OUTPUT_DIR/<name>.csv; report makes "
-        "the README's table and a plot from all rows. Peers: pip install -e '.[bench]'.",
+        "the table of docs/performance.md and a plot from all rows. "
+        "Peers: pip install -e '.[bench]'.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -24,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir",
         type=Path,
         default=Path(__file__).resolve().parent,
-        help="folder of the rows (default: this one); the README that report writes is beside it",
+        help="folder of the rows (default: this one); docs/, where report writes, is beside it",
     )
     parser.add_argument("--quick", action="store_true", help="one small shape: does it run?")
     parser.add_argument("--pairs", type=Path, help="data: preference pairs (default: the demo's)")
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     folder: Path = given.output_dir.resolve()
     if given.name == "report":
-        say(report.write(folder, folder.parent / "README.md"))
+        say(report.write(folder, folder.parent / report.PAGE))
         return
     path = run.run(
         given.name, folder, quick=given.quick, pairs=given.pairs, tokenizer=given.tokenizer

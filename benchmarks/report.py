@@ -1,4 +1,4 @@
-"""The README's table and the plot, made from the rows in `benchmarks/` and from nothing else."""
+"""The table of `docs/performance.md` and the plot, from the rows here and from nothing else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from benchmarks.records import Record, read
 
 MARK = "benchmarks"
 PLOT = "benchmarks.png"
+PAGE = "docs/performance.md"  # where the table stands
 
 
 class _Line(NamedTuple):
@@ -52,7 +53,7 @@ def read_all(folder: Path) -> list[Record]:
 
 
 def table(rows: Sequence[Record]) -> str:
-    """The README's table in Markdown; a dash where nothing was measured."""
+    """The table in Markdown; a dash where nothing was measured."""
     out = [
         "| ours, median (middle half) | fp32, 32k words | bf16, 128k words | rows |",
         "|---|---|---|---|",
@@ -88,27 +89,27 @@ def _cell(row: Record | None) -> str:
     return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
 
 
-def write(folder: Path, readme: Path) -> str:
-    """Draw a folder's rows beside them and put their table into the README; returns the table."""
+def write(folder: Path, page: Path) -> str:
+    """Draw a folder's rows beside them and put their table into the page; returns the table."""
     rows = read_all(folder)
     draw(folder / PLOT, rows)
     text = table(rows)
-    put_between(readme, MARK, text)
+    put_between(page, MARK, text)
     return text
 
 
-def put_between(readme: Path, name: str, text: str) -> None:
-    """Put a table between a README's markers `<!-- name: begin -->` and `<!-- name: end -->`.
+def put_between(page: Path, name: str, text: str) -> None:
+    """Put a table between a page's markers `<!-- name: begin -->` and `<!-- name: end -->`.
 
     Raises:
-        ValueError: the README hasn't got them.
+        ValueError: the page hasn't got them.
     """
     begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
-    whole = readme.read_text(encoding="utf-8")
+    whole = page.read_text(encoding="utf-8")
     if begin not in whole or end not in whole:
-        raise ValueError(f"{readme}: wanted the markers {begin} and {end}")
+        raise ValueError(f"{page}: wanted the markers {begin} and {end}")
     head, rest = whole.split(begin)
-    readme.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def draw(path: Path, rows: Sequence[Record]) -> None:

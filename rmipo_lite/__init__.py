@@ -26,17 +26,9 @@ _HOME = {
 }
 
 __all__ = [
-    "RMiPOConfig",
-    "RMiPOTrainer",
-    "TrainResult",
-    "__version__",
-    "estimate",
-    "info",
-    "inspect",
-    "linear_logps",
-    "rmipo_loss",
-    "train",
-]
+    "RMiPOConfig", "RMiPOTrainer", "TrainResult", "__version__", "estimate", "info", "inspect",
+    "linear_logps", "rmipo_loss", "train",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from rmipo_lite.config import RMiPOConfig

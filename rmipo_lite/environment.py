@@ -49,8 +49,7 @@ class Environment:
         lines += [f"{'BROKEN':<14}{line}" for line in self.broken]
         return "\n".join(lines)
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
 
 def _version(package: str) -> str:

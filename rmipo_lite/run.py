@@ -18,16 +18,16 @@ from transformers import (
     TrainerCallback,
 )
 
-from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
+from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint, writable_folder
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.holdout import split_holdout
 from rmipo_lite.data.rows import LoadedRows, Row, load_rows
 from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.model.generation import Prompt
-from rmipo_lite.model.loading import load_model, load_tokenizer
-from rmipo_lite.model.names import name_of, run_name, short_name
+from rmipo_lite.model.loading import load_tokenizer
+from rmipo_lite.model.names import name_of, run_name
 from rmipo_lite.output.console import say, show
-from rmipo_lite.planning.quantization import Quantization, quantization_for
+from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import prepare
@@ -220,11 +220,7 @@ def _load(
             )
         return model, tokenizer or load_tokenizer(name_of(model))
     tokenizer = tokenizer or load_tokenizer(model)
-    quantization_config = quantization_for(model, args, quantization)
-    if quantization_config is not None and quantization == "auto":
-        say("The weights would not fit beside training: they load in 4-bit (NF4).")
-    say(f"Loading {short_name(model)}")
-    return load_model(model, args, quantization_config), tokenizer
+    return load_for_run(model, args, quantization), tokenizer
 
 
 def _pairs(
@@ -261,9 +257,7 @@ def _output_folder(
     model: str | nn.Module, output_dir: str | Path | None, resume: bool | str | Path
 ) -> Path:
     if output_dir is not None:
-        folder = Path(output_dir)
-        if folder.is_file() or not str(folder).isprintable():
-            raise ValueError(f"output_dir: wanted a folder to write to, got {str(folder)[:80]!r}")
+        folder = writable_folder(output_dir)
         if resume is False and folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(
                 f"output_dir: {folder} isn't empty, and another run is never written over; name "

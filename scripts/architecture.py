@@ -67,7 +67,6 @@ class Module:
     """
 
     name: str
-    lines: int
     imports: list[Import] = field(default_factory=list)
     private_uses: list[Import] = field(default_factory=list)
     named: set[str] = field(default_factory=set)
@@ -94,7 +93,7 @@ def read(texts: dict[str, str]) -> list[Module]:
 
 
 def _read_one(name: str, text: str, known: set[str]) -> Module:
-    module = Module(name, text.count("\n"))
+    module = Module(name)
     modules_by_variable: dict[str, str] = {}
     tree = ast.parse(text)
     for node in ast.walk(tree):
@@ -106,9 +105,9 @@ def _read_one(name: str, text: str, known: set[str]) -> Module:
             module.named = set(ast.literal_eval(node.value))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            of = modules_by_variable.get(node.value.id)
-            if of is not None and _is_private(node.attr):
-                module.private_uses.append(Import(name, of, node.attr))
+            owner = modules_by_variable.get(node.value.id)
+            if owner is not None and _is_private(node.attr):
+                module.private_uses.append(Import(name, owner, node.attr))
     return module
 
 

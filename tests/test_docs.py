@@ -16,7 +16,7 @@ from rmipo_lite import RMiPOConfig, RMiPOTrainer, TrainResult
 from rmipo_lite.ops.losses import LOSSES
 from tests.conftest import ROOT
 from tests.kit import word_tokenizer
-from tests.test_trainer import _trainer as pair_trainer
+from tests.training.test_trainer import _trainer as pair_trainer
 
 PAGE = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
 OURS = (

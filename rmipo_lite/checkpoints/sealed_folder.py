@@ -35,6 +35,18 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or can't be written; the message names file and reason."""
 
 
+def writable_folder(output_dir: str | Path) -> Path:
+    """The folder, which need not be there.
+
+    Raises:
+        ValueError: it is a file, or no name for a folder.
+    """
+    folder = Path(output_dir)
+    if folder.is_file() or not str(folder).isprintable():
+        raise ValueError(f"output_dir: wanted a folder to write to, got {str(folder)[:80]!r}")
+    return folder
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb+") as file:

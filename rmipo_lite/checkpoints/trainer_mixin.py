@@ -32,11 +32,7 @@ from rmipo_lite.checkpoints.sealed_folder import (
     verify_checkpoint,
 )
 from rmipo_lite.checkpoints.state import load_state, save_state
-from rmipo_lite.checkpoints.weights import (
-    load_adapter_weights,
-    non_finite_weight,
-    save_run,
-)
+from rmipo_lite.checkpoints.weights import load_adapter_weights, non_finite_weight, save_run
 from rmipo_lite.output.console import say
 
 STATE_FILE = "trainer_state.json"
@@ -95,7 +91,6 @@ class SafeCheckpointing:
         `output_dir` does; FloatingPointError rather than save weights that aren't finite. A
         `GracefulInterrupt` among the callbacks is active during the call.
         """
-        self._check_supported()
         self.failed_saves = []
         self.begin_run()
         folder = self._resolve_resume(resume_from_checkpoint)
@@ -114,15 +109,6 @@ class SafeCheckpointing:
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
-
-    def _check_supported(self) -> None:
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
-            raise CheckpointError(
-                "checkpoints are written for one process on one device, got world_size "
-                f"{self.args.world_size} and {self.args.n_gpu} GPUs; set CUDA_VISIBLE_DEVICES=0"
-            )
-        if getattr(self.args, "deepspeed", None) or getattr(self.args, "fsdp", None):
-            raise CheckpointError("checkpoints under DeepSpeed or FSDP are not supported")
 
     def _resolve_resume(self, resume: str | Path | bool | None) -> Path | None:
         if resume is None or resume is False:
@@ -185,7 +171,6 @@ class SafeCheckpointing:
     # -- saving -----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_supported()
         self._refuse_to_save_bad_weights()
         try:
             self._write_checkpoint(trial)

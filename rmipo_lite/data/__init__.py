@@ -3,4 +3,4 @@
 `rows.load_rows` gives rows and a `report.DataReport`; `holdout` puts some aside.
 """
 
-__all__ = ["files", "holdout", "normalise", "report", "rows"]
+__all__ = ["columns", "files", "holdout", "normalise", "report", "rows"]

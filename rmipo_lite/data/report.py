@@ -96,12 +96,10 @@ class DataReport:
 
     @property
     def dropped_count(self) -> int:
-        """Number of dropped rows."""
         return sum(tally.count for tally in self.dropped.values())
 
     @property
     def refused_count(self) -> int:
-        """Number of refused rows."""
         return sum(tally.count for tally in self.refused.values())
 
     @property

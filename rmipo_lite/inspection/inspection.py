@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rmipo_lite.checkpoints.sealed_folder import writable_folder
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import Row, load_rows, texts_of
@@ -28,14 +29,14 @@ from rmipo_lite.inspection import view
 from rmipo_lite.inspection.facts import InspectionFacts
 from rmipo_lite.inspection.pair_scores import PairScores, identity, score_pairs
 from rmipo_lite.inspection.score_file import LENGTHS, SCORES_FILE, ScoreFile
-from rmipo_lite.inspection.suspicious import SuspiciousPair, candidates
+from rmipo_lite.inspection.suspicious import candidates
 from rmipo_lite.inspection.text_checks import TextFinding, TextReport, check_texts
 from rmipo_lite.inspection.token_checks import TokenChecks
 from rmipo_lite.model import batch, loading, names
 from rmipo_lite.model.backbone import causal_lm, device_of
 from rmipo_lite.output.console import say
 from rmipo_lite.output.page import write_report
-from rmipo_lite.planning.quantization import quantization_for
+from rmipo_lite.planning.quantization import load_for_run
 from rmipo_lite.tokens.options import options_for, prior_bos_id
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
@@ -46,8 +47,6 @@ from rmipo_lite.training.step import make_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["Inspection", "SuspiciousPair", "inspect"]
 
 ROWS_PER_CHUNK = 512  # of which token ids are held at a time
 # No activation is kept for a backward pass here, so none has to be computed again.
@@ -117,7 +116,7 @@ def inspect(
     model = str(model) if isinstance(model, Path) else model
     if not (model is None or isinstance(model, (str, nn.Module))):
         causal_lm(model)  # says what is wanted
-    folder = _folder(output_dir)
+    folder = None if output_dir is None else writable_folder(output_dir)
     with restored("" if model is None else model):
         args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **_NO_BACKWARD | config)
         rows, report = load_rows(dataset)
@@ -163,15 +162,6 @@ def _inspection(
     return inspection
 
 
-def _folder(output_dir: str | Path | None) -> Path | None:
-    if output_dir is None:
-        return None
-    folder = Path(output_dir)
-    if folder.is_file() or not str(folder).isprintable():
-        raise ValueError(f"output_dir: wanted a folder to write to, got {str(folder)[:80]!r}")
-    return folder
-
-
 def _tokenizer(
     tokenizer: PreTrainedTokenizerBase | str | Path | None,
     model: str | nn.Module | None,
@@ -188,11 +178,7 @@ def _tokenizer(
 
 def _model(model: str | nn.Module, args: RMiPOConfig) -> nn.Module:
     if isinstance(model, str):
-        quantization_config = quantization_for(model, args, "auto")
-        if quantization_config is not None:
-            say("The weights would take most of the memory: they load in 4-bit (NF4).")
-        say(f"Loading {names.short_name(model)}")
-        model = loading.load_model(model, args, quantization_config)
+        model = load_for_run(model, args)
     causal_lm(model)
     loading.protect_4bit_on_cpu(model)
     refuse_bad_weights(model)

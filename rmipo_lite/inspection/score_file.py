@@ -136,7 +136,6 @@ class ScoreFile:
             self._path = None
 
     def sync(self) -> None:
-        """Wait until what was added is on the disk."""
         if self._path is not None:
             sync_file(self._path)
 

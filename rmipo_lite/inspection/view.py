@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,21 +28,19 @@ if TYPE_CHECKING:
     from rmipo_lite.inspection.text_checks import TextFinding
 
 _WIDTH = 98  # characters of a line
-_LABEL = 18  # of them for the label
+_SHAPE = (18, _WIDTH, "  ")  # of labelled lines: label, line, indent
 _TEXT_SHOWN = 600  # characters of a text in a table
 _BINS = 40
 _TAIL = 0.5  # per cent of the pairs at each end that the outermost bins hold
 
 Rows = list[tuple[str, ...]]
+Facts = list[tuple[str, str]]
 
 
-# ---- what is shown --------------------------------------------------------------------------
-
-
-def facts(inspection: InspectionFacts) -> Rows:
+def facts(inspection: InspectionFacts) -> Facts:
     """(label, value): what became of the rows, and what length tells."""
     kept = ("source", "rows", "dropped", "refused", "distinct prompts", "not used")
-    shown: Rows = [fact for fact in inspection.data_report.facts() if fact[0] in kept]
+    shown = [fact for fact in inspection.data_report.facts() if fact[0] in kept]
     return shown + inspection.length_bias()[0]
 
 
@@ -68,14 +66,14 @@ def numbers(inspection: InspectionFacts) -> Rows:
     return rows
 
 
-def model_facts(inspection: InspectionFacts) -> Rows:
+def model_facts(inspection: InspectionFacts) -> Facts:
     """(label, value) about the pairs under the model."""
     scores, means = inspection.scores, inspection.metrics
     if scores is None:
         return []
     count = int(scores.scored.sum())
     again = f", {scores.taken_over} of them by an earlier call" if scores.taken_over else ""
-    found: Rows = [("pairs scored", f"{count}{again}")]
+    found = [("pairs scored", f"{count}{again}")]
     bad = np.flatnonzero(scores.scored & ~scores.finite)
     if len(bad):
         named = name_rows(inspection.rows[place].index for place in bad.tolist())
@@ -108,25 +106,30 @@ def _where(finding: TextFinding) -> str:
     return f"row{'s' * (tally.count > 1)} {name_rows(tally.numbers())}{example}"
 
 
-# ---- text -----------------------------------------------------------------------------------
-
-
 def text(inspection: InspectionFacts, top: int) -> str:
     """Everything for a terminal of 100 columns."""
-    lines = ["Inspection", *_labelled(facts(inspection)), ""]
+    lines = ["Inspection", *labelled(facts(inspection), *_SHAPE), ""]
     lines += _columns(("", "p5", "p50", "p95", "max"), lengths(inspection))
     if inspection.scores is not None:
-        lines += ["", f"Under {inspection.model_name}", *_labelled(model_facts(inspection)), ""]
+        lines += [
+            "",
+            f"Under {inspection.model_name}",
+            *labelled(model_facts(inspection), *_SHAPE),
+            "",
+        ]
         lines += _columns(("", "mean", "p5", "p50", "p95"), numbers(inspection))
     lines += ["", "Findings" if inspection.findings else "Findings: none"]
     for level, seen, where, advice in finding_rows(inspection.findings):
-        lines += _wrapped(f"{'WARNING ' if level == 'warning' else ''}{seen}", "  ", "    ")
-        lines += _wrapped(where, "    ", "    ") + _wrapped(advice, "    ", "    ")
+        lines += wrapped(f"{'WARNING ' if level == 'warning' else ''}{seen}", _WIDTH, "  ", "    ")
+        lines += wrapped(where, _WIDTH, "    ", "    ") + wrapped(advice, _WIDTH, "    ", "    ")
     for kind, count in inspection.suspicious_counts.items():
         if count and top > 0:
-            lines += ["", *_wrapped(f"Suspicious ({kind}): {count} pairs; {RULES[kind]}", "", "  ")]
+            lines += [
+                "",
+                *wrapped(f"Suspicious ({kind}): {count} pairs; {RULES[kind]}", _WIDTH, "", "  "),
+            ]
             for pair in inspection.suspicious(top, kind):
-                lines += _wrapped(f"row {pair.row}: {pair.why}", "  ", "    ")
+                lines += wrapped(f"row {pair.row}: {pair.why}", _WIDTH, "  ", "    ")
                 lines += [_one_line(f"    {mark} {t}") for mark, t in _marked(pair)]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -141,19 +144,8 @@ def _one_line(line: str) -> str:
     return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 4] + " ..."
 
 
-def _labelled(rows: Rows) -> list[str]:
-    return labelled(cast(list[tuple[str, str]], rows), _LABEL, _WIDTH, "  ")
-
-
-def _wrapped(value: str, first: str, later: str) -> list[str]:
-    return wrapped(value, _WIDTH, first, later)
-
-
 def _columns(head: Sequence[str], rows: Rows) -> list[str]:
     return [f"  {line}" for line in text_table(head, rows, right=range(1, len(head)))]
-
-
-# ---- HTML -----------------------------------------------------------------------------------
 
 
 def html(inspection: InspectionFacts, top: int) -> str:
@@ -203,9 +195,6 @@ def _pair_rows(pairs: Sequence[SuspiciousPair]) -> Rows:
 
 def _cut(shown: str) -> str:
     return shown if len(shown) <= _TEXT_SHOWN else shown[: _TEXT_SHOWN - 4] + " ..."
-
-
-# ---- figure ---------------------------------------------------------------------------------
 
 
 class _Quantity(NamedTuple):

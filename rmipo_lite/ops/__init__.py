@@ -12,19 +12,7 @@ from rmipo_lite.ops.loss import LossOutput, PairLossOutput, pair_loss, rmipo_los
 from rmipo_lite.ops.native import device_flag
 
 __all__ = [
-    "CPU_BUFFER_BYTES",
-    "BackendStatus",
-    "LossOutput",
-    "PairLossOutput",
-    "card_buffer_bytes",
-    "device_flag",
-    "head_buffer_bytes",
-    "library",
-    "linear_logps",
-    "losses",
-    "native",
-    "pair_loss",
-    "reference",
-    "rmipo_loss",
-    "status",
-]
+    "CPU_BUFFER_BYTES", "BackendStatus", "LossOutput", "PairLossOutput", "card_buffer_bytes",
+    "device_flag", "head_buffer_bytes", "library", "linear_logps", "losses", "native", "pair_loss",
+    "reference", "rmipo_loss", "status",
+]  # fmt: skip

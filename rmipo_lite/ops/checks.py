@@ -147,9 +147,6 @@ def check_ids(target_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-# ---- pair_loss ------------------------------------------------------------------------------
-
-
 def check_options(options: PairOptions) -> None:
     """Refuse an unknown loss and constants out of their range.
 

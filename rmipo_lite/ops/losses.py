@@ -31,8 +31,6 @@ class PairOptions(NamedTuple):
     simpo_gamma: float
 
 
-# --- formulas: (chosen mean, rejected mean, margin) -> loss and its two derivatives, all (P,) ---
-
 LossAndGrads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -71,8 +69,6 @@ def _simper(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOption
     loss = inverse_perplexity[1] - inverse_perplexity[0]
     return loss, -inverse_perplexity[0], inverse_perplexity[1]
 
-
-# --- the table ---
 
 Margin = Literal["pmi", "constant", "none"]
 
@@ -151,9 +147,6 @@ def losses_with(**facts: object) -> str:
     )
 
 
-# --- ranges of the options ---
-
-
 class Range(NamedTuple):
     """What an option may be. A run is asked for more than the formula: `strict` is for runs.
 
@@ -202,9 +195,6 @@ def option_problem(options: PairOptions, *, strict: bool) -> str | None:
             f"{losses_with(smoothable=True)} have it), got {options.label_smoothing!r}"
         )
     return None
-
-
-# --- the margin ---
 
 
 def adaptive_gamma(pmi_gap: Tensor, gamma_min: float, gamma_max: float) -> Tensor:

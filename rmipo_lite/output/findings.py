@@ -30,7 +30,6 @@ class Finding:
 
     @property
     def when(self) -> str:
-        """The steps in words."""
         first, last = self.steps
         if last == 0:
             return "before training"

@@ -36,8 +36,6 @@ from rmipo_lite.planning.footprint import (
 from rmipo_lite.planning.workload import Workload, shortened, workload
 from rmipo_lite.tokens.options import options_for
 
-__all__ = ["Estimate", "estimate"]
-
 CPU = "cpu"
 # What a process takes on a card before its first tensor: CUDA's context, kernels, workspaces.
 _CONTEXT_BYTES = 2**29
@@ -135,9 +133,6 @@ def _adapter_of(
         with told("adapter", str(model), "Wanted a folder that holds an adapter"):
             return PeftConfig.from_pretrained(str(folder))
     return adapter.default_lora()
-
-
-# ---- a card ---------------------------------------------------------------------------------
 
 
 def _card_of(gpu: str | float | None) -> Card:
@@ -242,7 +237,8 @@ class _Case:
             setup, found = replace(setup, quantized=True), {"quantization": "4bit"}
         args = self.args
         if not args.wants_checkpointing and not args.checkpointing_is_open:
-            args, found = _with_checkpointing(args), {**found, "gradient_checkpointing": True}
+            args, found = copy.copy(args), {**found, "gradient_checkpointing": True}
+            args.gradient_checkpointing = True
         if found and self._fit(card, setup, args, self.work).fits:
             return found
         longest = options_for(args, self.shape).max_length or self.work.longest
@@ -252,16 +248,6 @@ class _Case:
             if self._fit(card, setup, args, work).fits:
                 return {**found, "max_length": shorter}
         return None
-
-
-def _with_checkpointing(args: RMiPOConfig) -> RMiPOConfig:
-    """The caller's options, every one, and checkpointing."""
-    with_it = copy.copy(args)
-    with_it.gradient_checkpointing = True
-    return with_it
-
-
-# ---- time -----------------------------------------------------------------------------------
 
 
 def _seconds(

@@ -63,7 +63,6 @@ class Fit:
 
     @property
     def time(self) -> str:
-        """Time of an epoch in words."""
         return "?" if self.seconds is None else duration(self.seconds)
 
     def row(self) -> tuple[str, ...]:
@@ -116,7 +115,6 @@ class Estimate:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an epoch."""
         return -(-self.pairs // self.pairs_per_step)
 
     def facts(self) -> list[tuple[str, str]]:
@@ -147,7 +145,6 @@ class Estimate:
 
     @property
     def title(self) -> str:
-        """What was estimated."""
         return f"Estimate: {self.model} on {self.fit.card} (nothing was loaded)"
 
     def __str__(self) -> str:

@@ -112,9 +112,6 @@ class Weights:
         return self.largest * setup.dtype.itemsize if setup.quantized else 0
 
 
-# ---- weights --------------------------------------------------------------------------------
-
-
 def weights_of(config: PretrainedConfig, setup: Setup) -> Weights:
     """Count the numbers of a model and its adapter from the config."""
     return _remembered("weights", config, setup, False, _count_weights)
@@ -167,9 +164,6 @@ def _shell(config: PretrainedConfig, setup: Setup, layers: int | None) -> nn.Mod
             model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     disable_dropout(model)
     return model.train()
-
-
-# ---- activations ----------------------------------------------------------------------------
 
 
 def activations_of(config: PretrainedConfig, setup: Setup, checkpointing: bool) -> Activations:
@@ -289,8 +283,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *mask: Any, **options: An
 
 AttentionInterface.register(_COUNTED_ATTENTION, partial(segment_attention, attend=_attend))
 
-
-# ---- remembered -----------------------------------------------------------------------------
 
 _memory: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 

@@ -3,10 +3,13 @@
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model.loading import load_config
+from rmipo_lite.model.loading import load_config, load_model
+from rmipo_lite.model.names import short_name
+from rmipo_lite.output.console import say
 from rmipo_lite.planning.device import free_bytes
 from rmipo_lite.planning.footprint import Setup, weights_of
 
@@ -38,6 +41,21 @@ def quantization_for(
     if quantization == "none" or (quantization == "auto" and not _too_large(name, args)):
         return None
     return nf4_config(args)
+
+
+def load_for_run(
+    name: str, args: RMiPOConfig, quantization: Quantization | BitsAndBytesConfig = "auto"
+) -> nn.Module:
+    """Load a model as a run wants it, in 4 bits where it must be, saying so.
+
+    Raises:
+        ValueError, FileNotFoundError: as `quantization_for` and `loading.load_model`.
+    """
+    config = quantization_for(name, args, quantization)
+    if config is not None and quantization == "auto":
+        say("The weights would not fit beside training: they load in 4-bit (NF4).")
+    say(f"Loading {short_name(name)}")
+    return load_model(name, args, config)
 
 
 def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:

@@ -55,8 +55,7 @@ class Comparison:
             lines.append("")
         return "\n".join(lines).rstrip()
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         rows = [(prompt_text(p), _shown(before), _shown(after)) for p, before, after in self]

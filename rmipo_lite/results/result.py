@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "TrainResult"]
-
 
 @dataclass(repr=False)
 class TrainResult(RunRecord):
@@ -64,8 +62,6 @@ class TrainResult(RunRecord):
         import pandas as pd
 
         return pd.DataFrame(self.history)
-
-    # ---- answers --------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
@@ -115,8 +111,6 @@ class TrainResult(RunRecord):
         after = self.generate(prompts, max_new_tokens, **options)
         self._samples = Comparison(list(prompts), before, after)
         return self._samples
-
-    # ---- files ----------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
         """Save adapter (safetensors), tokenizer with its template, options and a model card."""

@@ -87,11 +87,13 @@ def _in_quiet() -> Iterator[None]:
     threads, disabled, sink = torch.get_num_threads(), logging.root.manager.disable, io.StringIO()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    with (
-        warnings.catch_warnings(action="ignore"),
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-    ):
-        yield
-    logging.disable(disabled)
-    torch.set_num_threads(threads)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            yield
+    finally:
+        logging.disable(disabled)
+        torch.set_num_threads(threads)

@@ -95,6 +95,4 @@ def _train(
     return outcome, grads
 
 
-CHECKS = [
-    Check(43, "GPU: side stream, second device, out of memory", streams_and_memory, no_gpu),
-]
+CHECKS = [Check(43, "GPU: side stream, second device, out of memory", streams_and_memory, no_gpu)]

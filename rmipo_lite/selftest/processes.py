@@ -39,17 +39,22 @@ def run_job(
     Raises:
         TimeoutError: it hung for so many seconds; it and its children are killed.
     """
+    start_server()
     process = _CONTEXT.Process(target=_run, args=(str(output), job, args))
     process.start()
     deadline = time.monotonic() + seconds
-    while process.exitcode is None:
-        process.join(0.002)
-        if kill_after and kill_after in _text(output).splitlines():
+    try:
+        while process.exitcode is None:
+            process.join(0.002)
+            if kill_after and kill_after in _text(output).splitlines():
+                process.kill()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"hung for more than {seconds:g} s: {_text(output)[-300:]}")
+    finally:
+        if process.exitcode is None:  # it hung, or this process was interrupted
             process.kill()
-        if time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and its children: they may hang
-            raise TimeoutError(f"hung for more than {seconds:g} s: {_text(output)[-300:]}")
+                os.killpg(process.pid, signal.SIGKILL)  # its children: they may hang
     return int(process.exitcode), _text(output)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from rmipo_lite.data.columns import COLUMNS
 from rmipo_lite.data.normalise import Dropped, Identical, Refused
 from rmipo_lite.data.rows import Row
 from rmipo_lite.tokens.authors import AuthorsRules, encode_pair
@@ -23,8 +24,6 @@ from rmipo_lite.tokens.encoder import CHARS_PER_TOKEN, TextEncoder
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import Rendered, render, render_rows, text_of
-
-_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +255,7 @@ def _authors_texts(
         try:
             prompt, chosen, rejected = (
                 side if isinstance(side, str) else text_of(text, name, side)
-                for name, side, text in zip(_COLUMNS, three, found, strict=True)
+                for name, side, text in zip(COLUMNS, three, found, strict=True)
             )
         except Refused as problem:
             outcomes.append(_verdict(row, problem))

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 
 from transformers import PreTrainedTokenizerBase
 
+from rmipo_lite.data.columns import COLUMNS
 from rmipo_lite.data.normalise import Message
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import Row, nothing_left
@@ -22,16 +23,6 @@ from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer, render_prompt, require_template
 
-__all__ = [
-    "TokenizationOptions",
-    "TokenizedPair",
-    "encode_prompt",
-    "prepare_tokenizer",
-    "tokenize_in_chunks",
-    "tokenize_rows",
-]
-
-_COLUMNS = ("prompt", "chosen", "rejected")
 MIN_ROWS_PER_PROCESS = 500  # below, starting a process costs more than it saves
 
 
@@ -142,7 +133,7 @@ class _Counter:
 
     def __init__(self, report: DataReport) -> None:
         self._report = report
-        self._lengths = {name: array("q") for name in _COLUMNS}
+        self._lengths = {name: array("q") for name in COLUMNS}
 
     def add(self, outcomes: Sequence[Outcome]) -> list[TokenizedPair]:
         """Count these outcomes; the pairs that are left of them."""

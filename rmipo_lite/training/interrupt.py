@@ -11,19 +11,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from types import FrameType, TracebackType
+from typing import Any
 
 from transformers import TrainerCallback
 
 from rmipo_lite.output.console import say
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from transformers import TrainerControl as Control
-    from transformers import TrainerState as State
-    from transformers import TrainingArguments as Args
 
 
 class GracefulInterrupt(TrainerCallback):
@@ -78,7 +71,7 @@ class GracefulInterrupt(TrainerCallback):
         self.request()
         say("Stopping when this step, or this save, is whole. Ctrl-C again stops at once.")
 
-    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Turn the flag into a save and a stop; the step is whole here."""
         if self.requested and self.stopped_at_step is None:
             self.stopped_at_step = state.global_step
@@ -86,7 +79,7 @@ class GracefulInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the loop from evaluating and saving once more as if the epoch had ended.
 
         An evaluation that the uninterrupted run doesn't do there would move the random state,

@@ -52,7 +52,9 @@ def whole_step_batches(args: RMiPOConfig) -> RMiPOConfig:
 
 
 def refuse_several_devices(args: RMiPOConfig) -> None:
-    """Raise ValueError for more than one process or GPU."""
+    """Raise ValueError for more than one process or GPU, and for what shards over them."""
+    if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+        raise ValueError("deepspeed, fsdp: not supported; one process on one device trains here")
     if args.world_size > 1 or args.n_gpu > 1:
         raise ValueError(
             f"one process on one device: this run has {args.world_size} processes and "

@@ -143,9 +143,6 @@ def _times(strategy: object, every: float | None, trainer: RMiPOTrainer, steps: 
     return 0
 
 
-# ---- measured -------------------------------------------------------------------------------
-
-
 def _run_once(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> None:
     """A step's forward and backward passes; its gradients are thrown away."""
     trainer.model.train()
@@ -187,9 +184,6 @@ def _measure(
 def _moment_bytes(trainer: RMiPOTrainer) -> int:
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return trained * optimizer_width(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
-
-
-# ---- counted --------------------------------------------------------------------------------
 
 
 def _disk(trainer: RMiPOTrainer, steps: int) -> int:

@@ -41,7 +41,6 @@ class RunLog:
         self.clear()
 
     def clear(self) -> None:
-        """Begin a new run."""
         self.num_tokens = 0
         self.dropped_pairs: list[dict[str, int]] = []
         self._window: list[tuple[int, StepOutcome]] = []
@@ -84,8 +83,6 @@ class RunLog:
         """Mean loss over every pair logged so far; None where none counted."""
         return self._loss_total / self._pairs_logged if self._pairs_logged else None
 
-    # ---- the file of pair values ----------------------------------------------------------
-
     def _write_pairs(self) -> None:
         if self._pair_file is None:
             return
@@ -110,8 +107,6 @@ class RunLog:
         with self._pair_file.open(encoding="utf-8") as file:
             kept = [line for line in file if _step_of(line) < first_step]
         self._pair_file.write_text("".join(kept), encoding="utf-8")
-
-    # ---- checkpoints ----------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to log the same lines."""

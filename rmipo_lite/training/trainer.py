@@ -7,7 +7,6 @@ evaluation and metrics are means over pairs; checkpoints are verified and free o
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +22,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers import TrainerControl as Control
-from transformers import TrainerState as State
-from transformers import TrainingArguments as Args
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from rmipo_lite.checkpoints.random_state import kept_random_state
@@ -51,7 +47,7 @@ from rmipo_lite.training.refusals import (
     whole_step_batches,
 )
 from rmipo_lite.training.run_log import RunLog
-from rmipo_lite.training.step import PairStep, StepOutcome, make_step
+from rmipo_lite.training.step import StepOutcome, make_step
 from rmipo_lite.watch.completions import completion_numbers
 from rmipo_lite.watch.doctor import Doctor
 from rmipo_lite.watch.progress import show_progress
@@ -66,7 +62,7 @@ def _collate(pairs: list[TokenizedPair]) -> dict[str, list[TokenizedPair]]:
 class _LogLastStep(TrainerCallback):
     """Log after the last step too: a run shorter than `logging_steps` would leave no numbers."""
 
-    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -160,10 +156,11 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         # Our batch has no num_items: the loss is a mean over pairs already.
         self.model_accepts_loss_kwargs = False
         self.run_log = RunLog(self.args)
-        self.pair_step = self._make_step(train_pairs or [])
+        self.pair_step = make_step(
+            self.model, self.args, train_pairs or [], tokenizer=self._tokenizer,
+            prior_bos_id=self._prior_bos_id, autocast=self.accelerator.autocast,
+        )  # fmt: skip
         self.begin_run()
-
-    # ---- data -----------------------------------------------------------------------------
 
     def _tokenized(
         self, dataset: Any, args: RMiPOConfig, model: nn.Module, argument: str
@@ -181,20 +178,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
                 for name, part in dataset.items()
             }
         return self._tokenized(dataset, args, model, "eval_dataset")[0]
-
-    # ---- set-up ---------------------------------------------------------------------------
-
-    def _make_step(self, pairs: Sequence[TokenizedPair]) -> PairStep:
-        return make_step(
-            self.model,
-            self.args,
-            pairs,
-            tokenizer=self._tokenizer,
-            prior_bos_id=self._prior_bos_id,
-            autocast=self.accelerator.autocast,
-        )
-
-    # ---- training -------------------------------------------------------------------------
 
     @property
     def dropped_pairs(self) -> list[dict[str, int]]:
@@ -265,8 +248,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         """Not estimated: transformers' formula counts padded tokens of one model input."""
         return 0
 
-    # ---- evaluation -----------------------------------------------------------------------
-
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -333,8 +314,6 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")
             numbers["rmipo/dropped_pairs"] = float(len(bad))
         return numbers
-
-    # ---- logging and state ----------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs since the last log line."""

@@ -4,9 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers import TrainerControl as Control
-from transformers import TrainerState as State
-from transformers import TrainingArguments as Args
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
@@ -41,25 +38,25 @@ class Doctor(TrainerCallback):
         """What was found so far, in the order it was."""
         return Findings(list(self._found.values()))
 
-    def on_evaluate(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation outside training is the one before it until training begins."""
         self._latest = {**(kwargs.get("metrics") or {}), "step": 0}
         if state.global_step == 0:
             self._before = self._latest
         self._examine(state)
 
-    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What an earlier run of the same trainer showed is not this one's."""
         if state.global_step == 0:  # else it goes on from a checkpoint
             self._before = self._latest
         self._found = {name: f for name, f in self._found.items() if f.steps == (0, 0)}
         self._examine(state)
 
-    def on_log(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A line of numbers has been added to the state's history."""
         self._examine(state)
 
-    def _examine(self, state: State) -> None:
+    def _examine(self, state: Any) -> None:
         history = state.log_history
         held_out = [entry for entry in history if "eval_loss" in entry and entry.get("step")]
         chart = Chart(

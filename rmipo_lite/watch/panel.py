@@ -107,9 +107,6 @@ def _held_out(run: RunProgress) -> str:
     return f'<div style="margin-top:4px"><b>held-out pairs</b> {", ".join(parts)}</div>'
 
 
-# ---- small curves ---------------------------------------------------------------------------
-
-
 def _curves(run: RunProgress, metric: str) -> str:
     if not metric:
         return ""
@@ -150,9 +147,6 @@ def _image(line: Points, dots: Points) -> str:
     return f'<img alt="" src="data:image/svg+xml;base64,{data}" style="margin:0">'
 
 
-# ---- on the page ----------------------------------------------------------------------------
-
-
 class NotebookPanel:
     """The panel in the cell that runs; it stays there, and the evaluation at the end updates it."""
 
@@ -169,7 +163,6 @@ class NotebookPanel:
         self._draw(run)
 
     def update(self, run: RunProgress) -> None:
-        """Draw it again when enough time has passed."""
         if time.monotonic() - self._drawn >= REDRAW_SECONDS:
             self._draw(run)
 
@@ -178,7 +171,6 @@ class NotebookPanel:
         self._draw(run)
 
     def close(self, run: RunProgress) -> None:
-        """Draw how the run stands now."""
         if self._handle is not None:
             self._draw(run)
 

@@ -17,18 +17,7 @@ from rmipo_lite.watch.run_progress import RunProgress, metric_line
 from rmipo_lite.watch.text_progress import PlainLines, TerminalBar
 
 if TYPE_CHECKING:
-    from transformers import (
-        Trainer,
-    )
-    from transformers import (
-        TrainerControl as Control,
-    )
-    from transformers import (
-        TrainerState as State,
-    )
-    from transformers import (
-        TrainingArguments as Args,
-    )
+    from transformers import Trainer
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -67,34 +56,24 @@ class ProgressDisplay(TrainerCallback):
             self.run.fail("interrupted" if kind is KeyboardInterrupt else "ended with an error")
         self.close()
 
-    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        """Draw the view."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.begin(state.global_step, state.max_steps)
         self._view.start(self.run)
 
-    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        """Move on by a step."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.step = state.global_step
         self._view.update(self.run)
 
-    def on_prediction_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation goes on: say so, since it can take as long as many steps."""
         self.run.batches += 1
         self._view.update(self.run)
 
-    def on_evaluate(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        """Back to what was done before."""
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.batches = 0
         self._view.update(self.run)
 
-    def on_log(
-        self,
-        args: Args,
-        state: State,
-        control: Control,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the newest training numbers, and show every evaluation at once."""
         logs = logs or {}
         if "loss" in logs:
@@ -107,7 +86,7 @@ class ProgressDisplay(TrainerCallback):
             self.run.add_held_out(logs)
             self._view.tell(self.run, f"step {state.global_step}: held out  {numbers}")
 
-    def on_train_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the view and say how long the run took."""
         self.run.end()
         self.close()

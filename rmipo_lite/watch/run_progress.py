@@ -74,7 +74,6 @@ class RunProgress:
         self.state = "done" if whole else f"stopped at step {self.step}"
 
     def fail(self, state: str) -> None:
-        """The run has ended otherwise."""
         self._ended = time.monotonic()
         self.state = state
 
@@ -108,7 +107,6 @@ class RunProgress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the first step began, until the end."""
         return (self._ended or time.monotonic()) - self._started
 
     @property
@@ -120,7 +118,6 @@ class RunProgress:
 
     @property
     def is_over(self) -> bool:
-        """Whether the training loop has ended, in whatever way."""
         return self._ended > 0
 
     @property
@@ -130,7 +127,6 @@ class RunProgress:
 
     @property
     def headline(self) -> str:
-        """Where the run is, in words."""
         if self.is_over:
             took = f"{self.state}: {self.steps_done} steps in {duration(self.seconds)}"
             return f"{took}, {self.activity}" if self.batches else took

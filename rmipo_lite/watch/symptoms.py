@@ -9,7 +9,7 @@ those half of whose answers no longer end, 0.97 to 2.6.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import LENGTH_BIAS_SHARE, DataReport
@@ -36,6 +36,14 @@ _ACCURACY_FELL = 0.1
 _LOSS_ROSE = 0.05  # held out, as a share of the loss before training
 _STILL_NATS = 0.005  # a held-out log-prob that moved less has not been trained
 _REPETITION_ROSE, _UNENDED_ROSE, _LENGTH_ROSE = 0.2, 0.3, 1.5
+
+
+class Seen(NamedTuple):
+    """What a symptom says: what was seen, what to do, how grave it is."""
+
+    text: str
+    advice: str
+    level: Literal["warning", "note"] = "warning"
 
 
 @dataclass(frozen=True)
@@ -86,16 +94,12 @@ class Chart:
         return [float(entry[metric]) for entry in self.logs if metric in entry]
 
 
-# ---- before training ------------------------------------------------------------------------
-
-
-def chosen_longer(chart: Chart) -> Finding | None:
+def chosen_longer(chart: Chart) -> Seen | None:
     """Length tells chosen from rejected."""
     report = chart.report
     if report is None or report.share_chosen_longer <= LENGTH_BIAS_SHARE:
         return None
-    return Finding(
-        "chosen_longer",
+    return Seen(
         f"the chosen response is the longer one in {report.share_chosen_longer:.0%} of the pairs",
         "This loss takes means over tokens, and on such pairs it can run away to answers that "
         "never end: watch the answers' length, drop pairs until the shares are alike, or try "
@@ -109,13 +113,12 @@ def _accuracy_before(chart: Chart) -> float | None:
     return None if accuracy is None or chart.pairs < _LEAST_PAIRS else float(accuracy)
 
 
-def swapped_labels(chart: Chart) -> Finding | None:
+def swapped_labels(chart: Chart) -> Seen | None:
     """The untrained model prefers the rejected side."""
     accuracy = _accuracy_before(chart)
     if accuracy is None or accuracy >= 1 - _REJECTED_SHARE:
         return None
-    return Finding(
-        "swapped_labels",
+    return Seen(
         f"before any training the model finds the rejected side likelier in {1 - accuracy:.0%} of "
         f"{chart.pairs} held-out pairs",
         "Look at a few (rmipo_lite.inspect shows the worst): if chosen and rejected are swapped, "
@@ -123,22 +126,18 @@ def swapped_labels(chart: Chart) -> Finding | None:
     )
 
 
-def easy_pairs(chart: Chart) -> Finding | None:
+def easy_pairs(chart: Chart) -> Seen | None:
     """There is little left to learn."""
     accuracy = _accuracy_before(chart)
     if accuracy is None or accuracy < _EASY_SHARE:
         return None
-    return Finding(
-        "easy_pairs",
+    return Seen(
         f"the model already prefers the chosen side in {accuracy:.0%} of {chart.pairs} held-out "
         "pairs",
         "The pairs are too easy, or the model has seen them; held-out accuracy can't show progress "
         "here, so judge by answers, and look for harder pairs",
         level="note",
     )
-
-
-# ---- the likelihoods ------------------------------------------------------------------------
 
 
 def _fall_of_chosen(chart: Chart) -> tuple[float, str] | None:
@@ -152,20 +151,19 @@ def _fall_of_chosen(chart: Chart) -> tuple[float, str] | None:
     return statistics.mean(seen[:2]) - statistics.mean(seen[-2:]), "training"
 
 
-def chosen_collapsing(chart: Chart) -> Finding | None:
+def chosen_collapsing(chart: Chart) -> Seen | None:
     """The margin is won by making both sides unlikely."""
     fall = _fall_of_chosen(chart)
     if fall is None or not fall[0] > _COLLAPSE_NATS:
         return None
-    return Finding(
-        "chosen_collapsing",
+    return Seen(
         f"the {fall[1]} chosen responses became less likely, by {fall[0]:.1f} nats per token",
         "Accuracy and margin don't see that. Read result.compare([...]) before using the model; a "
         "lower learning_rate, fewer steps or sft_weight=0.1 are the usual cures",
     )
 
 
-def both_rewards_falling(chart: Chart) -> Finding | None:
+def both_rewards_falling(chart: Chart) -> Seen | None:
     """Both sides lose, the chosen one less."""
     chosen, rejected = chart.change("logps/chosen"), chart.change("logps/rejected")
     if chosen is None or rejected is None:
@@ -173,8 +171,7 @@ def both_rewards_falling(chart: Chart) -> Finding | None:
     falls = chosen[0] - chosen[1], rejected[0] - rejected[1]
     if not _FALL_NATS < falls[0] <= _COLLAPSE_NATS or falls[1] <= falls[0]:
         return None
-    return Finding(
-        "both_rewards_falling",
+    return Seen(
         f"rewards of both sides fall: chosen by {falls[0]:.2f}, rejected by {falls[1]:.2f} nats "
         "per token",
         "That is normal for a loss that sees the gap alone, as long as the chosen side loses less "
@@ -183,15 +180,12 @@ def both_rewards_falling(chart: Chart) -> Finding | None:
     )
 
 
-# ---- gamma and PMI --------------------------------------------------------------------------
-
-
 def _counted(chart: Chart) -> bool:
     """Whether the newest log line is a mean over enough pairs to speak of shares."""
     return len(chart.logs) * chart.args.pairs_per_step >= _LEAST_PAIRS
 
 
-def gamma_pinned(chart: Chart) -> Finding | None:
+def gamma_pinned(chart: Chart) -> Seen | None:
     """The margin is a constant for most pairs."""
     args = chart.args
     if not args.uses_prior or args.gamma_min == args.gamma_max or not _counted(chart):
@@ -204,8 +198,7 @@ def gamma_pinned(chart: Chart) -> Finding | None:
     ):  # fmt: skip
         share = chart.newest(metric)
         if share is not None and share > _PINNED_SHARE:
-            return Finding(
-                "gamma_pinned",
+            return Seen(
                 f"gamma stands at {end} ({getattr(args, end):g}) for {share:.0%} of the pairs: "
                 f"{meaning}",
                 "RMiPO is then SimPO with a constant margin: look at the pairs with "
@@ -216,13 +209,12 @@ def gamma_pinned(chart: Chart) -> Finding | None:
     return None
 
 
-def pmi_undefined(chart: Chart) -> Finding | None:
+def pmi_undefined(chart: Chart) -> Seen | None:
     """Responses without a prior."""
     share = chart.newest("rmipo/pmi_undefined")
     if share is None or share <= _UNDEFINED_SHARE or not _counted(chart):
         return None
-    return Finding(
-        "pmi_undefined",
+    return Seen(
         f"{share:.0%} of the pairs have a response of one token, which has no prior and no PMI; "
         "they take gamma_max",
         "prior_context='bos' scores every token, where the tokenizer has a BOS",
@@ -230,10 +222,7 @@ def pmi_undefined(chart: Chart) -> Finding | None:
     )
 
 
-# ---- the course of training -----------------------------------------------------------------
-
-
-def loss_constant(chart: Chart) -> Finding | None:
+def loss_constant(chart: Chart) -> Seen | None:
     """Nothing is learnt: the loss doesn't even vary with the pairs."""
     losses = chart.series("loss")
     if len(losses) < _LEAST_LOGS or chart.step < _LEAST_STEPS:
@@ -243,15 +232,14 @@ def loss_constant(chart: Chart) -> Finding | None:
         return None
     norm = chart.newest("grad_norm")
     gradient = "" if norm is None else f", the gradient's norm is {norm:.2g}"
-    return Finding(
-        "loss_constant",
+    return Seen(
         f"the loss is {losses[-1]:.4g} in all of {len(losses)} log lines{gradient}",
         "Nothing is being learnt: is the learning rate 0, is every weight frozen, or are all pairs "
         "won already (a hinge loss is then 0)?",
     )
 
 
-def learning_rate_high(chart: Chart) -> Finding | None:
+def learning_rate_high(chart: Chart) -> Seen | None:
     """Training makes the held-out pairs worse."""
     loss, accuracy = chart.change("loss"), chart.change("rewards/accuracies")
     if loss is None or accuracy is None or chart.pairs < _LEAST_PAIRS:
@@ -259,8 +247,7 @@ def learning_rate_high(chart: Chart) -> Finding | None:
     rose = loss[1] - loss[0] > _LOSS_ROSE * abs(loss[0])
     if not rose and accuracy[0] - accuracy[1] <= _ACCURACY_FELL:
         return None
-    return Finding(
-        "learning_rate_high",
+    return Seen(
         f"training makes the held-out pairs worse: loss {loss[0]:.3f} -> {loss[1]:.3f}, accuracy "
         f"{accuracy[0]:.0%} -> {accuracy[1]:.0%}",
         f"The learning rate ({chart.args.learning_rate:g}) is too high for these pairs, or there "
@@ -268,7 +255,7 @@ def learning_rate_high(chart: Chart) -> Finding | None:
     )
 
 
-def overshooting(chart: Chart) -> Finding | None:
+def overshooting(chart: Chart) -> Seen | None:
     """The margin is far past what the loss asks for, at the rejected side's cost."""
     args = chart.args
     margin, rejected = chart.change("rewards/margins"), chart.change("logps/rejected")
@@ -282,8 +269,7 @@ def overshooting(chart: Chart) -> Finding | None:
         wanted *= args.beta
     if margin[1] - max(wanted, margin[0]) <= _OVERSHOT:
         return None
-    return Finding(
-        "overshooting",
+    return Seen(
         f"the held-out margin went from {margin[0]:.1f} to {margin[1]:.1f}, far past gamma "
         f"({wanted:.1f}), and the rejected side lost {rejected[0] - rejected[1]:.1f} nats per "
         "token",
@@ -292,7 +278,7 @@ def overshooting(chart: Chart) -> Finding | None:
     )
 
 
-def learning_rate_low(chart: Chart) -> Finding | None:
+def learning_rate_low(chart: Chart) -> Seen | None:
     """The updates are too small to change anything."""
     chosen, rejected = chart.change("logps/chosen"), chart.change("logps/rejected")
     if chosen is None or rejected is None or chart.step < _LEAST_STEPS:
@@ -302,24 +288,19 @@ def learning_rate_low(chart: Chart) -> Finding | None:
     moved = max(abs(after - before) for before, after in (chosen, rejected))
     if moved >= _STILL_NATS:
         return None
-    return Finding(
-        "learning_rate_low",
+    return Seen(
         f"{chart.step} steps moved the held-out log-probs by {moved:.1g} nats per token",
         f"The learning rate ({chart.args.learning_rate:g}) is too low for so few updates: try "
         "three times as much, or train longer",
     )
 
 
-# ---- what it writes -------------------------------------------------------------------------
-
-
-def repetition(chart: Chart) -> Finding | None:
+def repetition(chart: Chart) -> Seen | None:
     """Answers repeat themselves more than the start model's."""
     change = chart.change(REPETITION)
     if change is None or change[1] - change[0] <= _REPETITION_ROSE:
         return None
-    return Finding(
-        "repetition",
+    return Seen(
         f"the model's answers repeat themselves: {change[1]:.0%} of their phrases of four tokens "
         f"stood there before, at the start {change[0]:.0%}",
         "Read result.compare([...]); a lower learning_rate, fewer steps or sft_weight=0.1 are the "
@@ -327,7 +308,7 @@ def repetition(chart: Chart) -> Finding | None:
     )
 
 
-def length_runaway(chart: Chart) -> Finding | None:
+def length_runaway(chart: Chart) -> Seen | None:
     """Answers no longer end, or grow."""
     clipped, length = chart.change(CLIPPED), chart.change(MEAN_LENGTH)
     if clipped is None or length is None:
@@ -335,8 +316,7 @@ def length_runaway(chart: Chart) -> Finding | None:
     grew = length[1] > _LENGTH_ROSE * max(length[0], 1.0) and clipped[1] > clipped[0]
     if clipped[1] - clipped[0] <= _UNENDED_ROSE and not grew:
         return None
-    return Finding(
-        "length_runaway",
+    return Seen(
         f"the model's answers run away: {length[1]:.0f} tokens in the mean and {clipped[1]:.0%} "
         f"without an end, at the start {length[0]:.0f} and {clipped[0]:.0%}",
         "Accuracy and margin don't see that. It comes from pairs whose chosen side is usually "
@@ -345,7 +325,7 @@ def length_runaway(chart: Chart) -> Finding | None:
     )
 
 
-SYMPTOMS: tuple[Callable[[Chart], Finding | None], ...] = (
+SYMPTOMS: tuple[Callable[[Chart], Seen | None], ...] = (
     chosen_longer, swapped_labels, easy_pairs, chosen_collapsing, both_rewards_falling,
     gamma_pinned, pmi_undefined, loss_constant, learning_rate_high, overshooting,
     learning_rate_low, repetition, length_runaway,
@@ -353,5 +333,6 @@ SYMPTOMS: tuple[Callable[[Chart], Finding | None], ...] = (
 
 
 def examine(chart: Chart) -> list[Finding]:
-    """Every finding that the chart gives now."""
-    return [found for symptom in SYMPTOMS if (found := symptom(chart)) is not None]
+    """Every finding that the chart gives now, each called by its symptom's name."""
+    seen = [(symptom.__name__, symptom(chart)) for symptom in SYMPTOMS]
+    return [Finding(name, *found) for name, found in seen if found is not None]

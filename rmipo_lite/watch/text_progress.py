@@ -26,25 +26,21 @@ class PlainLines:
         self._last_line = time.monotonic()
 
     def start(self, run: RunProgress) -> None:
-        """The time of the first line counts from here."""
         self._last_line = time.monotonic()
 
     def update(self, run: RunProgress) -> None:
-        """Print a line when enough time has passed."""
         now = time.monotonic()
         if now - self._last_line >= self.seconds:
             self._last_line = now
             say(f"{run.headline}  {run.numbers}".rstrip())
 
     def tell(self, run: RunProgress, text: str) -> None:
-        """Print what must not wait."""
         say(text)
 
     def close(self, run: RunProgress) -> None:
         """Nothing is held."""
 
     def end(self, run: RunProgress) -> None:
-        """Say how long it took."""
         say(f"{run.steps_done} steps in {duration(run.seconds)}  {run.numbers}".rstrip())
 
 
@@ -55,7 +51,6 @@ class TerminalBar(PlainLines):
     _task: TaskID | None = None
 
     def start(self, run: RunProgress) -> None:
-        """Draw the bar."""
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -79,7 +74,6 @@ class TerminalBar(PlainLines):
         self._progress.start()
 
     def update(self, run: RunProgress) -> None:
-        """Move the bar."""
         if self._progress is None or self._task is None:
             super().update(run)
             return
@@ -88,7 +82,6 @@ class TerminalBar(PlainLines):
         )
 
     def tell(self, run: RunProgress, text: str) -> None:
-        """Print above the bar."""
         if self._progress is None:
             super().tell(run, text)
         else:

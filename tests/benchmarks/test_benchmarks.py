@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,13 @@ def test_a_gpu_is_wanted_where_one_is_measured(tmp_path: Path) -> None:
         main(["gpu", "--output_dir", str(tmp_path)])
 
 
+def test_the_tests_that_a_gpu_runs_are_there() -> None:
+    """Some lines of the script run on a card alone, where a wrong path would cost its time."""
+    named = re.findall(r"tests/\S+\.py", (ROOT / "benchmarks" / "gpu_check.sh").read_text())
+    assert len(named) >= 5
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.slow
 def test_everything_for_a_gpu_is_rehearsed_without_one(tmp_path: Path) -> None:
     """Time on a card is scarce: the script must be right the first time."""
@@ -280,12 +288,12 @@ def test_memory_names_a_peer_that_is_absent() -> None:
         assert memory._in_child("step", "trl chunked head", 301, "fp32", 1)[0] > 0
 
 
-def test_the_readme_shows_what_the_rows_say() -> None:
+def test_the_page_shows_what_the_rows_say() -> None:
     """`python -m benchmarks report` was run after the last measurement."""
     rows = report.read_all(ROOT / "benchmarks")
     assert rows
     table = report.table(rows)
-    assert f"{BEGIN}\n{table}\n{END}" in (ROOT / "README.md").read_text()
+    assert f"{BEGIN}\n{table}\n{END}" in (ROOT / report.PAGE).read_text()
 
 
 def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
@@ -299,10 +307,11 @@ def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
     ]
     folder = tmp_path / "benchmarks"
     records.write(folder / "step.csv", rows)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page = tmp_path / report.PAGE
+    page.parent.mkdir()
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     main(["report", "--output_dir", str(folder)])
-    text = readme.read_text()
+    text = page.read_text()
     assert "| 1.50 (1.40–1.60) | – | step.csv |" in text
     assert "old" not in text
     assert text.startswith("before\n")
@@ -310,7 +319,7 @@ def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
     assert (folder / report.PLOT).stat().st_size > 10_000
 
 
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="wanted the markers"):
         report.put_between(tmp_path / "README.md", report.MARK, "a table")

@@ -1,4 +1,4 @@
-"""The table of losses is the one place of a loss's facts: what is in it works, what isn't is refused."""
+"""The table is the one place of a loss's facts: what is in it works, what isn't is refused."""
 
 from __future__ import annotations
 

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.trials.run import all_checks
-from tests.trials.scorecard import Outcome, Trials, carry_out
+from rmipo_lite.selftest.check import Outcome, carry_out
+from rmipo_lite.selftest.run import all_checks
 
 
 @pytest.fixture
-def try_check(tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
-    """Carry out some trials of a check, as `rmipo-lite selftest` does."""
+def try_check(tmp_path: Path) -> Iterator[Callable[[int], Outcome]]:
+    """Carry out the first check of a number, as `rmipo-lite selftest` does."""
 
-    def carry(number: int, *indices: int) -> Outcome:
+    def carry(number: int) -> Outcome:
         check = next(check for check in all_checks() if check.number == number)
-        folder = tmp_path / f"check-{number}"
-        return carry_out(check, Trials(number, 0, "quick", folder, list(indices)))
+        return carry_out(check, tmp_path / f"check-{number}", 0)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -26,7 +26,7 @@ def test_rows_loaded_before_and_tokenised_pairs_are_taken_as_they_are(tmp_path: 
 
 
 def test_an_error_calls_the_dataset_by_the_callers_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^eval_dataset: "):
+    with pytest.raises(ValueError, match=r"^eval_dataset: "):
         prepare(
             [], word_tokenizer(), RMiPOConfig(str(tmp_path)), LlamaConfig(), argument="eval_dataset"
         )

@@ -1,27 +1,25 @@
-"""The README's table of what is promised, with the counts of a run of the scorecard.
+"""The documentation's table of what is promised, with the counts of a run of the scorecard.
 
-rmipo-lite selftest --soak --json benchmarks/selftest.json
-python -m tests.trials.promises benchmarks/selftest.json README.md
+python -m tests.trials --json benchmarks/trials.json --table docs/promises.md
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from rmipo_lite.bench.report import put_between
+from benchmarks.report import put_between
 
 MARK = "selftest"
 # What a user is promised, and the checks that try to break it.
 PROMISES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("A run killed, interrupted or out of disk resumes bit for bit", (1, 5, 13, 14, 44)),
+    ("An adapter loads and merges to the same logits, an earlier release's too", (26,)),
     ("A damaged checkpoint is found and named, the one before is used", (7,)),
     ("NaN and inf change no weight; their pair is dropped, named, counted", (2, 21)),
-    ("Every row is kept, dropped or refused with its reason", (3, 37, 40)),
+    ("Every row is kept, dropped or refused with its reason", (3, 37)),
     ("Prompt, answer, BOS and end of turn lie where they belong", (8, 10, 11)),
-    ("The numbers are the method's, and those of float64", (4, 12, 22, 24, 31)),
+    ("The numbers are the method's, and those of float64", (4, 12, 22, 24)),
     ("No pair sees its company, its padding or its split", (6, 20, 23, 25, 32)),
     ("Wrong calls of the kernels raise; none ends the process", (15, 19, 41)),
     ("Without kernels, compiler or cache it trains all the same", (17, 18)),
@@ -42,20 +40,15 @@ def table(content: dict[str, Any]) -> str:
         named = ", ".join(str(check["number"]) for check in own)
         lines.append(f"| {promise} | {named} | {trials:,} | {lost} |")
     versions = content["versions"]
-    option = "" if content["mode"] == "default" else f" --{content['mode']}"
+    option = "" if content["trials"] == "tenth" else f" --trials {content['trials']}"
     lines.append("")
     lines.append(
-        f"{content['total']} (`rmipo-lite selftest{option}`, seed {content['seed']}, "
+        f"{content['total']} (`python -m tests.trials{option}`, seed {content['seed']}, "
         f"{content['date']}, torch {versions['torch']}, transformers {versions['transformers']})."
     )
     return "\n".join(lines)
 
 
-def main(scorecard: str, readme: str) -> None:
-    """Write the table of a scorecard into a README."""
-    content = json.loads(Path(scorecard).read_text(encoding="utf-8"))
-    put_between(Path(readme), MARK, table(content))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def write_table(content: dict[str, Any], page: Path) -> None:
+    """Write the table of a scorecard's JSON into a page."""
+    put_between(page, MARK, table(content))

@@ -1,4 +1,4 @@
-"""Which checks run, and how their outcome is shown."""
+"""How many trials of which checks run, and how their outcome is shown."""
 
 from __future__ import annotations
 
@@ -6,111 +6,109 @@ import contextlib
 import io
 import json
 import logging
-import os
+import math
 import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.trials.scorecard import Check, Outcome, Trials, carry_out
-
 from rmipo_lite.environment import versions
 from rmipo_lite.output.console import duration, say
-from rmipo_lite.selftest import gpu, kernels, models, survival
 from rmipo_lite.training.interrupt import GracefulInterrupt
+from tests.trials import checks as listed
+from tests.trials.scorecard import Check, Outcome, Trials, carry_out
 
-Chosen = Sequence[tuple[Check, list[int]]]  # checks, each with its trials
 _HEAD = f"{'':>3} {'check':<58}{'trials':>7}{'survived':>10}{'lost':>6}{'seconds':>9}"
 
 
-def all_checks() -> list[Check]:
-    """Every check of this machine; the numbers are those of their larger sisters in the tests."""
-    checks = [check for room in (survival, kernels, models, gpu) for check in room.CHECKS]
-    return sorted(checks, key=lambda check: check.number)
-
-
-def selftest(
-    only: Sequence[int] = (), seed: int = 0, *, show: bool = True, debug: bool = False
-) -> list[Outcome]:
-    """Try what depends on this machine; prints a row as each check ends.
+def amount(text: str) -> str:
+    """What `--trials` may say: "tenth", "all", or a number of trials a check.
 
     Raises:
-        ValueError: a number that is no check here.
+        ValueError: something else.
     """
-    chosen = [(check, check.indices(check.all)) for check in pick(all_checks(), only)]
-    with scratch() as folder:
-        if show:
-            say(f"seed {seed}; checkpoints are written and killed in {folder.parent}")
-        repeat = f"rmipo-lite selftest --seed {seed} --only {{number}} --debug"
-        return run_checks(chosen, folder, seed, repeat, show=show, debug=debug)
+    if text not in ("tenth", "all") and int(text) < 1:
+        raise ValueError("wanted tenth, all or a number above 0")
+    return text
 
 
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder that is removed in the end, on the disk that runs go to: below this folder."""
-    place = Path.cwd() if os.access(".", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".rmipo-selftest-", dir=place) as folder:
-        yield Path(folder)
+def indices(check: Check, trials: str, trial: int | None = None) -> list[int]:
+    """The trials of a check: so many, or one alone."""
+    if trial is not None:
+        return [trial] if 0 <= trial < check.all else []
+    tenth = max(check.least, math.ceil(check.all / 10))
+    counts = {"tenth": tenth, "all": check.all}
+    return check.indices(counts[trials] if trials in counts else int(trials))
 
 
-def pick(checks: Sequence[Check], only: Sequence[int]) -> list[Check]:
-    """The checks of these numbers, all of them where none is given.
-
-    Raises:
-        ValueError: a number that no check has.
-    """
-    unknown = sorted(set(only) - {check.number for check in checks})
-    if unknown:
-        known = ", ".join(map(str, sorted({check.number for check in checks})))
-        raise ValueError(f"there is no check {unknown[0]} here; there are {known}")
-    return [check for check in checks if not only or check.number in only]
-
-
-def run_checks(
-    chosen: Chosen,
-    folder: Path,
-    seed: int,
-    repeat: str,
+def scorecard(
+    trials: str = "tenth",
     *,
+    seed: int = 0,
+    only: Sequence[int] = (),
+    trial: int | None = None,
     show: bool = True,
     debug: bool = False,
-    thorough: bool = False,
 ) -> list[Outcome]:
-    """Run checks, printing a row as each ends, and the sum.
+    """Run the checks, printing a row as each ends.
 
     Args:
-        chosen: the checks with their trials.
-        folder: where they work.
+        trials: how many of each check: "tenth", "all", or a number.
         seed: what every random choice comes from.
-        repeat: the command that repeats a lost trial, with places for {number} and {trial}.
+        only: numbers of the checks to run; empty for all.
+        trial: the one trial to repeat, by index.
         show: whether to print.
         debug: whether a lost trial is shown with its traceback.
-        thorough: see `Trials`.
+
+    Raises:
+        ValueError: a number that is no check here, or no trial of it.
     """
     outcomes = []
     tell = say if show else lambda text: None
+    chosen = [(check, indices(check, trials, trial)) for check in _chosen(only)]
+    chosen = [(check, places) for check, places in chosen if places]
+    if not chosen:
+        raise ValueError(f"trials: there is no trial {trial} of {only or 'any check'}")
+    tell(f"seed {seed}, {trials}; every trial depends on seed and index alone")
     tell(_HEAD)
-    for check, indices in chosen:
-        place = folder / f"check-{check.number}"
-        outcome = run_one(check, Trials(check.number, seed, place, indices, thorough))
-        outcomes.append(outcome)
-        for line in _lines(outcome, repeat, debug):
-            tell(line)
+    with tempfile.TemporaryDirectory(prefix="rmipo-trials-") as folder:
+        for check, places in chosen:
+            outcome = one(check, places, Path(folder), seed, thorough=trials == "all")
+            outcomes.append(outcome)
+            for line in _lines(outcome, trials, seed, debug):
+                tell(line)
+    if not only:
+        for number, text in listed.ELSEWHERE.items():
+            tell(f"not part of it: {number} {text}")
     took = duration(sum(outcome.seconds for outcome in outcomes))
     tell(f"{total_line(outcomes)}  ({took})")
     return outcomes
 
 
-def run_one(check: Check, trials: Trials) -> Outcome:
-    """One check, unless something is in its way; nothing of what it prints is seen."""
+def _chosen(only: Sequence[int]) -> list[Check]:
+    checks = listed.all_checks()
+    unknown = sorted(set(only) - {check.number for check in checks})
+    if unknown:
+        number = unknown[0]
+        known = listed.ELSEWHERE.get(number)
+        where = f"it is {known}" if known else "there is none"
+        raise ValueError(f"trials: no check {number} here: {where}")
+    return [check for check in checks if not only or check.number in only]
+
+
+def one(
+    check: Check, places: list[int], folder: Path, seed: int, *, thorough: bool = False
+) -> Outcome:
+    """Carry out some trials of a check, unless something is in its way; nothing is printed."""
     absent = check.absent()
     if absent is not None:
         return Outcome(check.number, check.name, 0, [], 0.0, absent)
+    trials = Trials(check.number, seed, folder / f"check-{check.number}", places, thorough)
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     sink = io.StringIO()
@@ -128,17 +126,18 @@ def run_one(check: Check, trials: Trials) -> Outcome:
         logging.disable(disabled)
 
 
-def _lines(outcome: Outcome, repeat: str, debug: bool) -> list[str]:
+def _lines(outcome: Outcome, trials: str, seed: int, debug: bool) -> list[str]:
     head = f"{outcome.number:>3} {outcome.name:<58}"
     if outcome.absent is not None:
         return [f"{head} not run: {outcome.absent}"]
     survived = outcome.trials - outcome.lost
     lines = [f"{head}{outcome.trials:>7}{survived:>10}{outcome.lost:>6}{outcome.seconds:>9.1f}"]
+    option = " --trials all" if trials == "all" else ""
     for loss in outcome.losses[:5]:
         tried = f" ({loss.tried})" if loss.tried else ""
+        repeat = f"python -m tests.trials{option} --seed {seed} --only {outcome.number}"
         lines.append(f"      lost trial {loss.trial}{tried}: {loss.message}")
-        command = repeat.format(number=outcome.number, trial=loss.trial)
-        lines.append(f"      repeat: {command}")
+        lines.append(f"      repeat: {repeat} --trial {loss.trial} --debug")
         lines += [f"      {line}" for line in loss.where.splitlines()] if debug else []
     if outcome.lost > 5:
         lines.append(f"      and {outcome.lost - 5} more")
@@ -152,11 +151,11 @@ def total_line(outcomes: Sequence[Outcome]) -> str:
     return f"{len({outcome.number for outcome in ran})} checks, {trials:,} trials, {lost} lost"
 
 
-def as_json(outcomes: Sequence[Outcome], seed: int, **more: Any) -> str:
+def as_json(outcomes: Sequence[Outcome], trials: str, seed: int) -> str:
     """The outcome with its seed and the versions it was had on, as JSON."""
     content: dict[str, Any] = {
         "total": total_line(outcomes),
-        **more,
+        "trials": trials,
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),

@@ -6,8 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from tests.trials.scorecard import Check, Trial, Trials, expect
-
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model import batch
@@ -24,6 +22,7 @@ from tests.kit import (
     sentencepiece_like,
     word_level,
 )
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 Record = dict[str, Any]
 WORDS = [f"w{number}" for number in range(4, 90)]
@@ -205,8 +204,7 @@ def _expect_scored(pair: TokenizedPair, ends: int, pad_id: int) -> None:
 
 
 CHECKS = [
-    Check(8, "prompt and response meet: any text, three tokenizers", 3000, borders,
-          quick=3),
-    Check(11, "BOS and EOS counted over set-ups, truncated or not", _CENSUS, census, quick=3,
+    Check(8, "prompt and response meet: any text, three tokenizers", 3000, borders),
+    Check(11, "BOS and EOS counted over set-ups, truncated or not", _CENSUS, census,
           least=_CENSUS),
 ]  # fmt: skip

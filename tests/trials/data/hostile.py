@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.trials.scorecard import Check, Trials, expect
 
 from rmipo_lite.checkpoints.sealed_folder import seal
 from rmipo_lite.config import RMiPOConfig
@@ -20,6 +19,7 @@ from rmipo_lite.model import adapter, loading, names
 from tests.kit import tiny_model, tiny_trainer, word_tokenizer
 from tests.trials.data import hostile_data, hostile_shown
 from tests.trials.data.hostile_data import Bench, expect_refused
+from tests.trials.scorecard import Check, Trials, expect
 
 _POISON = (
     "pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt",
@@ -46,7 +46,7 @@ def hostile_files(trials: Trials) -> None:
         with trial:
             name, case = cases[trial.index]
             trial.tried = name
-            bench = Bench(trial.folder / "here", saved, trial.folder / "marker", trials.mode)
+            bench = Bench(trial.folder / "here", saved, trial.folder / "marker")
             bench.folder.mkdir()
             with mock.patch.object(builtins, "input", side_effect=EOFError) as question:
                 case(bench)
@@ -94,15 +94,13 @@ def _load(bench: Bench, folder: Path | str) -> Any:
     return loading.load_model(str(folder), _args(bench.folder))
 
 
-def _only_pickled(what: str, name: str, *, zipped: bool) -> Callable[[Bench], None]:
-    def case(bench: Bench) -> None:
-        folder = _copy(bench, what)
-        for file in folder.glob("*.safetensors"):
-            file.unlink()
-        _poison(bench, folder, name, zipped=zipped)
-        expect_refused(lambda: _load(bench, folder), name, "pickle", "safetensors")
-
-    return case
+def _bare_pickle(bench: Bench) -> None:
+    """A model whose weights are a pickle without an archive around it."""
+    folder = _copy(bench, "base")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    _poison(bench, folder, "x.pt", zipped=False)
+    expect_refused(lambda: _load(bench, folder), "x.pt", "pickle", "safetensors")
 
 
 def _pickles_beside(what: str) -> Callable[[Bench], None]:
@@ -195,28 +193,6 @@ def _code_of_a_known_model(bench: Bench) -> None:
     model.generate(torch.arange(3, 6)[None], max_new_tokens=1)
 
 
-def _shards(name: str) -> Callable[[Bench], None]:
-    def case(bench: Bench) -> None:
-        folder = _copy(bench, "base")
-        weights = folder / "model.safetensors"
-        if name.endswith(".bin"):
-            _poison(bench, folder, name)
-            weights.unlink()
-        else:
-            weights.rename(bench.folder / "model.safetensors")
-        names = dict.fromkeys(tiny_model().state_dict(), name)
-        _edit(folder, "model.safetensors.index.json", metadata={}, weight_map=names)
-        expect_refused(lambda: _load(bench, folder), name, "index.json", "beside it")
-
-    return case
-
-
-def _adapter_of_itself(bench: Bench) -> None:
-    folder = _copy(bench, "adapter")
-    _edit(folder, "adapter_config.json", base_model_name_or_path=str(folder))
-    expect_refused(lambda: _load(bench, folder), "is an adapter itself")
-
-
 def _adapter_on_a_pickle(bench: Bench) -> None:
     """The base that an adapter names is looked at as any folder is."""
     base, folder = _copy(bench, "base"), _copy(bench, "adapter")
@@ -263,21 +239,14 @@ def _output_names(bench: Bench) -> None:
 
 
 CASES: dict[str, Callable[[Bench], None]] = {
-    "a model whose weights are a pickle": _only_pickled("base", "pytorch_model.bin", zipped=True),
-    "a model whose weights are a bare pickle": _only_pickled("base", "x.pt", zipped=False),
+    "a model whose weights are a bare pickle": _bare_pickle,
     "pickles beside a model": _pickles_beside("base"),
-    "an adapter whose weights are a pickle": _only_pickled(
-        "adapter", "adapter_model.bin", zipped=True
-    ),
     "pickles beside an adapter": _pickles_beside("adapter"),
-    "shards in the folder above": _shards("../model.safetensors"),
-    "shards that are pickles": _shards("part.bin"),
     "a checkpoint of pickles": _stock_checkpoint,
     "pickles in a sealed checkpoint": _sealed_checkpoint,
     "a model with code": _model_code,
     "a tokenizer with code": _tokenizer_code,
     "a known model with code beside it": _code_of_a_known_model,
-    "an adapter that is its own base": _adapter_of_itself,
     "an adapter whose base is a pickle": _adapter_on_a_pickle,
     "an adapter that names modules": _adapter_with_modules,
     "names of runs": _output_names,
@@ -286,5 +255,5 @@ CASES: dict[str, Callable[[Bench], None]] = {
 }
 CHECKS = [
     Check(35, "hostile files: no code run, nothing outside, limits hold", len(CASES),
-          hostile_files, quick=2, least=len(CASES)),
+          hostile_files, least=len(CASES)),
 ]  # fmt: skip

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.trials.scorecard import Lost, Mode, expect
-
 from rmipo_lite.data import files
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
@@ -24,6 +22,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import encode_prompt, tokenize_rows
 from tests.kit import byte_level
+from tests.trials.scorecard import Lost, expect
 
 MiB = 2**20
 _ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
@@ -47,7 +46,6 @@ class Bench:
     folder: Path
     saved: Path
     marker: Path
-    mode: Mode
 
 
 def expect_refused(call: Callable[[], Any], *words: str) -> None:
@@ -129,7 +127,10 @@ def _eats_memory(bench: Bench) -> None:
     """A text that doubles, and one that is long at once."""
     if not template_limits.LIMITS_MEMORY:
         return
-    with mock.patch.object(template_limits, "RENDER_BYTES", 512 * MiB):
+    with (
+        mock.patch.object(template_limits, "RENDER_BYTES", 512 * MiB),
+        mock.patch.object(template_limits, "RENDER_SECONDS", 600.0),  # however busy the machine is
+    ):
         for eater in (
             "{{ 'a' * 99999999999 }}",
             "{% for a in range(99999) %}{{ 'a' * 1000000 }}{% endfor %}",
@@ -137,12 +138,6 @@ def _eats_memory(bench: Bench) -> None:
             "{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         ):
             expect_refused(functools.partial(_template, eater + _TURNS), "0.5 GiB")
-
-
-def _powers(bench: Bench) -> None:
-    """A power of a power is one instruction, which no limit stops: refused before it is run."""
-    for power in ("{{ 9 ** 9 ** 9 ** 9 }}", "{% if false %}{{ 2 ** 2 }}{% endif %}"):
-        expect_refused(functools.partial(_template, power + _TURNS), "operator **")
 
 
 # ---- data files -----------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def _gzip_bomb(bench: Bench) -> None:
 def _long_line(bench: Bench) -> None:
     """A line of a gigabyte costs itself alone, and never lies in memory whole."""
     path = bench.folder / "long.jsonl"
-    size = 2**30 if bench.mode != "quick" else 2**26
+    size = 2**30
     with path.open("wb") as file:
         file.write(_line())
         file.truncate(size)  # zeros that take no room on the disk
@@ -255,20 +250,6 @@ def _written(bench: Bench, name: str, content: bytes) -> Path:
     return bench.folder / name
 
 
-def _parquet(bench: Bench) -> None:
-    """Kilobytes that expand to any size, and a damaged file."""
-    import datasets
-
-    path = bench.folder / "bomb.parquet"
-    rows = [_ROW | {"chosen": "x" * 100_000}] * 2000
-    datasets.Dataset.from_list(rows).to_parquet(str(path))
-    expect(path.stat().st_size < MiB, "the bomb is no bomb")
-    with mock.patch.object(files, "MAX_FILE_BYTES", 16 * MiB):
-        expect_refused(lambda: load_rows(path), "bomb.parquet", "expands to more than")
-    path.write_bytes(path.read_bytes()[:-100])
-    expect_refused(lambda: load_rows(path), "bomb.parquet", "not a readable parquet file")
-
-
 def _saved_dataset(bench: Bench) -> None:
     """A saved dataset whose own files name others, in the folder above."""
     import datasets
@@ -288,13 +269,11 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "templates that reach for Python": _escapes,
     "a template without end": _endless,
     "a template that eats memory": _eats_memory,
-    "a template of powers": _powers,
     "a gzip bomb": _gzip_bomb,
     "a line of a gigabyte": _long_line,
     "a CSV line without end": _long_csv_line,
     "JSON a hundred thousand levels deep": _deep,
     "odd JSON": _odd_json,
     "odd encodings": _encodings,
-    "a parquet bomb": _parquet,
     "a saved dataset that names files outside": _saved_dataset,
 }

@@ -9,8 +9,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from tests.trials.scorecard import expect
-
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model.generation import Answer
@@ -21,6 +19,7 @@ from rmipo_lite.results.result import TrainResult
 from rmipo_lite.results.run_page import report_html
 from tests.kit import tiny_model
 from tests.trials.data.hostile_data import Bench
+from tests.trials.scorecard import expect
 
 _ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 _MARKUP = "</td></pre><script>alert(1)</script><img src=x onerror=alert(1)>'\"&"

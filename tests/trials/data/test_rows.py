@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rmipo_lite.data import columns, files, normalise
+from rmipo_lite.data import columns, normalise
 from tests.trials.data.bad_rows import KINDS, tools
 
 
@@ -40,16 +40,3 @@ def test_a_fault_in_reading_rows_is_found(
     index = plant(monkeypatch)
     size = len(KINDS) + 1
     assert try_check(3, index, index + size, index + 2 * size).lost == 3
-
-
-def test_containers(try_check) -> None:
-    assert [loss.message for loss in try_check(40, 0, 6).losses] == []
-
-
-def test_a_container_that_changes_the_order_is_found(
-    try_check, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = files.transpose
-    monkeypatch.setattr("rmipo_lite.data.sources.transpose", lambda columns: real(columns)[::-1])
-    (loss,) = try_check(40, 1).losses
-    assert loss.message == "other pairs than from a list"

@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.trials.scorecard import Check, Trials, expect
-
 from tests.trials.numbers.wrong_calls import all_calls
 from tests.trials.runs.children import start
+from tests.trials.scorecard import Check, Trials, expect
 
 _TRIALS, _CALLS_EACH = 200, 2  # together as many as there are calls
 _STEP = 7919  # a prime: a tenth of the trials, spread over the indices, still meets every kind
@@ -73,4 +72,4 @@ def _say(index: int, text: str, problem: str | None) -> None:
     print(line, flush=True)  # noqa: T201 - what the parent reads
 
 
-CHECKS = [Check(15, "operators called wrongly", _TRIALS, called_wrongly, 4)]
+CHECKS = [Check(15, "operators called wrongly", _TRIALS, called_wrongly)]

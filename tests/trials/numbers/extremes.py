@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor, nn
 
 from rmipo_lite.model import batch
@@ -26,6 +25,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from tests.kit import VOCAB, random_pairs, tiny_model
 from tests.trials.numbers.operands import DTYPES, any_impl, random_head, seeded
 from tests.trials.numbers.truth import Formula, pair_truth
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 _FILLERS = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 6e4, "zero": 0.0}
 _GARBAGE = ("NaN", "inf", "-inf", "huge", "random")
@@ -252,6 +252,6 @@ def _gaps(trial: Trial) -> None:
 
 
 CHECKS = [
-    Check(20, "NaN, inf, garbage in every unscored position", 200, unscored_positions, 3),
-    Check(21, "extreme logits, margins and gaps", 60, extreme_values, 3, least=30),
+    Check(20, "NaN, inf, garbage in every unscored position", 200, unscored_positions, least=100),
+    Check(21, "extreme logits, margins and gaps", 60, extreme_values, least=60),
 ]

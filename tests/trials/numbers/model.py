@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
-from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor, nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
@@ -22,6 +21,7 @@ from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.training.step import PairStep
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import ARCHITECTURES, random_pairs, tiny_model, word_tokenizer
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 _TOLERANCE = 1e-5  # nats, fp32
 _BOS = 1
@@ -214,7 +214,7 @@ def _expect_gradients(trial: Trial, before: dict[str, Any], after: dict[str, Any
 
 
 CHECKS = [
-    Check(23, "a pair alone, in company, beside one ten times longer", 100, batch_invariance, 2),
-    Check(25, "policy and prior see one network, without dropout", 20, dropout_is_off, 2, least=6),
-    Check(32, "a gradient in every adapter tensor", 16, gradient_everywhere, 1, least=6),
+    Check(23, "a pair alone, in company, beside one ten times longer", 100, batch_invariance),
+    Check(25, "policy and prior see one network, without dropout", 20, dropout_is_off, least=6),
+    Check(32, "a gradient in every adapter tensor", 16, gradient_everywhere, least=6),
 ]

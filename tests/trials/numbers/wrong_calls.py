@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.trials.scorecard import expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps, pair_loss, rmipo_loss
 from rmipo_lite.ops.reference import IGNORED
 from tests.trials.numbers.operands import LAYOUTS, kernel_impl, laid_out
+from tests.trials.scorecard import expect
 
 Call = tuple[str, Callable[[], None]]  # what is called, and a function that raises if it went wrong
 _ROWS, _WIDTH, _VOCAB = 4, 8, 11

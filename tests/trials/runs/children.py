@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 _PRELOADED = ["rmipo_lite", "rmipo_lite.training.trainer", "rmipo_lite.run"]
-_PATIENCE_S = 120.0  # no job takes a tenth of it
+_PATIENCE_S = 600.0  # no job takes a tenth of it, beside whatever else the machine does
 
 
 class Child:
@@ -170,8 +170,8 @@ def fresh_command(job: Callable[..., None], *args: Any) -> list[str]:
 
 
 def changed_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """This process's environment with changes, and with this package importable."""
-    root = str(Path(__file__).resolve().parents[2])
+    """This process's environment with changes, and with package and trials importable."""
+    root = str(Path(__file__).resolve().parents[3])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     merged: dict[str, str | None] = {
         **os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes,

@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 
 from rmipo_lite import run
 from rmipo_lite.output.console import say
+from rmipo_lite.selftest.survival import saving_trainer
 from rmipo_lite.watch.progress import show_progress
-from tests.kit import tiny_model, tiny_trainer, train_words, word_rows
+from tests.kit import tiny_model, train_words, word_rows
 
-KILLED_STEPS = 12
 ASKED_STEPS = 10
 
 
@@ -36,23 +36,8 @@ class Announce(TrainerCallback):
 
 def saving_run(folder: str) -> None:
     """A run that saves after every step, to be killed."""
-    killed_trainer(Path(folder), callbacks=[Announce()]).train()
+    saving_trainer(Path(folder), callbacks=[Announce()]).train()
     say("ended.")
-
-
-def killed_trainer(folder: Path, **options: Any) -> Any:
-    """The trainer of that run; five pairs, so that an epoch has a short last step."""
-    return tiny_trainer(
-        folder,
-        count=5,
-        max_steps=KILLED_STEPS,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=2,
-        disable_dropout=False,
-        model=tiny_model(attention_dropout=0.1),
-        **options,
-    )
 
 
 def asked_run(folder: str, resume: bool) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.trials.scorecard import Check, Mode, Trial, Trials, expect
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,8 +20,9 @@ from rmipo_lite.training.interrupt import GracefulInterrupt
 from tests.kit import equal_weights, tiny_model, tiny_trainer
 from tests.trials.runs.children import start
 from tests.trials.runs.faults import PLACES, Poison, files_of_at_most
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
-_STEPS: dict[Mode, int] = {"quick": 300, "default": 1000, "soak": 10_000}
+_STEPS, _THOROUGH_STEPS = 1000, 10_000
 _SAVE_STEPS = 20
 _FAULTY_SAVES = 0.1  # share of the saves that find a full disk
 _FAULTY_STEPS = 0.01  # share of the steps with a number that isn't finite, once
@@ -31,7 +31,7 @@ _ACTIONS = ("kill -9", "Ctrl-C", "Ctrl-C twice", "none")
 
 def soak(trials: Trials) -> None:
     """Thousands of steps with every fault at random: the weights are those of the quiet run."""
-    steps = _STEPS[trials.mode]
+    steps = _THOROUGH_STEPS if trials.thorough else _STEPS
     for trial in trials:
         with trial:
             trial.tried = f"{steps} steps"
@@ -145,4 +145,4 @@ class _Faults:
             return self._step(model, inputs, *rest)
 
 
-CHECKS = [Check(44, "a long run through all of these at random", 1, soak, quick=0)]
+CHECKS = [Check(44, "a long run through all of these at random", 1, soak)]

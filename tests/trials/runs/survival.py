@@ -15,39 +15,32 @@ from typing import Any
 from unittest import mock
 
 from peft import PeftModel
-from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.checkpoints import sealed_folder, state, trainer_mixin
 from rmipo_lite.checkpoints.sealed_folder import (
     checkpoints,
     newest_valid_checkpoint,
-    read_manifest,
     verify_checkpoint,
 )
+from rmipo_lite.selftest.survival import STEPS, expect_resumes, saving_trainer
 from tests.kit import equal_weights, tiny_model, tiny_trainer, trained_weights
 from tests.trials.runs import jobs
 from tests.trials.runs.children import start
 from tests.trials.runs.faults import files_of_at_most
-
-
-def _last(text: str, word: str) -> int:
-    """The number of the last line `word N.`, 0 where there is none."""
-    found = re.findall(rf"^{word} (\d+)\.$", text, re.MULTILINE)
-    return int(found[-1]) if found else 0
-
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 # ---- 1: kill -9 -----------------------------------------------------------------------------
 
 
 def kills(trials: Trials) -> None:
     """Kill a saving run at a random moment; what is left resumes to the uninterrupted weights."""
-    whole = jobs.killed_trainer(trials.folder / "whole")
+    whole = saving_trainer(trials.folder / "whole")
     whole.train()
     weights = trained_weights(whole)
     for trial in trials:
         with trial:
-            step = trial.rng.randint(1, jobs.KILLED_STEPS)
+            step = trial.rng.randint(1, STEPS)
             word = trial.rng.choice(("begun", "stepped", "saved"))
             delay = trial.rng.uniform(0, 0.05)  # a step with its save takes about as long
             trial.tried = f"kill -9 {delay * 1000:.1f} ms after '{word} {step}'"
@@ -56,18 +49,7 @@ def kills(trials: Trials) -> None:
             child.wait_for(f"{word} {step}.")
             time.sleep(delay)
             child.send(signal.SIGKILL)
-            code = child.wait()
-            expect(code in (-signal.SIGKILL, 0), f"the run ended by itself: {child.text()[-300:]}")
-            newest, skipped = newest_valid_checkpoint(run)
-            expect(not skipped, f"a broken checkpoint was left: {skipped}")
-            kept = 0 if newest is None else read_manifest(newest)["step"]
-            saved = _last(child.text(), "saved")
-            expect(kept >= saved, f"step {saved} was saved, the newest checkpoint has {kept}")
-            leftovers = [path.name for path in run.glob(".*")]
-            expect(not leftovers, f"leftovers: {leftovers}")
-            resumed = jobs.killed_trainer(run)
-            resumed.train(resume_from_checkpoint=None if newest is None else str(newest))
-            expect(equal_weights(trained_weights(resumed), weights), "the weights differ")
+            expect_resumes(run, child.wait(), child.text(), weights)
 
 
 # ---- 7: damage ------------------------------------------------------------------------------
@@ -86,7 +68,7 @@ _DAMAGES: dict[str, Callable[[bytes, int], bytes | None]] = {
 def damage(trials: Trials) -> None:
     """Damage any file of the newest checkpoint: the one before is found, the file is named."""
     run = trials.folder / "run"
-    trainer = jobs.killed_trainer(run)
+    trainer = saving_trainer(run)
     trainer.train()
     weights = trained_weights(trainer)
     *_, good, newest = checkpoints(run)
@@ -107,7 +89,7 @@ def damage(trials: Trials) -> None:
             expect(found == good, f"took {found}")
             expect(len(skipped) == 1 and file.name in skipped[0][1], f"said {skipped}")
             if trial.index % 6 == 0:
-                resumed = jobs.killed_trainer(run, callbacks=[])
+                resumed = saving_trainer(run, callbacks=[])
                 resumed.args.save_strategy = "no"
                 resumed.train(resume_from_checkpoint=True)
                 expect(equal_weights(trained_weights(resumed), weights), "the weights differ")
@@ -265,8 +247,8 @@ def _failing_call(trial: Trial) -> Iterator[None]:
 
 
 CHECKS = [
-    Check(1, "kill -9 at a random moment, then resume", 100, kills, quick=1),
-    Check(7, "checkpoint damaged: found, named, the one before is used", 60, damage, quick=6),
-    Check(13, "Ctrl-C at a random moment, once and twice", 50, ctrl_c, quick=1),
-    Check(14, "full disk at any write of a save", 30, full_disk, quick=2),
+    Check(1, "kill -9 at a random moment, then resume", 100, kills),
+    Check(7, "checkpoint damaged: found, named, the one before is used", 60, damage),
+    Check(13, "Ctrl-C at a random moment, once and twice", 50, ctrl_c),
+    Check(14, "full disk at any write of a save", 30, full_disk),
 ]

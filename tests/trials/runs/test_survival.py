@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rmipo_lite.checkpoints import sealed_folder, trainer_mixin
-from tests.trials.runs import survival
+from tests.trials.runs import soak, survival
 
 
 def test_damage_and_full_disk_are_survived(try_check) -> None:
@@ -17,7 +17,8 @@ def test_damage_and_full_disk_are_survived(try_check) -> None:
 
 
 @pytest.mark.slow
-def test_kill_ctrl_c_and_soak_are_survived(try_check) -> None:
+def test_kill_ctrl_c_and_soak_are_survived(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "_STEPS", 300)
     assert try_check(1, 0, 1).losses == []
     assert try_check(13, 0, 1).losses == []
     assert try_check(44, 0).losses == []

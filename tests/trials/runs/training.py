@@ -12,11 +12,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.trials.scorecard import Check, Trial, Trials, expect
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rmipo_lite.checkpoints.trainer_mixin import newest_valid_checkpoint
+from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import (
     equal_weights,
@@ -27,6 +26,7 @@ from tests.kit import (
     trained_weights,
 )
 from tests.trials.runs.faults import PLACES, Poison
+from tests.trials.scorecard import Check, Trial, Trials, expect
 
 _VALUES = (math.nan, math.inf, -math.inf)
 _STEPS = 5
@@ -307,7 +307,7 @@ def _gradients(folder: Path, count: int, seed: int, packing: bool, **options: An
 
 
 CHECKS = [
-    Check(2, "NaN and inf: pair named and dropped, weights stay whole", 40, bad_numbers, quick=3),
-    Check(5, "resume after any step, bit for bit", _RESUME_STEPS, exact_resume, quick=1),
-    Check(6, "accumulation: one gradient whatever the split", 40, accumulation, quick=4),
+    Check(2, "NaN and inf: pair named and dropped, weights stay whole", 40, bad_numbers),
+    Check(5, "resume after any step, bit for bit", _RESUME_STEPS, exact_resume),
+    Check(6, "accumulation: one gradient whatever the split", 40, accumulation),
 ]

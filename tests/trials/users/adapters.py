@@ -1,7 +1,6 @@
-"""Scorecard check 26: adapters saved, loaded in a fresh process, merged, unmerged.
+"""Check 26: adapters saved, loaded in a new process, merged, unmerged.
 
-    python .ci/adapters.py            # the trials
-    python .ci/adapters.py --write    # at a release: store an adapter of this version
+    python -m tests.trials.users.adapters    # at a release: store an adapter of this version
 
 Models of four architectures, with tied and with untied embeddings, are trained for a few steps and
 saved. A new process loads each adapter: its logits must be those of the trained model bit for bit,
@@ -13,24 +12,17 @@ tests/references/adapters with the logits it gave, must still load and still giv
 
 from __future__ import annotations
 
-import contextlib
-import io
+import itertools
 import json
-import logging
 import shutil
-import subprocess
-import sys
 import tempfile
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from tests.trials.scorecard import Lost, expect
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -40,8 +32,10 @@ from rmipo_lite import RMiPOConfig, TrainResult
 from rmipo_lite.checkpoints.weights import ADAPTER_FILE
 from rmipo_lite.model.loading import load_model
 from tests.kit import VOCAB, tiny_model, word_rows, word_tokenizer
+from tests.trials.runs.children import start
+from tests.trials.scorecard import Check, Trials, expect
 
-STORE = Path(__file__).resolve().parent.parent / "tests" / "references" / "adapters"
+STORE = Path(__file__).resolve().parents[2] / "references" / "adapters"
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt2")
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte"}
 TOLERANCE = 1e-5  # of the largest logit
@@ -54,6 +48,34 @@ STORED_SIZES = {
     "tie_word_embeddings": True,
 }
 CONFIG = "adapter_config.json"
+Case = tuple[str, Callable[[Path], None]]  # what it is; a folder -> an error where it is lost
+
+
+def adapters(trials: Trials) -> None:
+    """The case of each index."""
+    cases = all_cases()
+    for trial in trials:
+        with trial:
+            trial.tried, case = cases[trial.index]
+            case(trial.folder)
+
+
+def all_cases() -> list[Case]:
+    """Every architecture, every end that LoRA may lie on, every damage, every earlier version."""
+    cases: list[Case] = []
+    for architecture, tied in itertools.product(ARCHITECTURES, (True, False)):
+        name = f"{architecture}, {'tied' if tied else 'untied'}"
+        cases.append((f"{name}: saved, loaded", partial(loaded, architecture, tied)))
+        cases.append((f"{name}: merged, unmerged", partial(merged, architecture, tied)))
+    for architecture, embedding in EMBEDDING.items():
+        for target, tied in (("lm_head", True), (embedding, True), ("lm_head", False)):
+            name = f"{architecture}: LoRA on {'tied' if tied else 'untied'} {target}"
+            cases.append((name, partial(adapted_end, architecture, target, tied)))
+    for fault in ("lacks a weight", "has a weight of another shape"):
+        cases.append((f"an adapter that {fault}", partial(damaged, fault)))
+    for version in sorted(path for path in STORE.iterdir() if path.is_dir()):
+        cases.append((f"of version {version.name}", partial(stored, version)))
+    return cases
 
 
 def logits(model: Any) -> Tensor:
@@ -96,18 +118,18 @@ def trained(base: Path, folder: Path, peft_config: LoraConfig | str = "auto") ->
     )
 
 
-def in_fresh_process(adapter: Path, merged: Path) -> dict[str, Tensor]:
-    """The logits that a new interpreter gets from the two folders."""
+def in_new_process(adapter: Path, merged: Path) -> dict[str, Tensor]:
+    """The logits that a new process gets from the two folders."""
     answer = adapter.parent / "answer.safetensors"
-    command = [sys.executable, __file__, "--load", str(adapter), str(merged), str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    expect(done.returncode == 0, f"the fresh process failed: {done.stderr.strip()[-500:]}")
+    folders = (str(adapter), str(merged), str(answer))
+    child = start(load_and_merge, *folders, output=adapter.parent / "said")
+    expect(child.wait() == 0, f"the new process failed: {child.text()[-500:]}")
     return load_file(answer)
 
 
-def load_and_merge(adapter: Path, merged: Path, answer: Path) -> None:
-    """What the fresh process does."""
-    model: Any = load_model(str(adapter), options(adapter.parent))
+def load_and_merge(adapter: str, merged: str, answer: str) -> None:
+    """What the new process does."""
+    model: Any = load_model(adapter, options(Path(adapter).parent))
     found = {"loaded": logits(model)}
     embedding = model.get_input_embeddings().weight.clone()
     model.merge_adapter(safe_merge=True)
@@ -123,51 +145,49 @@ def load_and_merge(adapter: Path, merged: Path, answer: Path) -> None:
     save_file(found, answer)
 
 
-def saved_and_merged(folder: Path, architecture: str, tied: bool) -> list[tuple[str, str]]:
-    """Two trials on one model: loaded bit for bit; merged and unmerged."""
-    name = f"{architecture}, {'tied' if tied else 'untied'}"
-    parts: dict[str, Any] = {}
-
-    def loaded() -> str:
-        base = save_base(folder, architecture, tie_word_embeddings=tied)
-        result = trained(base, folder)
-        layers = result.model.get_input_embeddings(), result.model.get_output_embeddings()
-        expect((layers[0].weight is layers[1].weight) == tied, "tied weights are not as asked for")
-        parts["want"] = logits(result.model)
-        adapter = result.save(folder / "adapter")
-        result.merge(folder / "merged")
-        parts["got"] = got = in_fresh_process(adapter, folder / "merged")
-        expect(torch.equal(got["loaded"], parts["want"]), "logits differ after loading")
-        moved = distance(got["base"], got["loaded"])
-        expect(moved > 100 * TOLERANCE, f"the adapter does nothing: {moved:.1e}")
-        return f"moved {moved:.1e}, loaded bit for bit"
-
-    def merged() -> str:
-        got = parts["got"]
-        far = {k: distance(got[k], parts["want"]) for k in ("merged", "merged_folder", "unmerged")}
-        expect(max(far.values()) <= TOLERANCE, f"logits differ: {far}")
-        return ", ".join(f"{kind} {value:.1e}" for kind, value in far.items())
-
-    return [tried(f"{name}: saved, loaded", loaded), tried(f"{name}: merged, unmerged", merged)]
+def _round_trip(folder: Path, architecture: str, tied: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The trained model's logits, and those that a new process gets from what it saved."""
+    base = save_base(folder, architecture, tie_word_embeddings=tied)
+    result = trained(base, folder)
+    layers = result.model.get_input_embeddings(), result.model.get_output_embeddings()
+    expect((layers[0].weight is layers[1].weight) == tied, "tied weights are not as asked for")
+    want = logits(result.model)
+    adapter = result.save(folder / "adapter")
+    result.merge(folder / "merged")
+    return want, in_new_process(adapter, folder / "merged")
 
 
-def adapted_end(folder: Path, architecture: str, target: str, tied: bool) -> str:
+def loaded(architecture: str, tied: bool, folder: Path) -> None:
+    """Loaded bit for bit; and it is not for nothing."""
+    want, got = _round_trip(folder, architecture, tied)
+    expect(torch.equal(got["loaded"], want), "logits differ after loading")
+    moved = distance(got["base"], got["loaded"])
+    expect(moved > 100 * TOLERANCE, f"the adapter does nothing: {moved:.1e}")
+
+
+def merged(architecture: str, tied: bool, folder: Path) -> None:
+    """Merged, in memory and in a folder, and unmerged."""
+    want, got = _round_trip(folder, architecture, tied)
+    far = {kind: distance(got[kind], want) for kind in ("merged", "merged_folder", "unmerged")}
+    expect(max(far.values()) <= TOLERANCE, f"logits differ: {far}")
+
+
+def adapted_end(architecture: str, target: str, tied: bool, folder: Path) -> None:
     """LoRA on the head or the embedding: refused where they are tied, or merged right."""
     base = save_base(folder, architecture, tie_word_embeddings=tied)
     try:
         result = trained(base, folder, LoraConfig(r=4, target_modules=[target]))
     except ValueError as error:
         expect(tied and target in str(error) and "tie" in str(error), f"another error: {error}")
-        return "refused"
+        return
     want = logits(result.model)
     again = load_model(str(result.save(folder / "adapter")), options(folder))
     expect(torch.equal(logits(again), want), "logits differ after loading")
     far = distance(logits(result.merge()), want)
     expect(far <= TOLERANCE, f"trained, and merging changes the logits: {far:.1e}")
-    return f"merged {far:.1e}"
 
 
-def damaged(folder: Path, fault: str) -> str:
+def damaged(fault: str, folder: Path) -> None:
     """An adapter that lacks a weight, or has one of another shape, is refused by its name."""
     adapter = trained(save_base(folder, "llama"), folder).save(folder / "adapter")
     weights = load_file(adapter / ADAPTER_FILE)
@@ -181,12 +201,11 @@ def damaged(folder: Path, fault: str) -> str:
     except ValueError as error:
         found = name.removesuffix(".weight") in str(error)
         expect(found, f"the error does not name {name}: {error}")
-        return "refused by its name"
-    expect(False, f"loaded without {name}")
-    return ""
+    else:
+        expect(False, f"loaded without {name}")
 
 
-def stored(folder: Path, version: Path) -> str:
+def stored(version: Path, folder: Path) -> None:
     """An adapter of an earlier version gives the logits it gave."""
     copy = folder / "copy"
     shutil.copytree(version, copy)
@@ -200,7 +219,6 @@ def stored(folder: Path, version: Path) -> str:
     with model.disable_adapter():
         far_base = distance(logits(model), want["base"])
     expect(far_base <= TOLERANCE, f"the base's stored logits are {far_base:.1e} away")
-    return f"{far:.1e} from the stored logits"
 
 
 def write() -> None:
@@ -226,63 +244,8 @@ def write() -> None:
         save_file(want, place / "logits.safetensors")
 
 
-def tried(name: str, trial: Callable[[], str]) -> tuple[str, str]:
-    """One trial: its row is written; its name and what was lost, empty if nothing."""
-    sink, lost = io.StringIO(), ""
-    try:
-        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            outcome = trial()
-    except Exception as error:
-        lost = outcome = f"LOST: {error}"
-        if not isinstance(error, Lost):
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            lost = outcome = f"LOST: {type(error).__name__}: {error} ({where.name}, {where.lineno})"
-    sys.stdout.write(f"{name:<48}{outcome}\n")
-    sys.stdout.flush()
-    return name, lost
-
-
-def all_trials(scratch: Path) -> list[tuple[str, str]]:
-    """Every trial, each in a folder of its own."""
-    numbers = iter(range(1000))
-
-    def new() -> Path:
-        folder = scratch / str(next(numbers))
-        folder.mkdir()
-        return folder
-
-    rows: list[tuple[str, str]] = []
-    for architecture in ARCHITECTURES:
-        for tied in (True, False):
-            rows += saved_and_merged(new(), architecture, tied)
-    for architecture, embedding in EMBEDDING.items():
-        for target, tied in (("lm_head", True), (embedding, True), ("lm_head", False)):
-            name = f"{architecture}: LoRA on {'tied' if tied else 'untied'} {target}"
-            rows.append(tried(name, partial(adapted_end, new(), architecture, target, tied)))
-    for fault in ("lacks a weight", "has a weight of another shape"):
-        rows.append(tried(f"an adapter that {fault}", partial(damaged, new(), fault)))
-    for version in sorted(path for path in STORE.iterdir() if path.is_dir()):
-        rows.append(tried(f"of version {version.name}", partial(stored, new(), version)))
-    return rows
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run what the arguments ask for; 1 if a trial is lost."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # bit for bit, in every process
-    if arguments[:1] == ["--load"]:
-        load_and_merge(*map(Path, arguments[1:]))
-        return 0
-    if arguments == ["--write"]:
-        write()
-        return 0
-    with tempfile.TemporaryDirectory(prefix="rmipo-adapters-") as scratch:
-        rows = all_trials(Path(scratch))
-    lost = sum(bool(problem) for _, problem in rows)
-    sys.stdout.write(f"{len(rows)} trials, {lost} lost\n")
-    return 1 if lost else 0
-
+_ALL = len(all_cases())
+CHECKS = [Check(26, "adapters: new process, merged, earlier releases'", _ALL, adapters, least=_ALL)]
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    write()

@@ -14,13 +14,13 @@ import time
 from typing import Any
 
 import torch
-from tests.trials.scorecard import Check, Trials, expect
 from torch import Tensor
 
 from rmipo_lite.ops import library, linear_logps
 from tests.trials.runs.children import changed_environment, fresh_command
+from tests.trials.scorecard import Check, Trials, expect
 
-_PATIENCE_S = 60.0  # a trial takes seconds
+_PATIENCE_S = 600.0  # a trial takes seconds, beside other work a minute
 _ROWS, _WIDTH, _VOCAB = 600, 64, 3000  # enough for torch and the kernels to use several threads
 KINDS = ("dataloader", "fork", "map", "fork while the kernels load")
 
@@ -146,5 +146,5 @@ def _fork_while_loading(impl: str) -> bool:
 
 
 CHECKS = [
-    Check(19, "workers forked after a forward", 20, forked_workers, quick=0, least=4),
+    Check(19, "workers forked after a forward", 20, forked_workers, least=4),
 ]

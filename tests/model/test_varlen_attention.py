@@ -20,7 +20,7 @@ from rmipo_lite.model import attention, varlen_attention
 from rmipo_lite.model.attention import segment_attention
 from rmipo_lite.model.batch import Segment, SegmentPlan
 from tests.kit import ARCHITECTURES, tiny_model
-from tests.test_attention import _assert_same
+from tests.model.test_attention import _assert_same
 
 # [P1 C1 R1 P2 C2 R2]: two prompts of 5 and 1 tokens; a chosen side is one segment with its prompt.
 SEGMENTS = (

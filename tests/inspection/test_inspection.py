@@ -15,8 +15,7 @@ import torch
 
 import rmipo_lite
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.demo import MODEL
-from rmipo_lite.demo import load_rows as demo_rows
+from rmipo_lite.demo import MODEL, load_rows as demo_rows
 from rmipo_lite.demo.data import load_tokenizer
 from rmipo_lite.demo.facts import GENERIC
 from rmipo_lite.inspection import inspection

@@ -14,11 +14,9 @@ from torch import nn
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.adapter import attach_adapter
-from rmipo_lite.ops import head as head_module
-from rmipo_lite.ops import head_blocks
+from rmipo_lite.ops import head as head_module, head_blocks
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training import step as step_module
+from rmipo_lite.training import pair_values, step as step_module
 from rmipo_lite.training.step import PairStep
 from tests.conftest import ROOT
 from tests.kit import random_pairs, tiny_model
