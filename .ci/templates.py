@@ -3,8 +3,8 @@
     pip install --no-deps trl==1.16.0 && python .ci/templates.py
     python .ci/templates.py FOLDER      # the *.jinja files of a folder instead
 
-A trial gives one pair of answers to `rmipo_lite.tokens.tokenize_rows.tokenize_rows`, alone and among the
-other conversations, and is right in one of two ways. Kept: prompt and scored tokens are those
+A trial gives one pair of answers to `rmipo_lite.tokens.tokenize_rows`, alone and among the other
+conversations, and is right in one of two ways. Kept: prompt and scored tokens are those
 that this script finds by itself, by comparing renderings of answers that have no letter in common
 (the package looks for a known word). Refused: for a reason that this script finds too, and with
 the template's own words about this very pair. Everything else is lost.
