@@ -69,7 +69,7 @@ step "tests of the operators" 150 "$out/tests.txt" \
 # the selftest streams and running out of memory (43). Each says why where it can't run.
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" step "scorecard 41, 42" 240 "$out/sanitizer.txt" \
   $python -m tests.trials --only 41,42
-step "selftest 43" 60 "$out/sanitizer.txt" $python -m rmipo_lite.selftest --only 43
+step "selftest 43" 60 "$out/sanitizer.txt" $python -m rmipo_lite.selftest --only 4,43
 # Where there is no compute-sanitizer the compiler's own read the kernels' source, on the CPU.
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer >/dev/null ||
   step "kernels on the CPU, sanitized" 120 "$out/sanitizer.txt" $python -m pytest -q \
