@@ -15,11 +15,6 @@ def test_surroundings_are_as_before(try_check) -> None:
     assert [loss.message for loss in try_check(27, 0, 2, 3).losses] == []
 
 
-@pytest.mark.slow
-def test_memory_is_flat(try_check) -> None:
-    assert [loss.message for loss in try_check(28, 0, 1, 2).losses] == []
-
-
 @pytest.mark.parametrize(
     ("fault", "index", "message"),
     [

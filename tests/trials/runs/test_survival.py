@@ -8,20 +8,12 @@ from pathlib import Path
 import pytest
 
 from rmipo_lite.checkpoints import sealed_folder, trainer_mixin
-from tests.trials.runs import soak, survival
+from tests.trials.runs import survival
 
 
 def test_damage_and_full_disk_are_survived(try_check) -> None:
     assert try_check(7, 0, 8).lost == 0
     assert try_check(14, 0, 1).lost == 0
-
-
-@pytest.mark.slow
-def test_kill_ctrl_c_and_soak_are_survived(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "_STEPS", 300)
-    assert try_check(1, 0, 1).losses == []
-    assert try_check(13, 0, 1).losses == []
-    assert try_check(44, 0).losses == []
 
 
 def test_a_checkpoint_that_is_not_verified_is_lost(

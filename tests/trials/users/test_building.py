@@ -13,12 +13,6 @@ from tests.trials.users import building, forks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "index"), [(17, 0), (17, 3), (18, 2), (19, 2)])
-def test_the_checks_hold(number: int, index: int, try_check) -> None:
-    assert [(loss.tried, loss.message) for loss in try_check(number, index).losses] == []
-
-
-@pytest.mark.slow
 def test_an_obstacle_that_is_none_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernels load after all, there is no line and another kind."""
     text, _, kind, words = building.OBSTACLES[0]
