@@ -21,10 +21,6 @@ def test_the_bomb_goes_off(tmp_path: Path) -> None:
     assert (tmp_path / "marker").exists()
 
 
-def test_the_cases_hold(try_check) -> None:
-    assert [(loss.tried, loss.message) for loss in try_check(35, *range(0, 23, 3)).losses] == []
-
-
 def _nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "check_model_folder", lambda folder: None)
 

@@ -14,10 +14,6 @@ def test_every_kind_is_met_by_a_tenth_of_the_trials() -> None:
     assert math.gcd(len(KINDS) + 1, 10) == 1
 
 
-def test_malformed_rows(try_check) -> None:
-    assert [loss.message for loss in try_check(3, *range(60)).losses] == []
-
-
 def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(normalise, "_is_given", lambda value: False)
     return KINDS.index(tools)

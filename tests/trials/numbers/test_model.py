@@ -8,11 +8,6 @@ from rmipo_lite.model import loading
 from rmipo_lite.training import step, trainer
 
 
-@pytest.mark.parametrize(("number", "indices"), [(23, (0, 1, 2)), (25, (0, 1)), (32, (3, 14))])
-def test_the_checks_hold(number: int, indices: tuple[int, ...], try_check) -> None:
-    assert [(loss.tried, loss.message) for loss in try_check(number, *indices).losses] == []
-
-
 def test_a_pair_that_depends_on_its_company_is_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:

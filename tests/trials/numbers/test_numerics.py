@@ -13,21 +13,6 @@ from rmipo_lite.training import step
 from tests.trials.numbers import extremes
 
 
-@pytest.mark.parametrize(
-    ("number", "indices"),
-    [
-        (4, range(0, 400, 10)),
-        (12, (1, 2, 3)),
-        (20, range(9)),
-        (21, range(9)),
-        (22, (0, 16, 17, 50, 63, 90, 94)),
-        (24, (1,)),
-    ],
-)
-def test_the_checks_hold(number: int, indices: tuple[int, ...], try_check) -> None:
-    assert [(loss.tried, loss.message) for loss in try_check(number, *indices).losses] == []
-
-
 def test_every_operator_is_in_the_list_of_gradients() -> None:
     from tests.trials.numbers.autograd import all_cases
 

@@ -11,11 +11,6 @@ from rmipo_lite.checkpoints import sealed_folder, trainer_mixin
 from tests.trials.runs import survival
 
 
-def test_damage_and_full_disk_are_survived(try_check) -> None:
-    assert try_check(7, 0, 8).lost == 0
-    assert try_check(14, 0, 1).lost == 0
-
-
 def test_a_checkpoint_that_is_not_verified_is_lost(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
