@@ -17,7 +17,7 @@ from rmipo_lite.ops import build, library, linear_logps, native
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROBE = """
 from pathlib import Path
-from rmipo_lite.ops import native
+from rmipo_lite.ops import library
 library._PACKAGE = Path("no prebuilt library")
 print(library.status("cpu").kind, library.status("cpu").reason, sep="|")
 """
