@@ -330,7 +330,7 @@ _SHORT_OF_MEMORY = """
 import resource, sys
 import torch
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.step import PairStep
+from rmipo_lite.training.step import PairStep
 from tests.kit import random_pairs, tiny_model
 
 torch.set_num_threads(1)
