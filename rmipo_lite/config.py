@@ -213,7 +213,7 @@ class RMiPOConfig(TrainingArguments):
         hints = get_type_hints(RMiPOConfig)
         own = own_option_names()
         for option in fields(RMiPOConfig):
-            kinds = _members(hints[option.name])
+            kinds = union_members(hints[option.name])
             value = getattr(self, option.name)
             # transformers sees to its own options that aren't plain numbers
             if option.init and (option.name in own or set(kinds) <= _NUMERIC):
@@ -345,10 +345,10 @@ _NUMERIC = {int, float, type(None)}
 _IN_WORDS = {float: "a number", int: "a whole number", bool: "True or False", type(None): "None"}
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The types a value may have: the members of a union, or the one type."""
     if get_origin(hint) in (Union, UnionType):
-        return tuple(member for part in get_args(hint) for member in _members(part))
+        return tuple(member for part in get_args(hint) for member in union_members(part))
     return (hint,)
 
 

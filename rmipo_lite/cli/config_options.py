@@ -7,7 +7,6 @@ described once, in config.py.
 import argparse
 import difflib
 import json
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
@@ -24,13 +23,6 @@ class UsageError(Exception):
     """The command line or the options file is wrong; the message says what and how."""
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The types a value may have: the members of a union, or the one type."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return tuple(m for arg in typing.get_args(hint) for m in _members(arg))
-    return (hint,)
-
-
 def _plain(kind: Any) -> Any:
     """A type as a word is read: what it is of, and text for one of a few words."""
     origin = typing.get_origin(kind)
@@ -45,7 +37,9 @@ def _names(kinds: Iterable[Any]) -> str:
 
 def convert(text: str, hint: Any) -> Any:
     """Read a word as a value of the type `hint`; raises ValueError saying what was wanted."""
-    kinds = [_plain(k) for k in _members(hint)]
+    from rmipo_lite.config import union_members
+
+    kinds = [_plain(k) for k in union_members(hint)]
     low = text.strip().lower()
     if type(None) in kinds and low in ("none", "null", ""):
         return None
@@ -89,7 +83,7 @@ def _default_text(option: Field[Any]) -> str:
 
 def add_config_options(parser: argparse.ArgumentParser, *, show_all: bool) -> None:
     """Add an option for every field: ours shown first, transformers' hidden unless `show_all`."""
-    from rmipo_lite.config import RMiPOConfig
+    from rmipo_lite.config import RMiPOConfig, union_members
 
     known = config_fields()
     # the order of the source: the method first, then data, then transformers' with our defaults
@@ -101,7 +95,7 @@ def add_config_options(parser: argparse.ArgumentParser, *, show_all: bool) -> No
         text = str(option.metadata.get("help", "")) + _default_text(option)
         shown = " ".join(text.split()).replace("%", "%%")
         visible = name in own or show_all
-        kinds = [_plain(k) for k in _members(hint)]
+        kinds = [_plain(k) for k in union_members(hint)]
         group = ours if name in own else theirs
         settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "type": str}
         if bool in kinds:
