@@ -329,6 +329,14 @@ def test_several_devices_are_refused(tmp_path: Path, tokenizer: Any) -> None:
         RMiPOTrainer(tiny_model(), args, train_dataset=random_pairs(2), processing_class=tokenizer)
 
 
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
+def test_what_shards_a_model_is_refused(name: str, tmp_path: Path, tokenizer: Any) -> None:
+    args = RMiPOConfig(str(tmp_path))
+    setattr(args, name, {"any": "thing"})
+    with pytest.raises(ValueError, match="deepspeed, fsdp: not supported"):
+        RMiPOTrainer(tiny_model(), args, train_dataset=random_pairs(2), processing_class=tokenizer)
+
+
 def test_quantising_a_loaded_model_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     from rmipo_lite.planning.quantization import nf4_config
 
