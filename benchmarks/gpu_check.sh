@@ -61,9 +61,9 @@ from rmipo_lite.ops import native
 print(native.status('$device'))
 sys.exit(not native.use_native('native', __import__('torch').device('$device')))"
 step "tests of the operators" 150 "$out/tests.txt" \
-  $python -m pytest -q -p no:cacheprovider -m "$mark" tests/ops/test_cuda.py tests/model/test_varlen_attention.py
+  $python -m pytest -o addopts= -q -p no:cacheprovider -m "$mark" tests/ops/test_cuda.py tests/model/test_varlen_attention.py
 [ "$device" = cuda ] && step "the other CUDA tests" 120 "$out/tests.txt" \
-  $python -m pytest -q -p no:cacheprovider -m cuda tests/planning/test_budget.py tests/training/test_step.py
+  $python -m pytest -o addopts= -q -p no:cacheprovider -m cuda tests/planning/test_budget.py tests/training/test_step.py
 
 # The checks that want a GPU: more than 2^31 logits (41), compute-sanitizer's four tools (42), and of
 # the selftest streams and running out of memory (43). Each says why where it can't run.
@@ -72,7 +72,7 @@ PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" step "scorecard 41, 42" 240 "$out
 step "selftest 43" 60 "$out/sanitizer.txt" $python -m rmipo_lite.selftest --only 4,43
 # Where there is no compute-sanitizer the compiler's own read the kernels' source, on the CPU.
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer >/dev/null ||
-  step "kernels on the CPU, sanitized" 120 "$out/sanitizer.txt" $python -m pytest -q \
+  step "kernels on the CPU, sanitized" 120 "$out/sanitizer.txt" $python -m pytest -o addopts= -q \
     -p no:cacheprovider -m "slow or not slow" -k sanitizer tests/ops/test_cuda_kernels.py
 
 # shellcheck disable=SC2086

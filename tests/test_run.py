@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -114,6 +114,37 @@ def test_twice_on_one_model_goes_on_with_one_adapter(tokenizer: Any, tmp_path: P
     assert fresh.metrics_before["eval_loss"] == pytest.approx(
         first.metrics_before["eval_loss"], abs=1e-6
     )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_cut_short_inside_peft_the_model_is_as_before(
+    adapted: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    first = _train(model, tokenizer, tmp_path / "a") if adapted else None
+    names, trained = _parameters(model)
+    logits = model(torch.arange(1, 20)[None]).logits
+    real, calls = LoraModel._create_and_replace, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _train(model, tokenizer, tmp_path / "b", peft_config="new")
+    monkeypatch.undo()
+    assert _parameters(model) == (names, trained)
+    assert torch.equal(model(torch.arange(1, 20)[None]).logits, logits)
+    again = _train(model, tokenizer, tmp_path / "c")
+    assert first is None or again.model is first.model
+
+
+def _parameters(model: torch.nn.Module) -> tuple[list[str], list[bool]]:
+    pairs = list(model.named_parameters())
+    return [name for name, _ in pairs], [p.requires_grad for _, p in pairs]
 
 
 @pytest.mark.parametrize("checkpointing", [None, True])

@@ -10,7 +10,7 @@ from rmipo_lite.model.backbone import causal_lm
 
 # Where the model itself remembers its PeftModel, so that a second train() on the same object goes
 # on with that adapter. In __dict__: nn.Module would register it as a child of itself.
-_ADAPTED = "_rmipo_lite_adapted"
+ADAPTED = "_rmipo_lite_adapted"
 
 
 def default_lora() -> LoraConfig:
@@ -68,7 +68,7 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
     except ValueError:
         adapted.unload()  # the caller's model, as it was
         raise
-    causal_lm(adapted).__dict__[_ADAPTED] = adapted
+    causal_lm(adapted).__dict__[ADAPTED] = adapted
     return adapted
 
 
@@ -102,7 +102,7 @@ def detach_adapter(model: nn.Module) -> nn.Module:
     """Take the adapter off, without merging it; the plain model that is left."""
     adapted = _adapted(model)
     base: nn.Module = model if adapted is None else adapted.unload()
-    vars(causal_lm(base)).pop(_ADAPTED, None)
+    vars(causal_lm(base)).pop(ADAPTED, None)
     return base
 
 
@@ -112,7 +112,7 @@ def _adapted(model: nn.Module) -> PeftModel | None:
         return model
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return None
-    known = model.__dict__.get(_ADAPTED)
+    known = model.__dict__.get(ADAPTED)
     if known is None:
         raise ValueError(
             "model: carries adapter layers but isn't a PeftModel; pass the PeftModel that "

@@ -2,8 +2,8 @@
 
 On the model: mode, dropout, use_cache, attention, checkpointing, hooks, wrapped forwards. Around
 it: random numbers, environment variables, warning filters. The adapter stays on a model whose
-training returned; where it raised, an adapter that this run attached comes off, and what it froze
-is free again.
+training returned; where it raised, an adapter that this run attached comes off, one that it took
+off is back, and what it froze is free again.
 """
 
 import gc
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from rmipo_lite.checkpoints.random_state import kept_random_state
-from rmipo_lite.model.adapter import detach_adapter
+from rmipo_lite.model.adapter import ADAPTED
 from rmipo_lite.model.backbone import causal_lm
 
 _DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
+_OF_ADAPTER = (ADAPTED, "peft_config")  # what peft and we leave on the model itself
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Put on modules during a run: by accelerate and our own steps, and by transformers' checkpointing.
 _PUT_ON_MODULES = (
@@ -66,7 +66,8 @@ class _ModelState:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         base = causal_lm(model)
-        self._had_adapter = _carries_adapter(model)
+        self._modules = [(module, dict(module._modules)) for module in model.modules()]
+        self._adapted = {name: vars(base)[name] for name in _OF_ADAPTER if name in vars(base)}
         self._trained = [(p, p.requires_grad) for p in model.parameters()]
         self._hooks = set(base.get_input_embeddings()._forward_hooks)
         self._attention = base.config._attn_implementation
@@ -90,9 +91,12 @@ class _ModelState:
         self._values.append((module, name, getattr(module, name)))
 
     def take_adapter_off(self) -> None:
-        """Remove an adapter that was not there before."""
-        if not self._had_adapter and _carries_adapter(self._model):
-            detach_adapter(self._model)
+        """The modules as they were, whatever stands in their places now."""
+        _restore_modules(self._modules)
+        base = vars(causal_lm(self._model))
+        for name in _OF_ADAPTER:
+            base.pop(name, None)
+        base.update(self._adapted)
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
 
@@ -110,8 +114,11 @@ class _ModelState:
             setattr(owner, name, value)
 
 
-def _carries_adapter(model: nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+def _restore_modules(before: list[tuple[nn.Module, dict[str, nn.Module | None]]]) -> None:
+    """Not by peft's unload(): cut short inside peft, a run leaves layers without a PeftModel."""
+    for module, children in before:
+        module._modules.clear()
+        module._modules.update(children)
 
 
 def _drop_input_hooks(base: PreTrainedModel, kept: set[int]) -> None:

@@ -17,7 +17,7 @@ from rmipo_lite.training import restore
         ("_drop_input_hooks", 3, "model"),
         ("kept_random_state", 0, "random"),
         ("_restore_environment", 0, "environment"),
-        ("detach_adapter", 2, "model"),
+        ("_restore_modules", 2, "model"),
     ],
 )
 def test_what_is_not_put_back_is_lost(
