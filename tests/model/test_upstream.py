@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from rmipo_lite import RMiPOTrainer, info
@@ -33,7 +34,11 @@ def test_what_is_set_on_objects_is_there() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules())
     plain = nn.Linear(2, 2)
-    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(plain)
+    AcceleratorState._reset_state(True)  # another test's precision would be refused to change
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(plain)
+    finally:
+        AcceleratorState._reset_state(True)  # and this one would be every later test's
     assert hasattr(plain, "_original_forward")
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         assert hasattr(plain, kind)
