@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import ROOT
+from benchmarks.child import ask
 from benchmarks.records import Record
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import MODEL
@@ -136,18 +134,8 @@ def _estimate(case: Case, folder: Path, steps: int) -> dict[str, float]:
 def _in_child(
     case: Case, folder: Path, steps: int, environment: dict[str, str]
 ) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", __name__, json.dumps([case, str(folder), steps])],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=_LIMIT_S,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"estimate, {case.name}: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    question, what = [case, str(folder), steps], f"estimate, {case.name}"
+    found: dict[str, float] = ask(__name__, question, what, _LIMIT_S, environment)
     return found
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.peers import Absent, first_line
 from benchmarks.records import Record
 from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import head_rows, linear_logps
@@ -105,24 +104,14 @@ class _Case:
     def contenders(self) -> tuple[dict[str, Run], dict[str, str]]:
         """Who runs, by name, and who doesn't, with the reason."""
         running: dict[str, Run] = {"ours": self.logps_run(linear_logps), "floor": self.floor}
-        absent: dict[str, str] = {}
         makers: dict[str, Callable[[], Run]] = {
             "plain autograd": lambda: self.logps_run(peers.plain_logps),
             "trl chunked head": lambda: self.logps_run(peers.trl_logps()),
             "liger chunked SimPO": self.liger_run,
             "cut-cross-entropy": lambda: self.logps_run(peers.cut_cross_entropy_logps()),
         }
-        for name, make in makers.items():
-            try:
-                run = make()
-                run()
-            except Absent as reason:
-                absent[name] = str(reason)
-            except Exception as error:  # out of memory, a compiler that is missing
-                absent[name] = f"{type(error).__name__}: {first_line(error)}"
-            else:
-                running[name] = run
-        return running, absent
+        others, absent = peers.those_that_run(makers)
+        return running | others, absent
 
     # ---- what is measured ---------------------------------------------------------------------
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from benchmarks import ROOT, peers
+from benchmarks import peers
 from benchmarks.authors import PaddedPairs, pad_pairs
+from benchmarks.child import ask
 from benchmarks.gpu_models import random_model
 from benchmarks.inputs import Lengths
 from benchmarks.peers import Absent
@@ -142,17 +143,7 @@ def _ratio(
 
 
 def _in_child(case: Case) -> list[Measured]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(case)],
-        cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT_S, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"{case.impl} on {case.model}: {lines[-1]}")
-    cases = json.loads(done.stdout.splitlines()[-1])
-    if isinstance(cases, str):
-        raise Absent(cases)
+    cases = ask(__name__, case, f"{case.impl} on {case.model}", _LIMIT_S)
     return [Measured(*one) for one in cases]
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from benchmarks import inputs, peers
 from benchmarks.floors import head_floor
-from benchmarks.peers import Absent, first_line
 from benchmarks.records import Record
 from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.ops import linear_logps
@@ -55,26 +54,16 @@ def contenders(
         "ours": logps_run(linear_logps),
         "floor": lambda: head_floor(hidden, weight),
     }
-    absent: dict[str, str] = {}
     makers: dict[str, Callable[[], Run]] = {
         "trl chunked head": lambda: logps_run(peers.trl_logps()),
         "liger chunked SimPO": liger_run,
         "cut-cross-entropy": lambda: logps_run(peers.cut_cross_entropy_logps()),
     }
     if tokens > _MOST_PEER_TOKENS:
-        return running, absent
+        return running, {}
     running["plain autograd"] = logps_run(peers.plain_logps)
-    for name, make in makers.items():
-        try:
-            run = make()
-            run()
-        except Absent as reason:
-            absent[name] = str(reason)
-        except Exception as error:  # Triton without a GPU fails in ways of its own
-            absent[name] = f"{type(error).__name__}: {first_line(error)}"
-        else:
-            running[name] = run
-    return running, absent
+    others, absent = peers.those_that_run(makers)
+    return running | others, absent
 
 
 def bench(rounds: int = ROUNDS) -> Iterator[Record]:

@@ -7,14 +7,14 @@ before) less its size just before. A first, tiny step has loaded libraries and k
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks import ROOT, inputs, step
+from benchmarks import inputs, step
+from benchmarks.child import ask
 from benchmarks.peers import Absent
 from benchmarks.records import Record
 from benchmarks.rounds import Run, Summary, ratios, summarize
@@ -64,20 +64,8 @@ def bench_growth() -> Iterator[Record]:
 
 
 def _in_child(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> list[float]:
-    command = [sys.executable, "-W", "ignore", "-m", __name__]
-    done = subprocess.run(
-        [*command, json.dumps([kind, impl, vocab_size, dtype, count])],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=_LIMIT_S,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"memory of {impl}: {done.stderr.strip().splitlines()[-1]}")
-    values: list[float] | str = json.loads(done.stdout.splitlines()[-1])
-    if isinstance(values, str):
-        raise Absent(values)
+    question = [kind, impl, vocab_size, dtype, count]
+    values: list[float] = ask(__name__, question, f"memory of {impl}", _LIMIT_S)
     return values
 
 

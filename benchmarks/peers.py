@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from benchmarks.authors import IGNORED, PaddedPairs
+from benchmarks.rounds import Run
 from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.ops.reference import accumulate_dtype
 
@@ -42,6 +43,25 @@ def module(name: str) -> Any:
 def first_line(error: BaseException) -> str:
     """Of an error's text, which may be empty."""
     return (str(error).splitlines() or [""])[0]
+
+
+def those_that_run(
+    makers: Mapping[str, Callable[[], Run]],
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Who could be made and run once, by name; and why the others couldn't."""
+    running: dict[str, Run] = {}
+    absent: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            run()
+        except Absent as reason:
+            absent[name] = str(reason)
+        except Exception as error:  # out of memory, a compiler that is missing, no GPU for Triton
+            absent[name] = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            running[name] = run
+    return running, absent
 
 
 # ---- whole steps ----------------------------------------------------------------------------

@@ -44,11 +44,13 @@ __all__ = [
     "VOCAB",
     "SafeTrainer",
     "byte_level",
+    "chat_row",
     "equal_weights",
     "logged_losses",
     "make_trainer",
     "random_pairs",
     "sentencepiece_like",
+    "text_row",
     "tiny_model",
     "tiny_peft",
     "tiny_trainer",
@@ -60,6 +62,20 @@ __all__ = [
 ]
 
 # ---- rows of words, and a run on them -------------------------------------------------------
+
+
+def text_row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """A row of three texts."""
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def chat_row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """The same as messages."""
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
 
 
 def word_rows(count: int, seed: int = 0, longest: int = 14) -> list[dict[str, str]]:

@@ -65,7 +65,7 @@ def carry_out(check: Check, folder: Path, seed: int) -> Outcome:
         return outcome
     start = time.monotonic()
     folder.mkdir()
-    with _in_quiet():
+    with in_quiet():
         try:
             for tried, run in check.cases(folder, seed):
                 outcome.trials += 1
@@ -82,7 +82,7 @@ def carry_out(check: Check, folder: Path, seed: int) -> Outcome:
 
 
 @contextlib.contextmanager
-def _in_quiet() -> Iterator[None]:
+def in_quiet() -> Iterator[None]:
     """In one thread, which is enough for tiny models, and with nothing printed, warned, logged."""
     threads, disabled, sink = torch.get_num_threads(), logging.root.manager.disable, io.StringIO()
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ def run(given: argparse.Namespace) -> int:
 
     show = given.json != "-"
     outcomes = selftest(given.only, given.seed, show=show, debug=given.tracebacks)
-    text = as_json(outcomes, given.seed)
+    text = as_json(outcomes, seed=given.seed)
     if not show:
         say(text)
     elif given.json:

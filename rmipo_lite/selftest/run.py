@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rmipo_lite.environment import versions
 from rmipo_lite.output.console import duration, say
@@ -62,18 +63,18 @@ def _lines(outcome: Outcome, seed: int, debug: bool) -> list[str]:
     return lines
 
 
-def total_line(outcomes: Sequence[Outcome]) -> str:
-    """The one line that sums it up."""
+def total_line(outcomes: Sequence[Any]) -> str:
+    """The one line that sums it up; of the trials too."""
     ran = [outcome for outcome in outcomes if outcome.absent is None]
     trials, lost = sum(o.trials for o in ran), sum(len(o.losses) for o in ran)
-    return f"{len({outcome.number for outcome in ran})} checks, {trials} trials, {lost} lost"
+    return f"{len({outcome.number for outcome in ran})} checks, {trials:,} trials, {lost} lost"
 
 
-def as_json(outcomes: Sequence[Outcome], seed: int) -> str:
-    """The outcome with its seed and the versions it was had on, as JSON."""
+def as_json(outcomes: Sequence[Any], **how: object) -> str:
+    """The outcome, how it was had (the seed), and on which versions, as JSON."""
     content = {
         "total": total_line(outcomes),
-        "seed": seed,
+        **how,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "checks": [{**asdict(outcome), "lost": len(outcome.losses)} for outcome in outcomes],

@@ -41,7 +41,7 @@ def restored(model: str | nn.Module) -> Iterator[None]:
             yield
     except BaseException:
         if before is not None:
-            before.take_adapter_off()
+            before.put_modules_back()
         raise
     finally:
         if before is not None:
@@ -90,7 +90,7 @@ class _ModelState:
     def _note(self, module: nn.Module, name: str) -> None:
         self._values.append((module, name, getattr(module, name)))
 
-    def take_adapter_off(self) -> None:
+    def put_modules_back(self) -> None:
         """The modules as they were, whatever stands in their places now."""
         _restore_modules(self._modules)
         base = vars(causal_lm(self._model))

@@ -10,27 +10,16 @@ import pytest
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo import load_rows as demo_rows
 from rmipo_lite.inspection.text_checks import TextReport, check_texts
+from tests.kit import chat_row, text_row
 
 Record = dict[str, Any]
 PROMPT = "Tell me something about number {} please"
 
 
-def text(prompt: str, chosen: str, rejected: str) -> Record:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def chat(prompt: str, chosen: str, rejected: str) -> Record:
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-
-
 def clean(count: int = 20) -> list[Record]:
     """Pairs with nothing to find, each with words of its own."""
     return [
-        text(
+        text_row(
             PROMPT.format(f"n{i} and m{i}"),
             f"Well a{i} stands before b{i} whereas c{i} follows.",
             f"No d{i} is known of e{i} because f{i} hides.",
@@ -65,49 +54,49 @@ PLANTED: dict[str, tuple[list[Record], dict[str, list[int]]]] = {
         {"duplicates": [20]},
     ),
     "swapped labels": (
-        [text("p", "A good one.", "A bad one."), text("p ", "A bad one.", "A good one.")],
+        [text_row("p", "A good one.", "A bad one."), text_row("p ", "A bad one.", "A good one.")],
         {"contradicting_labels": [20, 21], "prompt_ends_in_space": [21]},
     ),
     "a circle of three": (
-        [text("p", a, b) for a, b in (("A b.", "C d."), ("C d.", "E f."), ("E f.", "A b."))],
+        [text_row("p", a, b) for a, b in (("A b.", "C d."), ("C d.", "E f."), ("E f.", "A b."))],
         {"preference_cycles": [20, 21, 22]},
     ),
     "a ranking is no circle": (
-        [text("p", a, b) for a, b in (("A b.", "C d."), ("C d.", "E f."), ("A b.", "E f."))],
+        [text_row("p", a, b) for a, b in (("A b.", "C d."), ("C d.", "E f."), ("A b.", "E f."))],
         {"chosen_and_rejected": [20, 21]},
     ),
     "the same responses under two prompts": (
-        [text("p", "A b.", "C d."), text("q", "C d.", "A b.")],
+        [text_row("p", "A b.", "C d."), text_row("q", "C d.", "A b.")],
         {},
     ),
-    "one word": ([text("p", "Yes.", "Not at all, no."), text("q", "Well then.", "???")],
+    "one word": ([text_row("p", "Yes.", "Not at all, no."), text_row("q", "Well then.", "???")],
                  {"one_word": [20, 21]}),
     "the prompt repeated": (
-        [chat(PROMPT, PROMPT + " It is one.", "No idea, sorry.")],
+        [chat_row(PROMPT, PROMPT + " It is one.", "No idea, sorry.")],
         {"repeats_prompt": [20]},
     ),
-    "a short prompt begins many answers": ([chat("I", "I like it.", "You like it.")], {}),
+    "a short prompt begins many answers": ([chat_row("I", "I like it.", "You like it.")], {}),
     "marks of a template": (
         [
-            text("p", "Sure thing.<|im_end|>", "Not now."),
-            text("q", "Sure thing.\n\nHuman: and then?", "Not so."),
-            chat("What? [/INST]", "That is it.", "This is it."),
-            text("r", "It is fine to be careful.  Human", "It was right before."),
+            text_row("p", "Sure thing.<|im_end|>", "Not now."),
+            text_row("q", "Sure thing.\n\nHuman: and then?", "Not so."),
+            chat_row("What? [/INST]", "That is it.", "This is it."),
+            text_row("r", "It is fine to be careful.  Human", "It was right before."),
         ],
         {"role_marks": [20, 21, 22, 23]},
     ),
     "a text prompt writes its own marks": (
-        [text("### Instruction:\nGo.\n### Response:\n", "I went.", "I stayed.")],
+        [text_row("### Instruction:\nGo.\n### Response:\n", "I went.", "I stayed.")],
         {},
     ),
-    "Human in a sentence": ([text("p", "A Human: what is it?", "The AI is human.")], {}),
+    "Human in a sentence": ([text_row("p", "A Human: what is it?", "The AI is human.")], {}),
     "blanks": (
-        [text("p: ", "A b.", "C d."), text("q:", " A b.", "C d.")],
+        [text_row("p: ", "A b.", "C d."), text_row("q:", " A b.", "C d.")],
         {"prompt_ends_in_space": [20], "one_side_begins_blank": [21]},
     ),
-    "both begin with a blank": ([text("q:", " A b.", " C d.")], {}),
+    "both begin with a blank": ([text_row("q:", " A b.", " C d.")], {}),
     "almost equal": (
-        [text("p", "a b c d e f g h i j.", "a b c d e f g h x j.")],
+        [text_row("p", "a b c d e f g h i j.", "a b c d e f g h x j.")],
         {"almost_equal": [20]},
     ),
 }  # fmt: skip
@@ -121,7 +110,9 @@ def test_planted(name: str) -> None:
 
 def test_several_circles_are_found_in_one_prompt_each() -> None:
     circle = ["A b.", "C d.", "E f.", "G h."]
-    rows = [text(prompt, circle[i], circle[(i + 1) % 4]) for prompt in ("p", "q") for i in range(4)]
+    rows = [
+        text_row(prompt, circle[i], circle[(i + 1) % 4]) for prompt in ("p", "q") for i in range(4)
+    ]
     assert found(rows) == {"preference_cycles": list(range(8))}
 
 
@@ -148,7 +139,7 @@ def test_an_end_mark_missing_counts_where_it_tells_the_sides_apart() -> None:
 
 
 def test_answers_of_one_word_are_the_task_where_most_are() -> None:
-    assert found([text(f"Question n{i}?", f"a{i}", f"b{i}") for i in range(20)]) == {}
+    assert found([text_row(f"Question n{i}?", f"a{i}", f"b{i}") for i in range(20)]) == {}
 
 
 def test_texts_say_how_many_and_which() -> None:
@@ -156,7 +147,7 @@ def test_texts_say_how_many_and_which() -> None:
     assert finding.text == "1 row: the same pair as an earlier row"
     assert (finding.tally.count, finding.level) == (1, "warning")
     assert finding.tally.example.startswith("Tell me something about number n0")
-    (finding,) = check([*clean(), text("p", "A \x1b[31mred.[/INST]", "C d.")]).findings
+    (finding,) = check([*clean(), text_row("p", "A \x1b[31mred.[/INST]", "C d.")]).findings
     assert "\x1b" not in finding.tally.example
 
 

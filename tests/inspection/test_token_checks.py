@@ -14,21 +14,9 @@ from rmipo_lite.inspection.token_checks import TokenChecks, length_bias
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import tokenize_in_chunks
-from tests.kit import word_tokenizer
+from tests.kit import chat_row, text_row, word_tokenizer
 
 Record = dict[str, Any]
-
-
-def text(prompt: str, chosen: str, rejected: str) -> Record:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def chat(prompt: str, chosen: str, rejected: str) -> Record:
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
 
 
 def found(
@@ -51,51 +39,58 @@ def bpe(references: Path) -> Any:
 
 
 def test_clean_rows_have_no_finding(bpe: Any) -> None:
-    assert found([text("Hi there", " yes", " no")] * 5, bpe) == {}
+    assert found([text_row("Hi there", " yes", " no")] * 5, bpe) == {}
 
 
 def test_control_text(bpe: Any) -> None:
-    rows = [text("Hi", " yes", " no"), text("Hi", " yes</s> then", " no"), text("<s>", " a", " b")]
+    rows = [
+        text_row("Hi", " yes", " no"),
+        text_row("Hi", " yes</s> then", " no"),
+        text_row("<s>", " a", " b"),
+    ]
     assert found(rows, bpe)["special_tokens"] == [1, 2]
 
 
 def test_unknown_tokens() -> None:
     known = word_tokenizer()
-    rows = [text("w3", "w4 w5", "w6 w7"), text("w3", "w4 zzzz", "w6 w7")]
+    rows = [text_row("w3", "w4 w5", "w6 w7"), text_row("w3", "w4 zzzz", "w6 w7")]
     assert found(rows, known)["unknown_tokens"] == [1]
 
 
 def test_an_unknown_token_that_is_the_end_token_is_in_every_row(shared: Path) -> None:
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
     assert gpt2.unk_token_id == gpt2.eos_token_id
-    assert "unknown_tokens" not in found([text("Hi there", " yes", " no")], gpt2)
+    assert "unknown_tokens" not in found([text_row("Hi there", " yes", " no")], gpt2)
 
 
 def test_borders_of_text_rows(shared: Path) -> None:
     qwen = AutoTokenizer.from_pretrained(shared / "tokenizers/qwen2")
     rows = [
-        text("A question?\n", "The answer.", "Another."),
-        text("A question? ", "The answer.", "Another."),
-        text("A question?", " The answer.", " Another."),
-        text("It is a tru", "th.", " one."),
-        chat("A question? ", "The answer.", "Another."),  # the template's border
+        text_row("A question?\n", "The answer.", "Another."),
+        text_row("A question? ", "The answer.", "Another."),
+        text_row("A question?", " The answer.", " Another."),
+        text_row("It is a tru", "th.", " one."),
+        chat_row("A question? ", "The answer.", "Another."),  # the template's border
     ]
     assert found(rows, qwen) == {"border_merges": [1, 3]}
 
 
 def test_borders_of_a_tokenizer_with_space_marks(shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
-    rows = [text("Once upon a time", " there was", " he ran"), text("Once upon a ti", "me.", "de.")]
+    rows = [
+        text_row("Once upon a time", " there was", " he ran"),
+        text_row("Once upon a ti", "me.", "de."),
+    ]
     assert found(rows, tokenizer)["border_merges"] == [1]
 
 
 def test_cuts_and_which_side_they_hit(bpe: Any) -> None:
     long, short = " word" * 60, " a"
     rows = [
-        text("Hi", short, " b"),
-        text("Hi", long, short),
-        text("Hi", long, " other" + long),
-        text("Hi" + long, short, " b"),
+        text_row("Hi", short, " b"),
+        text_row("Hi", long, short),
+        text_row("Hi", long, " other" + long),
+        text_row("Hi" + long, short, " b"),
     ]
     assert found(rows, bpe, max_length=24) == {"cut_on_one_side": [1], "truncated": [1, 2, 3]}
 
@@ -106,7 +101,7 @@ def test_what_a_template_does_to_answers(bpe: Any) -> None:
         "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    rows = [chat("Hi", "yes", "no"), chat("Hi", " yes", "no"), chat("Hi", "axb", "no")]
+    rows = [chat_row("Hi", "yes", "no"), chat_row("Hi", " yes", "no"), chat_row("Hi", "axb", "no")]
     assert found(rows, bpe, chat_template=template) == {
         "template_rewritten": [2],
         "template_stripped": [1],

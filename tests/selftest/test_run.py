@@ -68,7 +68,7 @@ def test_rows_total_and_how_to_repeat(
     assert "rmipo-lite selftest --seed 5 --only 90 --debug" in out
     assert "not run: no card here" in out
     assert list(tmp_path.iterdir()) == []
-    content = json.loads(as_json(outcomes, 5))
+    content = json.loads(as_json(outcomes, seed=5))
     assert content["total"] == "1 checks, 3 trials, 2 lost"
     assert [check["lost"] for check in content["checks"]] == [2, 0]
     assert {"torch", "transformers", "rmipo_lite"} <= content["versions"].keys()

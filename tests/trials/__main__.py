@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from rmipo_lite.selftest.command import numbers
-from tests.trials.run import amount, as_json, scorecard
+from rmipo_lite.selftest.run import as_json
+from tests.trials.run import amount, scorecard
 
 
 def main(words: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(words: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    text = as_json(outcomes, given.trials, given.seed)
+    text = as_json(outcomes, trials=given.trials, seed=given.seed)
     if given.json:
         given.json.write_text(text + "\n", encoding="utf-8")
     if given.table:

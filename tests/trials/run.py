@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import logging
 import math
 import signal
 import tempfile
-import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-from rmipo_lite.environment import versions
 from rmipo_lite.output.console import duration, say
+from rmipo_lite.selftest.check import in_quiet
+from rmipo_lite.selftest.run import total_line
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from tests.trials import checks as listed
 from tests.trials.scorecard import Check, Outcome, Trials, carry_out
@@ -109,21 +102,10 @@ def one(
     if absent is not None:
         return Outcome(check.number, check.name, 0, [], 0.0, absent)
     trials = Trials(check.number, seed, folder / f"check-{check.number}", places, thorough)
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    sink = io.StringIO()
-    try:
-        with (
-            warnings.catch_warnings(),
-            # Ctrl-C is meant for the scorecard here, not for the run that it tries.
-            mock.patch.object(GracefulInterrupt, "_on_signal", signal.default_int_handler),
-            contextlib.redirect_stdout(sink),
-            contextlib.redirect_stderr(sink),
-        ):
-            warnings.simplefilter("ignore")
-            return carry_out(check, trials)
-    finally:
-        logging.disable(disabled)
+    # Ctrl-C is meant for the scorecard here, not for the run that it tries.
+    deaf = mock.patch.object(GracefulInterrupt, "_on_signal", signal.default_int_handler)
+    with in_quiet(), deaf:
+        return carry_out(check, trials)
 
 
 def _lines(outcome: Outcome, trials: str, seed: int, debug: bool) -> list[str]:
@@ -142,23 +124,3 @@ def _lines(outcome: Outcome, trials: str, seed: int, debug: bool) -> list[str]:
     if outcome.lost > 5:
         lines.append(f"      and {outcome.lost - 5} more")
     return lines
-
-
-def total_line(outcomes: Sequence[Outcome]) -> str:
-    """The one line that sums it up."""
-    ran = [outcome for outcome in outcomes if outcome.absent is None]
-    trials, lost = sum(o.trials for o in ran), sum(o.lost for o in ran)
-    return f"{len({outcome.number for outcome in ran})} checks, {trials:,} trials, {lost} lost"
-
-
-def as_json(outcomes: Sequence[Outcome], trials: str, seed: int) -> str:
-    """The outcome with its seed and the versions it was had on, as JSON."""
-    content: dict[str, Any] = {
-        "total": total_line(outcomes),
-        "trials": trials,
-        "seed": seed,
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "checks": [{**asdict(outcome), "lost": outcome.lost} for outcome in outcomes],
-    }
-    return json.dumps(content, indent=1)

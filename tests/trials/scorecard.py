@@ -186,9 +186,7 @@ def carry_out(check: Check, trials: Trials) -> Outcome:
     start = time.perf_counter()
     trials.folder.mkdir(parents=True)
     try:
-        # Tiny models gain nothing from a second thread, and on a busy machine threads wait.
-        with threads(1):
-            check.run(trials)
+        check.run(trials)
     except Exception as error:
         trials.missing(error)
     finally:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rmipo_lite.selftest.run import as_json, total_line
 from tests.trials import checks as listed
 from tests.trials.__main__ import main
 from tests.trials.checks import ELSEWHERE, all_checks
-from tests.trials.run import as_json, indices, scorecard, total_line
+from tests.trials.run import indices, scorecard
 from tests.trials.scorecard import Check, Loss, Trials, carry_out, expect
 from tests.trials.test_trials import told
 
@@ -103,7 +104,7 @@ def test_rows_total_and_how_to_repeat(
     assert "python -m tests.trials --trials all --seed 5 --only 90 --trial 3 --debug" in out
     assert "needs a card" in out
     assert "not run: no card here" in out
-    content = json.loads(as_json(outcomes, "all", 5))
+    content = json.loads(as_json(outcomes, trials="all", seed=5))
     assert content["total"] == "1 checks, 20 trials, 2 lost"
     assert [check["lost"] for check in content["checks"]] == [2, 0]
     assert {"torch", "transformers", "rmipo_lite"} <= content["versions"].keys()
