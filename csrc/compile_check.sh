@@ -1,6 +1,6 @@
 #!/bin/sh
 # Compiles every .cu for every supported architecture, without a GPU and without torch; a warning
-# is an error, and so is a spilled register. Exits non-zero at the first failure. For CI.
+# is an error, and so is a spilled register. One a core; exits non-zero at the first failure. For CI.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=${CUDA_HOME:-}
@@ -14,11 +14,11 @@ fi
   echo "compile_check: $root is no CUDA toolkit (no include/cuda_runtime.h)" >&2; exit 1; }
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
+export root out
 for source in "$here"/cuda/*_kernel.cu; do
-  for arch in 75 80 86 89 90 120; do
-    "$root/bin/nvcc" -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
-      -Xptxas -warn-spills,-Werror -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF_CONVERSIONS__ \
-      -gencode "arch=compute_$arch,code=sm_$arch" -c "$source" -o "$out/kernel.o"
-    echo "ok sm_$arch $(basename "$source")"
-  done
-done
+  for arch in 75 80 86 89 90 120; do printf '"%s" %s\n' "$source" "$arch"; done
+done | xargs -P "$(nproc)" -n 2 sh -c '
+  "$root/bin/nvcc" -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
+    -Xptxas -warn-spills,-Werror -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF_CONVERSIONS__ \
+    -gencode "arch=compute_$2,code=sm_$2" -c "$1" -o "$out/$(basename "$1")-$2.o" || exit 255
+  echo "ok sm_$2 $(basename "$1")"' sh
