@@ -35,7 +35,7 @@ from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.training.refusals import refuse_bad_weights
 from rmipo_lite.training.rehearsal import plan_run
-from rmipo_lite.training.restore import nothing_held, restored, unwrap_forward
+from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
 from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.progress import show_progress
 
@@ -90,7 +90,7 @@ def train(
     if isinstance(model, Path):
         model = str(model)
     folder = _output_folder(model, output_dir, resume)
-    with restored(model):
+    with surroundings_restored(model):
         args = RMiPOConfig(output_dir=str(folder), **config)
         data = load_rows(dataset)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)

@@ -42,7 +42,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import tokenize_in_chunks
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_vocabulary
-from rmipo_lite.training.restore import nothing_held, restored
+from rmipo_lite.training.restore import nothing_held, surroundings_restored
 from rmipo_lite.training.step import make_step
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def inspect(
     if not (model is None or isinstance(model, (str, nn.Module))):
         causal_lm(model)  # says what is wanted
     folder = None if output_dir is None else writable_folder(output_dir)
-    with restored("" if model is None else model):
+    with surroundings_restored("" if model is None else model):
         args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **_NO_BACKWARD | config)
         rows, report = load_rows(dataset)
         encoder = _tokenizer(tokenizer, model, args)

@@ -28,7 +28,7 @@ from rmipo_lite.model.model_files import (
     base_of_adapter,
     check_model_folder,
     existing_folder,
-    told,
+    named_errors,
 )
 from rmipo_lite.output.console import in_notebook, in_terminal
 
@@ -52,7 +52,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     place = str(existing_folder(name) or name)
     way_out = "Pass one: tokenizer= of train(), processing_class= of RMiPOTrainer"
-    with told("tokenizer", name, way_out):
+    with named_errors("tokenizer", name, way_out):
         return AutoTokenizer.from_pretrained(place, **_NO_CODE)
 
 
@@ -66,7 +66,7 @@ def load_config(name: str) -> PretrainedConfig:
     folder = existing_folder(name)
     if folder is not None and (folder / ADAPTER_CONFIG).is_file():
         return load_config(base_of_adapter(folder))
-    with told("model", name, _WANTED):
+    with named_errors("model", name, _WANTED):
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder or name), **_NO_CODE)
     return config
 
@@ -85,7 +85,7 @@ def load_model(
     folder = existing_folder(name)
     if folder is not None and (folder / ADAPTER_CONFIG).is_file():
         base = load_model(base_of_adapter(folder), args, quantization_config)
-        with told("adapter", name, "Is its base the model it was trained on?"):
+        with named_errors("adapter", name, "Is its base the model it was trained on?"):
             adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         require_adapter_weights(adapted, folder)
         return adapted
@@ -98,7 +98,7 @@ def load_model(
     if torch.cuda.is_available() and not args.use_cpu:
         # One card: "auto" would spread the layers over all of them, and the head with them.
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    with told("model", name, _WANTED), watched_bars(downloads=folder is None):
+    with named_errors("model", name, _WANTED), watched_bars(downloads=folder is None):
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     protect_4bit_on_cpu(model)
     return model

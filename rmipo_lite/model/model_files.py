@@ -124,7 +124,7 @@ def _read_json(what: str, path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def told(what: str, name: str, way_out: str) -> Iterator[None]:
+def named_errors(what: str, name: str, way_out: str) -> Iterator[None]:
     """Say what could not be loaded, and why, in place of a library's page.
 
     Raises:

@@ -42,7 +42,7 @@ def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> Micro
     `longest` is what the longest pair takes alone, tokens: a pair can't be cut.
     """
     device = device_of(model)
-    return choose(
+    return choose_budget(
         lambda checkpointing: activations(model, args, checkpointing),
         free=free_bytes(device) - fixed_bytes(model, args),
         longest=longest,
@@ -52,7 +52,7 @@ def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> Micro
     )
 
 
-def choose(
+def choose_budget(
     activations: Callable[[bool], Activations],
     *,
     free: float,

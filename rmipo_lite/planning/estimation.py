@@ -1,7 +1,7 @@
 """`estimate(model, dataset, gpu=...)`: memory and time of a run before anything is loaded.
 
 What train() would do on a card is decided by the functions that decide it in a run (`wants_4bit`,
-`budget.choose`), with the numbers that the automatic budget takes (footprint.py). Times are
+`budget.choose_budget`), with the numbers that the automatic budget takes (footprint.py). Times are
 floating-point operations over a share of the card's peak: an order of magnitude, not a promise.
 """
 
@@ -19,10 +19,10 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import adapter, names
 from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.model.loading import load_config
-from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, told
+from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, named_errors
 from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
 from rmipo_lite.planning import quantization
-from rmipo_lite.planning.budget import choose
+from rmipo_lite.planning.budget import choose_budget
 from rmipo_lite.planning.cards import COMMON, Card, find_card
 from rmipo_lite.planning.device import free_bytes
 from rmipo_lite.planning.estimation_view import Estimate, Fit
@@ -130,7 +130,7 @@ def _adapter_of(
         return own
     folder = existing_folder(model) if isinstance(model, str) else None
     if peft_config == "auto" and folder is not None and (folder / ADAPTER_CONFIG).is_file():
-        with told("adapter", str(model), "Wanted a folder that holds an adapter"):
+        with named_errors("adapter", str(model), "Wanted a folder that holds an adapter"):
             return PeftConfig.from_pretrained(str(folder))
     return adapter.default_lora()
 
@@ -187,7 +187,7 @@ class _Case:
         weights = weights_of(self.shape, setup)
         parts = self._parts(card, setup, weights)
         taken = sum(parts.values())
-        plan = choose(
+        plan = choose_budget(
             lambda checkpointing: activations_of(self.shape, setup, checkpointing),
             free=card.memory - taken,
             longest=work.longest,

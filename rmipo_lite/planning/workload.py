@@ -61,7 +61,7 @@ def workload(
     """
     if dataset is None:
         most = options_for(args, shape).max_length or 1024
-        usual = cut(_ASSUMED, most, args)
+        usual = cut_lengths(_ASSUMED, most, args)
         prompt = min(_ASSUMED[0], most // 2, args.max_prompt_length or most)
         longest = (prompt, most - prompt, most - prompt)
         texts = " + ".join(map(str, usual))
@@ -111,11 +111,13 @@ def _longest(pairs: Iterable[TokenizedPair], args: RMiPOConfig) -> tuple[int, in
 
 def shortened(work: Workload, max_length: int, args: RMiPOConfig) -> Workload:
     """The same pairs under a shorter `max_length`."""
-    longest, step = _longest((_pair(cut(of, max_length, args)) for of in work.lengths), args)
+    longest, step = _longest(
+        (_pair(cut_lengths(of, max_length, args)) for of in work.lengths), args
+    )
     return replace(work, longest=longest, step=step)
 
 
-def cut(lengths: Lengths, max_length: int, args: RMiPOConfig) -> Lengths:
+def cut_lengths(lengths: Lengths, max_length: int, args: RMiPOConfig) -> Lengths:
     """What `max_length` and the run's `max_prompt_length` leave of a prompt and its responses."""
     limits = TokenizationOptions(max_length=max_length, max_prompt_length=args.max_prompt_length)
     prompt = prompt_room(lengths, limits)

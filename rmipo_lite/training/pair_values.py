@@ -62,7 +62,7 @@ def concat(parts: Sequence[PairValues]) -> PairValues:
     return PairValues(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
-def finite(values: PairValues) -> Tensor:
+def finite_pairs(values: PairValues) -> Tensor:
     """(P,) bool: pairs whose loss and log-probs are numbers. A PMI may be undefined."""
     numbers = torch.stack([values.loss, values.chosen_logps, values.rejected_logps])
     return numbers.isfinite().all(0)

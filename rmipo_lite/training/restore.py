@@ -32,7 +32,7 @@ _PUT_ON_MODULES = (
 
 
 @contextmanager
-def restored(model: str | nn.Module) -> Iterator[None]:
+def surroundings_restored(model: str | nn.Module) -> Iterator[None]:
     """Put back what a run changes; `model` is the caller's own, or a name."""
     environment, filters = dict(os.environ), warnings.filters[:]
     before = None if isinstance(model, str) else _ModelState(model)

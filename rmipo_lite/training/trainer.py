@@ -304,7 +304,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     def _eval_numbers(self, parts: list[PairValues], rows: list[int]) -> dict[str, float]:
         """Means over the pairs whose loss is a number; the others are named and counted."""
         values = pair_values.concat(parts)
-        is_finite = pair_values.finite(values)
+        is_finite = pair_values.finite_pairs(values)
         values = pair_values.select(values, is_finite)
         numbers = {}
         if len(values.loss):

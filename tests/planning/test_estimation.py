@@ -85,13 +85,13 @@ def test_advice_is_computed_with_every_option_of_the_caller(
         "max_tokens_per_microstep": 4096, "prior": "cached",
     }  # fmt: skip
     tried: list[RMiPOConfig] = []
-    real = estimation.choose
+    real = estimation.choose_budget
 
     def choose(*given: Any, args: RMiPOConfig, **rest: Any) -> Any:
         tried.append(args)
         return real(*given, args=args, **rest)
 
-    monkeypatch.setattr(estimation, "choose", choose)
+    monkeypatch.setattr(estimation, "choose_budget", choose)
     found = rmipo_lite.estimate(eight_billion, gpu="9GB", gradient_checkpointing=False, **own)
     assert found.fit.way_out is not None
     assert found.fit.way_out["gradient_checkpointing"] is True

@@ -6,18 +6,18 @@ from transformers import LlamaConfig
 
 from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.planning.workload import cut, shortened, workload
+from rmipo_lite.planning.workload import cut_lengths, shortened, workload
 from rmipo_lite.tokens.pair import TokenizedPair
 
 
 def test_what_a_shorter_max_length_cuts_is_cut_as_in_a_run(tmp_path: Path) -> None:
     """The prompt keeps half of it at least, the responses their first tokens in what is left."""
     args = RMiPOConfig(str(tmp_path), use_cpu=True)
-    assert cut((100, 50, 40), 200, args) == (100, 50, 40)
-    assert cut((100, 150, 40), 200, args) == (100, 100, 40)
-    assert cut((180, 50, 40), 200, args) == (150, 50, 40)
+    assert cut_lengths((100, 50, 40), 200, args) == (100, 50, 40)
+    assert cut_lengths((100, 150, 40), 200, args) == (100, 100, 40)
+    assert cut_lengths((180, 50, 40), 200, args) == (150, 50, 40)
     args.max_prompt_length = 60
-    assert cut((180, 150, 40), 200, args) == (60, 140, 40)
+    assert cut_lengths((180, 150, 40), 200, args) == (60, 140, 40)
 
 
 def test_tokens_by_hand(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def _one_bad_row(trial: Trial, form: str, bad: Bad, clean: list[Any], step: Pair
         values = pair_values.concat([values for _, values in step.evaluate(pairs)])
         numbers = torch.stack([values.loss, values.gamma, values.pmi_gap])
         expect(
-            pair_values.finite(values).all() and numbers.isfinite().all(), "a number isn't finite"
+            pair_values.finite_pairs(values).all() and numbers.isfinite().all(),
+            "a number isn't finite",
         )
 
 
