@@ -1,6 +1,6 @@
 """Opens notebooks and reports in a real browser, and takes the README's pictures.
 
-    python notebooks/browser.py           # docs/live_view.png, page.png, and three more
+    python notebooks/browser.py           # docs/live_view.png, report.png, and three more
 
 JupyterLab is started on a copy of a notebook, headless Chromium (the system's own, driven by
 Playwright) opens it, runs all cells and waits for the kernel. `tests/test_browser.py` does so too.
@@ -211,7 +211,7 @@ def main() -> int:
             wait_until_run(page, code_cells(notebook))
         with browser_page(viewport={"width": 1000, "height": 1250}) as page:
             page.goto((folder / "quickstart" / "run.html").as_uri())
-            page.screenshot(path=DOCS / "page.png")
+            page.screenshot(path=DOCS / "report.png")
         looks = write_looks(folder)
         for picture, height in (("inspect", 1215), ("estimate", 1460), ("findings", 650)):
             with browser_page(viewport={"width": 1000, "height": height}) as page:
