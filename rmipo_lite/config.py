@@ -8,16 +8,18 @@ the documentation: the command line's `--help` is made from them.
 from __future__ import annotations
 
 import difflib
+import enum
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rmipo_lite.ops.losses import LOSSES, Loss, PairOptions, loss_named, losses_with, option_problem
 from rmipo_lite.ops.native import Impl
+from rmipo_lite.options import inherited
+from rmipo_lite.options.types import enum_values, in_words, is_a, plain, union_members
 
 PriorMode = Literal["live", "cached"]
 PriorContext = Literal["none", "bos"]
@@ -31,6 +33,9 @@ _OTHER_NAMES = {
     "steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
 }
+
+# What transformers takes, and leaves in the option, beside what its annotation says.
+_ALSO: dict[str, tuple[type, ...]] = {"accelerator_config": (AcceleratorConfig,)}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -192,9 +197,14 @@ class RMiPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Reject nonsense, then let transformers resolve its own options."""
+        for option in fields(self):
+            setattr(self, option.name, plain(getattr(self, option.name)))
         if str(self.max_tokens_per_microstep).isdigit():  # the command line and YAML give a text
             self.max_tokens_per_microstep = int(self.max_tokens_per_microstep)
+        if self.report_to is None:
+            self.report_to = "none"
         self._check_types()
+        self._check_inherited()
         self._check_method()
         self._check_data()
         self._check_step()
@@ -202,7 +212,13 @@ class RMiPOConfig(TrainingArguments):
         # transformers makes False of None, and older versions know one name alone.
         names = ("gradient_checkpointing", "activation_checkpointing")
         self._checkpointing_is_open = all(getattr(self, name, None) is None for name in names)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
+            raise ValueError(f"RMiPOConfig: {error}") from error
+        _refuse(
+            inherited.parsed_problem(self.accelerator_config, self.gradient_checkpointing_kwargs)
+        )
         if self._checkpointing_is_open:  # a copy made from the fields must know it too
             for name in names:
                 if hasattr(self, name):
@@ -211,23 +227,23 @@ class RMiPOConfig(TrainingArguments):
     def _check_types(self) -> None:
         """Every value against its annotation, so that a new option is checked by itself."""
         hints = get_type_hints(RMiPOConfig)
-        own = own_option_names()
         for option in fields(RMiPOConfig):
-            kinds = union_members(hints[option.name])
+            kinds = (*union_members(hints[option.name]), *_ALSO.get(option.name, ()))
             value = getattr(self, option.name)
-            # transformers sees to its own options that aren't plain numbers
-            if option.init and (option.name in own or set(kinds) <= _NUMERIC):
-                wanted = " or ".join(dict.fromkeys(map(_kind_in_words, kinds)))
-                _require(any(_is_a(value, kind) for kind in kinds), option.name, wanted, value)
-        _require(self.learning_rate >= 0, "learning_rate", "a number >= 0", self.learning_rate)
+            fits = not option.init or any(is_a(value, kind) for kind in kinds)
+            _require(fits and _is_member(value, kinds), option.name, in_words(kinds), value)
+
+    def _check_inherited(self) -> None:
+        _refuse(inherited.problem({f.name: getattr(self, f.name) for f in fields(RMiPOConfig)}))
+        # torch takes 0 and 0.999 for two kinds of number
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)
 
     def _check_method(self) -> None:
         try:
             problem = option_problem(self.pair_options, strict=True)
         except ValueError as error:
             problem = str(error)
-        if problem is not None:
-            raise ValueError(f"RMiPOConfig: {problem}")
+        _refuse(problem)
         _require(0 <= self.sft_weight < float("inf"), "sft_weight", ">= 0", self.sft_weight)
 
     def _check_data(self) -> None:
@@ -248,12 +264,6 @@ class RMiPOConfig(TrainingArguments):
                 "False when tokenization='authors', whose two sides can have different prompts",
                 self.packing,
             )
-        _require(
-            not self.remove_unused_columns,
-            "remove_unused_columns",
-            "False",
-            self.remove_unused_columns,
-        )
 
     def _check_step(self) -> None:
         for name in ("sample_prompts", "eval_completions"):
@@ -272,12 +282,6 @@ class RMiPOConfig(TrainingArguments):
             ">= 1",
             self.max_dropped_in_a_row,
         )
-        _require(
-            not self.logging_nan_inf_filter,
-            "logging_nan_inf_filter",
-            "False (it shows losses that are not finite as healthy ones)",
-            self.logging_nan_inf_filter,
-        )
 
     def _resolve_precision(self) -> None:
         """Pick bf16 where the card has it, fp16 on older cards, neither on the CPU."""
@@ -286,6 +290,9 @@ class RMiPOConfig(TrainingArguments):
             self.bf16 = bool(on_cuda and not self.fp16 and _has_native_bf16())
         if self.fp16 is None:
             self.fp16 = bool(on_cuda and not self.bf16)
+        # There it would compute in float32, without the scaler that sees infinite gradients.
+        on_cpu = self.use_cpu or not (on_cuda or torch.accelerator.is_available())
+        _require(not (on_cpu and self.fp16), "fp16", "False on the CPU (bf16 works there)", True)
 
     @property
     def pairs_per_step(self) -> int:
@@ -336,33 +343,19 @@ def _has_native_bf16() -> bool:
     return torch.cuda.get_device_capability()[0] >= 8
 
 
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(f"RMiPOConfig: {problem}")
+
+
 def _require(holds: bool, name: str, wanted: str, came: object) -> None:
     if not holds:
         raise ValueError(f"RMiPOConfig: {name} must be {wanted}, got {came!r}")
 
 
-_NUMERIC = {int, float, type(None)}
-_IN_WORDS = {float: "a number", int: "a whole number", bool: "True or False", type(None): "None"}
-
-
-def union_members(hint: Any) -> tuple[Any, ...]:
-    """The types a value may have: the members of a union, or the one type."""
-    if get_origin(hint) in (Union, UnionType):
-        return tuple(member for part in get_args(hint) for member in union_members(part))
-    return (hint,)
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind in (int, float):
-        number = Integral if kind is int else Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, get_origin(kind) or kind)
-
-
-def _kind_in_words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        names = get_args(kind)
-        return repr(names[0]) if len(names) == 1 else "one of " + ", ".join(names)
-    return _IN_WORDS.get(kind, "a text" if kind is str else getattr(kind, "__name__", str(kind)))
+def _is_member(value: object, kinds: tuple[Any, ...]) -> bool:
+    """Whether a text that stands for an enum's member names one."""
+    enums = [kind for kind in kinds if isinstance(kind, enum.EnumMeta)]
+    if not enums or not isinstance(value, str):
+        return True
+    return any(value in enum_values(kind) for kind in enums)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rmipo_lite.config import RMiPOConfig, own_option_names
@@ -58,6 +60,20 @@ def test_a_number_as_text_is_a_number(tmp_path: Path) -> None:
     assert (
         RMiPOConfig(str(tmp_path), max_tokens_per_microstep="512").max_tokens_per_microstep == 512
     )
+
+
+def test_a_number_of_numpys_is_pythons_own(tmp_path: Path) -> None:
+    """Neither JSON, which checkpoints are written in, nor a seed takes another."""
+    given = {
+        "max_steps": np.int64(2), "logging_steps": np.int64(1), "learning_rate": np.float32(0.25),
+        "beta": np.float64(3), "seed": np.int64(3), "packing": np.bool_(False),
+        "lr_scheduler_kwargs": {"min_lr": np.float32(0.5)},
+    }  # fmt: skip
+    args = RMiPOConfig(str(tmp_path), **given)
+    assert [getattr(args, name) for name in given] == [2, 1, 0.25, 3.0, 3, False, {"min_lr": 0.5}]
+    kinds = [type(getattr(args, name)) for name in given]
+    assert kinds == [int, int, float, float, int, bool, dict]
+    json.dumps(args.to_dict())
 
 
 def test_every_own_option_is_explained() -> None:

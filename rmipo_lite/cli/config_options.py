@@ -37,7 +37,7 @@ def _names(kinds: Iterable[Any]) -> str:
 
 def convert(text: str, hint: Any) -> Any:
     """Read a word as a value of the type `hint`; raises ValueError saying what was wanted."""
-    from rmipo_lite.config import union_members
+    from rmipo_lite.options.types import union_members
 
     kinds = [_plain(k) for k in union_members(hint)]
     low = text.strip().lower()
@@ -83,7 +83,8 @@ def _default_text(option: Field[Any]) -> str:
 
 def add_config_options(parser: argparse.ArgumentParser, *, show_all: bool) -> None:
     """Add an option for every field: ours shown first, transformers' hidden unless `show_all`."""
-    from rmipo_lite.config import RMiPOConfig, union_members
+    from rmipo_lite.config import RMiPOConfig
+    from rmipo_lite.options.types import union_members
 
     known = config_fields()
     # the order of the source: the method first, then data, then transformers' with our defaults
