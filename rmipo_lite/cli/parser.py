@@ -13,11 +13,23 @@ from rmipo_lite.version import __version__
 
 # What these commands take beside the config's options; a file of options may hold them too.
 OWN_NAMES = {
-    "train": ("model", "dataset", "eval_dataset", "output_dir", "quantization", "resume", "report"),
-    "inspect": ("dataset", "model", "tokenizer", "output_dir", "report", "top"),
-    "estimate": ("model", "dataset", "tokenizer", "gpu", "quantization"),
+    "train": (
+        "model",
+        "dataset",
+        "split",
+        "eval_dataset",
+        "eval_split",
+        "output_dir",
+        "quantization",
+        "resume",
+        "report",
+    ),
+    "inspect": ("dataset", "split", "model", "tokenizer", "output_dir", "report", "top"),
+    "estimate": ("model", "dataset", "split", "tokenizer", "gpu", "quantization"),
 }
 _ROWS = "file (.jsonl, .json, .csv, .parquet, also .gz) or hub name of the preference pairs"
+
+_SPLIT = "which split of a dataset that has several (default: train, or the only one)"
 
 
 def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -95,6 +107,8 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
     train.add_argument(
         "--eval_dataset", "--eval-dataset", help="held-out pairs; else 5 %% are held out"
     )
+    train.add_argument("--split", help=_SPLIT)
+    train.add_argument("--eval_split", "--eval-split", help="likewise of --eval_dataset")
     train.add_argument(
         "--output_dir", "--output-dir", help="folder of the run (default: rmipo-<model name>)"
     )
@@ -121,6 +135,7 @@ def _add_inspect(commands: Any, argv: Sequence[str]) -> None:
     if inspect is None:
         return
     inspect.add_argument("dataset", nargs="?", help=_ROWS)
+    inspect.add_argument("--split", help=_SPLIT)
     inspect.add_argument("--model", help="hub name or folder of a model that scores the pairs")
     inspect.add_argument("--tokenizer", help="of which lengths are counted (default: the model's)")
     inspect.add_argument(
@@ -143,6 +158,7 @@ def _add_estimate(commands: Any, argv: Sequence[str]) -> None:
         return
     estimate.add_argument("model", nargs="?", help="hub name or folder of the model")
     estimate.add_argument("dataset", nargs="?", help=_ROWS)
+    estimate.add_argument("--split", help=_SPLIT)
     estimate.add_argument(
         "--gpu", help="a card (RTX 3060 12GB, T4), a size (12GB) or cpu (default: this machine's)"
     )

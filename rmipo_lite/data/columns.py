@@ -5,12 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rmipo_lite.data.normalise import SYSTEM_COLUMNS
 from rmipo_lite.data.report import DataReport
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
 
-COLUMNS_READ = {*COLUMNS, "tools"}  # tools only to refuse them by name
+COLUMNS_READ = {*COLUMNS, *SYSTEM_COLUMNS, "tools"}  # tools only to refuse them by name
 
 
 COLUMNS_NAMED = 20  # columns that the error about wrong ones names

@@ -9,7 +9,9 @@ its place, so that row numbers stay.
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ MAX_GZIP_RATIO = 200  # plain text reaches about 20
 GZIP_FREE_BYTES = 256 * 2**20  # below this no ratio is asked for
 PARQUET_BATCH_ROWS = 1024
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_CSV_PREAMBLE = re.compile(r"(sep=.)?\s*+", re.IGNORECASE)  # a spreadsheet's hint, a blank line
+_CSV_KNOWN = {"prompt", "chosen", "rejected"}
 _JSON_LINE = "a line that holds one JSON object"
 
 
@@ -53,7 +57,7 @@ def read_file(path: Path) -> list[Any]:
             if suffix == ".parquet":
                 return _read_parquet(file)
             if suffix in (".csv", ".tsv"):
-                return _read_csv(file, "\t" if suffix == ".tsv" else ",")
+                return _read_csv(file, _delimiter(file, "\t" if suffix == ".tsv" else ","))
             if suffix in (".jsonl", ".ndjson", ".json"):
                 return _read_json(file)
     except (OSError, EOFError) as error:  # a cut or damaged gzip, no permission
@@ -132,12 +136,29 @@ def _read_parquet(file: IO[bytes]) -> list[Any]:
     return records
 
 
+def _delimiter(file: Any, usual: str) -> str:
+    """What separates the names in the header; spreadsheets write ";" where "," is in numbers."""
+    head: bytes = file.peek(4096)
+    text = io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
+    try:
+        lines = list(_csv_lines(text))
+        headers = {mark: next(csv.reader(lines, delimiter=mark), []) for mark in usual + ",;\t|"}
+        known = {mark: len(_CSV_KNOWN & {*header}) for mark, header in headers.items()}
+        best = max(known, key=known.__getitem__)
+        return best if known[best] else csv.Sniffer().sniff(lines[0], ",;\t|").delimiter
+    except (csv.Error, IndexError):  # one column, or none
+        return usual
+
+
 def _read_csv(file: IO[bytes], delimiter: str) -> list[Any]:
     # surrogateescape turns bad bytes into lone surrogates, which are refused row by row later.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     limit = csv.field_size_limit(MAX_LINE_BYTES)
     try:
         rows = csv.DictReader(_csv_lines(text), delimiter=delimiter)
+        names = list(filter(None, rows.fieldnames or []))
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise _Unreadable(f"column {twice[0][:60]!r} is there twice, wanted each name once")
         return [_csv_record(number, row) for number, row in enumerate(rows)]
     except csv.Error as error:
         raise _Unreadable(f"not a readable CSV file ({error})") from error
@@ -146,7 +167,12 @@ def _read_csv(file: IO[bytes], delimiter: str) -> list[Any]:
         text.detach()
 
 
-def _csv_lines(text: io.TextIOWrapper) -> Iterator[str]:
+def _csv_lines(text: IO[str]) -> Iterator[str]:
+    """The lines from the header on."""
+    return itertools.dropwhile(_CSV_PREAMBLE.fullmatch, _limited_lines(text))
+
+
+def _limited_lines(text: IO[str]) -> Iterator[str]:
     while line := text.readline(MAX_LINE_BYTES + 1):
         if len(line) > MAX_LINE_BYTES:
             raise csv.Error(f"a line longer than {MAX_LINE_BYTES} characters")

@@ -9,6 +9,8 @@ The forms people publish, and what becomes of them:
     text, [assistant], [assistant]             messages; the text is the user's message
     messages, text, text                       messages; the texts are the assistant's
     (none), transcript, transcript             messages ("\\n\\nHuman: " / "\\n\\nAssistant: ")
+
+A column called system (or system_prompt) is the system message in front of any of them.
 """
 
 import itertools
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+SYSTEM_COLUMNS = ("system", "system_prompt")
 Message = dict[str, str]
 Side = str | list[Message]
 
@@ -59,8 +62,11 @@ class Identical(Dropped):
         super().__init__("chosen and rejected", "two different responses", "identical ones" + where)
 
 
-def normalise(record: Any) -> tuple[Side, Side, Side]:
+def normalise(record: Any, as_messages: bool = False) -> tuple[Side, Side, Side]:
     """(prompt, chosen, rejected) of one record: all texts, or all message lists.
+
+    `as_messages`: texts become messages too. So it is where rows of the dataset have system
+    messages in a column of their own, in a row without one too.
 
     Raises:
         Refused: wrong types, missing keys, broken messages, prompts that differ.
@@ -68,6 +74,11 @@ def normalise(record: Any) -> tuple[Side, Side, Side]:
     """
     if not isinstance(record, Mapping):
         raise Refused("row", "a dict with prompt, chosen and rejected", _kind(record))
+    for name in SYSTEM_COLUMNS:
+        if _is_given(record.get(name)) and not isinstance(record[name], str):
+            raise Refused(name, "text", _kind(record[name]))
+    if len(set(_systems(record))) > 1:
+        raise Refused(" and ".join(SYSTEM_COLUMNS), "one text", "two that differ")
     if _is_given(record.get("tools")):
         raise Refused("tools", "nothing (tools are not supported)", _kind(record["tools"]))
     chosen, rejected = _side(record, "chosen"), _side(record, "rejected")
@@ -79,11 +90,40 @@ def normalise(record: Any) -> tuple[Side, Side, Side]:
         prompt, chosen, rejected = _explicit(_side(record, "prompt"), chosen, rejected)
     else:
         prompt, chosen, rejected = _implicit(chosen, rejected)
+    if as_messages:
+        prompt, chosen, rejected = _with_system(system_of(record), prompt, chosen, rejected)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not _text(side).strip():
             raise Dropped(name, "a response", "an empty or blank one")
     if chosen == rejected:
         raise Identical
+    return prompt, chosen, rejected
+
+
+def system_of(record: Any) -> str:
+    """The text of a record's system column, empty where there is none."""
+    given = _systems(record) if isinstance(record, Mapping) else []
+    return given[0] if given and isinstance(given[0], str) else ""
+
+
+def _systems(record: Mapping[str, Any]) -> list[Any]:
+    return [record[name] for name in SYSTEM_COLUMNS if _is_given(record.get(name))]
+
+
+def _with_system(
+    system: str, prompt: Side, chosen: Side, rejected: Side
+) -> tuple[Side, Side, Side]:
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+        chosen = [{"role": "assistant", "content": _text(chosen)}]
+        rejected = [{"role": "assistant", "content": _text(rejected)}]
+    if not system.strip():
+        return prompt, chosen, rejected
+    message = {"role": "system", "content": _checked_text(system, "system")}
+    if prompt[0]["role"] != "system":
+        return [message, *prompt], chosen, rejected
+    if prompt[0] != message:
+        raise Refused("system", "the system message that the prompt begins with", "another")
     return prompt, chosen, rejected
 
 

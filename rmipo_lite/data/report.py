@@ -83,6 +83,8 @@ class DataReport:
     special_token_rows: int = 0  # user text that holds the text of a control token
     template_stripped: int = 0  # answers whose outer whitespace the chat template removed
     template_rewritten: int = 0  # answers that the chat template changed otherwise
+    read_as: list[str] = field(default_factory=list)  # columns that are more than they look
+    has_system: bool = False  # a system column, for which every row became messages
     ignored_columns: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -203,6 +205,7 @@ class DataReport:
             ("whitespace cut", self.template_stripped),
         ]
         facts += [(label, str(count)) for label, count in counts if count]
+        facts += [("read as", shortened(line)) for line in self.read_as]
         if self.ignored_columns:
             facts.append(("not used", shortened(", ".join(self.ignored_columns))))
         return facts + [("WARNING", shortened(line, 400)) for line in self.warnings]

@@ -12,9 +12,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rmipo_lite.data.cells import unflatten
 from rmipo_lite.data.columns import check_columns
 from rmipo_lite.data.files import Broken
-from rmipo_lite.data.normalise import Dropped, Identical, Message, Refused, normalise
+from rmipo_lite.data.normalise import Dropped, Identical, Message, Refused, normalise, system_of
 from rmipo_lite.data.report import DataReport, name_rows, shortened
 from rmipo_lite.data.sources import read_records
 
@@ -39,15 +40,22 @@ class LoadedRows(NamedTuple):
     report: DataReport
 
 
-def load_rows(dataset: Any, *, split: str = "train", argument: str = "dataset") -> LoadedRows:
+def load_rows(
+    dataset: Any,
+    *,
+    split: str | None = None,
+    argument: str = "dataset",
+    as_messages: bool = False,
+) -> LoadedRows:
     """Read any preference dataset.
 
     Args:
         dataset: hub name; path (.jsonl .json .csv .tsv .parquet, also .gz, or a folder);
             `datasets.Dataset`, `DatasetDict`, `IterableDataset`; list of dicts; dict of lists;
-            pandas DataFrame; any finite iterable of dicts.
-        split: which split of a dataset that has several.
+            pandas or polars DataFrame, arrow table; any finite iterable of dicts.
+        split: which split of a dataset that has several; None takes train, or the only one.
         argument: what the caller calls it, for errors.
+        as_messages: make messages of texts, as a system column does.
 
     Returns:
         The usable rows in order, and the report, for which kept + dropped + refused == total.
@@ -61,18 +69,23 @@ def load_rows(dataset: Any, *, split: str = "train", argument: str = "dataset") 
         if not records:
             raise ValueError(f"dataset: {source} has no rows, wanted at least one pair")
         report = DataReport(source=source, total=len(records), argument=argument)
+        if as_text := unflatten(records):
+            report.read_as.append(f"{', '.join(as_text)}: messages that stand there as text")
         check_columns(records, report)
     except (ValueError, FileNotFoundError) as error:
         if argument == "dataset":
             raise
         raise type(error)(argument + str(error).removeprefix("dataset")) from error
+    report.has_system = any(map(system_of, records))
+    if report.has_system:
+        report.read_as.append("system: the system message in front of the prompt")
     rows: list[Row] = []
     seen: set[tuple[bytes, ...]] = set()
     for index, record in enumerate(records):
         try:
             if isinstance(record, Broken):
                 raise Refused("row", record.wanted, record.got, record.where)
-            row = Row(index, *normalise(record))
+            row = Row(index, *normalise(record, as_messages or report.has_system))
         except Refused as problem:
             report.refuse(index, problem.reason, problem.example)
         except Dropped as problem:

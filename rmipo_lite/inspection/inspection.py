@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.checkpoints.sealed_folder import writable_folder
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
@@ -33,7 +34,7 @@ from rmipo_lite.inspection.suspicious import candidates
 from rmipo_lite.inspection.text_checks import TextFinding, TextReport, check_texts
 from rmipo_lite.inspection.token_checks import TokenChecks
 from rmipo_lite.model import batch, loading, names
-from rmipo_lite.model.backbone import causal_lm, device_of
+from rmipo_lite.model.backbone import device_of
 from rmipo_lite.output.console import say
 from rmipo_lite.output.page import write_report
 from rmipo_lite.planning.quantization import load_for_run
@@ -88,6 +89,7 @@ def inspect(
     dataset: Any,
     model: str | Path | PreTrainedModel | PeftModel | None = None,
     *,
+    split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     output_dir: str | Path | None = None,
     **config: Any,
@@ -98,6 +100,7 @@ def inspect(
         dataset: as for `train`.
         model: a name, a folder, a PreTrainedModel or a PeftModel, which scores every pair as it
             stands: nothing is attached, trained or left changed. None looks at the texts alone.
+        split: which split of the dataset, as for `train`.
         tokenizer: a tokenizer, its name or its folder; None loads the model's own. Without either,
             lengths are in words.
         output_dir: where the scores of every pair go (`pair_scores.jsonl`); the same call goes on
@@ -119,7 +122,7 @@ def inspect(
     folder = None if output_dir is None else writable_folder(output_dir)
     with surroundings_restored("" if model is None else model):
         args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **_NO_BACKWARD | config)
-        rows, report = load_rows(dataset)
+        rows, report = load_rows(dataset, split=split)
         encoder = _tokenizer(tokenizer, model, args)
         loaded = None if model is None else _model(model, args)
         texts = check_texts(rows)

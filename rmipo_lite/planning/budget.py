@@ -13,8 +13,9 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model.backbone import can_checkpoint, causal_lm, device_of
+from rmipo_lite.model.backbone import can_checkpoint, device_of
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import head_buffer_bytes
 from rmipo_lite.planning.device import free_bytes

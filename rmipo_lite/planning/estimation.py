@@ -15,9 +15,11 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from rmipo_lite.adapters import attach
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model import adapter, names
-from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.data.rows import load_rows
+from rmipo_lite.model import names
 from rmipo_lite.model.loading import load_config
 from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, named_errors
 from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
@@ -53,6 +55,7 @@ def estimate(
     dataset: Any = None,
     *,
     gpu: str | float | None = None,
+    split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     quantization: quantization.Quantization = "auto",
     peft_config: LoraConfig | str | None = "auto",
@@ -67,6 +70,7 @@ def estimate(
             and says so.
         gpu: a card ("RTX 3060 12GB", "T4"), a memory ("12GB"), or "cpu"; None is this machine's
             card, or its CPU.
+        split: which split of the dataset, as for `train`.
         tokenizer: of the dataset, itself or its folder; None loads the model's.
         quantization: "auto", "none" or "4bit", as for `train`.
         peft_config, **config: as for `train`.
@@ -91,6 +95,8 @@ def estimate(
     for name in ("use_cpu", "output_dir"):  # of a run, and a run's options may come as they are
         config.pop(name, None)
     args = RMiPOConfig("rmipo-estimate", use_cpu=True, **config)
+    if split is not None:
+        dataset = load_rows(dataset, split=split)
     shape = _config_of(model)
     name = model if isinstance(model, str) else str(shape.name_or_path or type(shape).__name__)
     adapter = _adapter_of(model, peft_config)
@@ -132,7 +138,7 @@ def _adapter_of(
     if peft_config == "auto" and folder is not None and (folder / ADAPTER_CONFIG).is_file():
         with named_errors("adapter", str(model), "Wanted a folder that holds an adapter"):
             return PeftConfig.from_pretrained(str(folder))
-    return adapter.default_lora()
+    return attach.default_lora()
 
 
 def _card_of(gpu: str | float | None) -> Card:

@@ -27,15 +27,11 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention, segment_attention
-from rmipo_lite.model.backbone import (
-    causal_lm,
-    disable_dropout,
-    enable_checkpointing,
-    scored_hidden,
-)
+from rmipo_lite.model.backbone import disable_dropout, enable_checkpointing, scored_hidden
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.tokens.pair import TokenizedPair
 

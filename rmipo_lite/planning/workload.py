@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data.rows import load_rows
+from rmipo_lite.data.rows import LoadedRows, load_rows
 from rmipo_lite.model import batch, loading
 from rmipo_lite.tokens.one_row import prompt_room
 from rmipo_lite.tokens.options import TokenizationOptions, options_for
@@ -55,7 +55,7 @@ def workload(
     Args:
         name: of the model, whose tokenizer is loaded where none is given.
         shape: its config, which limits `max_length`.
-        dataset: as for `train`, or `TokenizedPair`s.
+        dataset: as for `train`, what `load_rows` gave for one, or `TokenizedPair`s.
         tokenizer: itself, its name or its folder.
         args: the options of the run.
     """
@@ -82,7 +82,7 @@ def workload(
     else:
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = loading.load_tokenizer(tokenizer or name)
-        rows = load_rows(dataset)
+        rows = dataset if isinstance(dataset, LoadedRows) else load_rows(dataset)
         pairs = prepare(rows, tokenizer, args, shape).pairs
         kept = f"{rows.report.kept} of {rows.report.total} rows"
         if args.tokenization != "authors":  # whose rules cut otherwise

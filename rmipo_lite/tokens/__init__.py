@@ -5,6 +5,7 @@
 
 __all__ = [
     "encoder",
+    "ending",
     "one_row",
     "options",
     "pair",

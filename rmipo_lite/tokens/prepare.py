@@ -30,6 +30,11 @@ def is_tokenized(dataset: Any) -> bool:
     )
 
 
+def is_several(dataset: Any) -> bool:
+    """Whether it is a plain dict of datasets by name, and not one dataset as a dict of columns."""
+    return type(dataset) is dict and not {"chosen", "rejected"} & dataset.keys()
+
+
 def prepare(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,6 +42,7 @@ def prepare(
     config: PretrainedConfig,
     *,
     argument: str = "dataset",
+    split: str | None = None,
 ) -> Prepared:
     """Token pairs of a dataset for a model with this config.
 
@@ -47,13 +53,16 @@ def prepare(
         args: the options of the run.
         config: the model's, whose context is the longest pair.
         argument: what the caller calls the dataset, for errors.
+        split: as for `load_rows`.
 
     Raises:
         ValueError: as `load_rows` and `tokenize_rows`.
     """
     if is_tokenized(dataset):
+        if split is not None:
+            raise ValueError(f"{argument}: split {split!r} was asked for of pairs of tokens")
         return Prepared(list(dataset), [], None)
     is_loaded = isinstance(dataset, LoadedRows)
-    rows, report = dataset if is_loaded else load_rows(dataset, argument=argument)
+    rows, report = dataset if is_loaded else load_rows(dataset, split=split, argument=argument)
     pairs = tokenize_rows(rows, tokenizer, options_for(args, config), report)
     return Prepared(pairs, rows, report)
