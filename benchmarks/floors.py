@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import segment_attention
-from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops.head_blocks import Blocks

@@ -32,9 +32,9 @@ from benchmarks.inputs import Lengths
 from benchmarks.peers import Absent
 from benchmarks.records import Record
 from benchmarks.rounds import summarize
+from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
-from rmipo_lite.model.adapter import attach_adapter
 from rmipo_lite.model.backbone import disable_dropout, enable_checkpointing
 from rmipo_lite.planning.budget import is_out_of_memory
 from rmipo_lite.planning.estimation import estimate

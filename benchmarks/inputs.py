@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rmipo_lite.model.adapter import attach_adapter
+from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.model.backbone import disable_dropout
 from rmipo_lite.model.batch import micro_step_tokens
 from rmipo_lite.tokens.pair import TokenizedPair

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from benchmarks.authors import IGNORED, PaddedPairs
 from benchmarks.rounds import Run
-from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.ops.reference import accumulate_dtype
 
 

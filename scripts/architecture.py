@@ -23,9 +23,10 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 # from each other. `version` stands apart: a number that everybody may read.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("version",),
-    ("ops", "output"),
+    ("ops", "options", "output"),
     ("config",),
-    ("checkpoints", "data"),
+    ("adapters", "data"),
+    ("checkpoints",),
     ("tokens",),
     ("model",),
     ("planning",),

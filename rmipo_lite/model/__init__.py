@@ -4,7 +4,6 @@
 """
 
 __all__ = [
-    "adapter",
     "attention",
     "backbone",
     "batch",

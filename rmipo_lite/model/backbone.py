@@ -9,26 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model.batch import ModelInput
 
 
 class UnsupportedModelError(ValueError):
     """This model can't be trained here; the message says what of it and why."""
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a possible PeftModel."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(
-            "model: wanted a name or folder, a transformers PreTrainedModel or a PeftModel, got "
-            f"{type(model).__name__}"
-        )
-    return base
 
 
 def scored_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:

@@ -8,7 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from rmipo_lite.model.backbone import UnsupportedModelError, causal_lm
+from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.model.backbone import UnsupportedModelError
 from rmipo_lite.ops import linear_logps
 from rmipo_lite.ops.native import Impl
 
@@ -76,18 +77,23 @@ def _effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not isinstance(layer, BaseTunerLayer):
         return _plain_weight(layer), getattr(layer, "bias", None)
     base = layer.get_base_layer()
-    weight = _plain_weight(base)
-    active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
-    for adapter in active:
-        if adapter not in getattr(layer, "lora_A", {}):
+    weight, bias = _plain_weight(base), getattr(base, "bias", None)
+    if layer.disable_adapters or layer.merged:
+        return weight, bias
+    if not isinstance(layer, LoraLayer) or any(layer.use_dora.values()):
+        raise UnsupportedModelError(
+            "model: the output layer carries an adapter that isn't plain LoRA; leave it out of "
+            "target_modules"
+        )
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A:
             continue
-        if not isinstance(layer, LoraLayer) or layer.use_dora.get(adapter, False):
-            raise UnsupportedModelError(
-                "model: the output layer carries an adapter that isn't plain LoRA; leave it out "
-                "of target_modules"
-            )
         weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-    return weight, getattr(base, "bias", None)
+        own = layer.lora_B[adapter].bias  # lora_bias=True
+        if own is not None:
+            added = layer.scaling[adapter] * own.to(weight.dtype)
+            bias = added if bias is None else bias + added
+    return weight, bias
 
 
 def _plain_weight(layer: nn.Module) -> Tensor:

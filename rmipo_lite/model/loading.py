@@ -4,12 +4,9 @@ Nothing that comes with a model is run, neither pickles nor code (`model_files`)
 the precision they are computed in, never silently in fp32.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -17,11 +14,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from rmipo_lite.checkpoints.weights import require_adapter_weights
+from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.saved import require_adapter_weights, resize_for
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.model_files import (
     ADAPTER_CONFIG,
@@ -30,7 +30,7 @@ from rmipo_lite.model.model_files import (
     existing_folder,
     named_errors,
 )
-from rmipo_lite.output.console import in_notebook, in_terminal
+from rmipo_lite.output.console import watched_bars
 
 # Spelled out, since transformers asks on standard input where nothing is said.
 _NO_CODE = {"trust_remote_code": False}
@@ -86,8 +86,12 @@ def load_model(
     if folder is not None and (folder / ADAPTER_CONFIG).is_file():
         base = load_model(base_of_adapter(folder), args, quantization_config)
         with named_errors("adapter", name, "Is its base the model it was trained on?"):
+            resize_for(base, folder)
             adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         require_adapter_weights(adapted, folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file():  # what it was taught to end with
+            stops = GenerationConfig.from_pretrained(folder, local_files_only=True)
+            causal_lm(adapted).generation_config = stops
         return adapted
     if folder is not None:
         check_model_folder(folder)
@@ -102,21 +106,6 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     protect_4bit_on_cpu(model)
     return model
-
-
-@contextlib.contextmanager
-def watched_bars(*, downloads: bool = False) -> Iterator[None]:
-    """transformers' bars where somebody watches: a terminal, or a download into a notebook."""
-    logging = transformers.utils.logging
-    is_watched = in_terminal() or (downloads and in_notebook())
-    if is_watched or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def protect_4bit_on_cpu(model: nn.Module) -> None:

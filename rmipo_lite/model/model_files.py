@@ -48,7 +48,11 @@ def check_model_folder(folder: Path) -> None:
         FileNotFoundError: it is no model's folder.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model: {folder} has no config.json, so it is no model's folder")
+        inside = [path.parent.name for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
+        hint = f"; {', '.join(inside[:5])} inside it hold adapters" if inside else ""
+        raise FileNotFoundError(
+            f"model: {folder} has no config.json, so it is no model's folder{hint}"
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / _WEIGHTS["model"]).is_file():
         for shard in _shards(index):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model.model_files import existing_folder
 
 _LONGEST_NAME = 80  # bytes of a model's name in a folder's, which may have 255 in all

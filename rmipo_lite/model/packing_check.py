@@ -12,15 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import (
-    UnsupportedModelError,
-    causal_lm,
-    device_of,
-    evaluating,
-    scored_hidden,
-)
+from rmipo_lite.model.backbone import UnsupportedModelError, device_of, evaluating, scored_hidden
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops.native import Impl

@@ -33,11 +33,26 @@ _TRAINER_HOOKS = (
     "_save_scaler", "_load_scaler", "_push_from_checkpoint", "_finalize_training",
 )  # fmt: skip
 
+_OF_EVALUATION = ("_get_dataloader", "_get_eval_sampler")
+_OF_TRAINING = ("_get_train_sampler", "_determine_best_metric")
+
 BORROWED: tuple[Borrowed, ...] = (
     *(
         Borrowed("transformers", f"Trainer.{hook}", "checkpoints/trainer_mixin.py")
         for hook in _TRAINER_HOOKS
     ),
+    *(
+        Borrowed("transformers", f"Trainer.{hook}", "training/evaluation.py")
+        for hook in _OF_EVALUATION
+    ),
+    *(Borrowed("transformers", f"Trainer.{hook}", "training/trainer.py") for hook in _OF_TRAINING),
+    Borrowed("transformers", "Trainer._init_training_state", "training/resume.py"),
+    Borrowed(
+        "peft.tuners.tuners_utils",
+        "BaseTuner._mark_only_adapters_as_trainable",
+        "adapters/attach.py",
+    ),
+    Borrowed("peft.utils.other", "AuxiliaryTrainingWrapper", "adapters/embeddings.py"),
     Borrowed("transformers.trainer", "DEFAULT_PROGRESS_CALLBACK", "watch/progress.py"),
     Borrowed("transformers.trainer_callback", "ExportableState", "checkpoints/trainer_mixin.py"),
     Borrowed("transformers.utils.hub", "PushInProgress", "checkpoints/trainer_mixin.py"),

@@ -8,13 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model import batch
-from rmipo_lite.model.backbone import (
-    UnsupportedModelError,
-    causal_lm,
-    disable_dropout,
-    scored_hidden,
-)
+from rmipo_lite.model.backbone import UnsupportedModelError, disable_dropout, scored_hidden
 from rmipo_lite.model.head import read_head
 from rmipo_lite.model.packing_check import packing_problem
 from tests.kit import VOCAB, random_pairs, tiny_model

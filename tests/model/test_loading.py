@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rmipo_lite.adapters import attach
 from rmipo_lite.checkpoints.weights import save_weights
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model import adapter, loading, names
+from rmipo_lite.model import loading, names
 from rmipo_lite.planning import quantization
 from rmipo_lite.training.step import PairStep
 from tests.kit import random_pairs, tiny_model, word_tokenizer
@@ -23,70 +24,10 @@ def _trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_default_adapter_is_every_linear_layer_but_the_head() -> None:
-    model = adapter.attach_adapter(tiny_model(), "auto")
-    targets = model.peft_config["default"].target_modules
-    assert {target.rsplit(".", 1)[-1] for target in targets} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
-    assert model.peft_config["default"].r == 16
-    assert model.peft_config["default"].lora_alpha == 32
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
-def test_a_second_call_goes_on_with_the_adapter_and_never_nests() -> None:
-    base = tiny_model()
-    first = adapter.attach_adapter(base, "auto")
-    size = _trainable(first)
-    assert adapter.attach_adapter(base, "auto") is first
-    assert adapter.attach_adapter(first, "auto") is first
-    assert adapter.attach_adapter(first, None) is first
-    assert _trainable(first) == size
-
-
-def test_new_replaces_the_adapter() -> None:
-    base = tiny_model()
-    first = adapter.attach_adapter(base, "auto")
-    with torch.no_grad():
-        for name, parameter in first.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(1.0)
-    second = adapter.attach_adapter(first, "new")
-    assert second is not first
-    assert _trainable(second) == _trainable(adapter.attach_adapter(tiny_model(), "auto"))
-    assert all(p.abs().max() == 0 for n, p in second.named_parameters() if "lora_B" in n)
-    third = adapter.attach_adapter(second, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert third.peft_config["default"].r == 2
-
-
-def test_layers_of_an_unknown_adapter_are_refused() -> None:
-    from peft import get_peft_model
-
-    base = tiny_model()
-    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="pass the PeftModel that get_peft_model returned"):
-        adapter.attach_adapter(base, "auto")
-
-
-def test_unknown_word_for_the_adapter() -> None:
-    for wrong in ("fresh", {"r": 8}, 7):
-        with pytest.raises(
-            ValueError, match="peft_config must be 'auto', 'new', None or a peft config, got"
-        ):
-            adapter.attach_adapter(tiny_model(), wrong)  # type: ignore[arg-type]
-
-
-def test_layers_that_the_model_has_not_are_told_with_those_it_has() -> None:
-    with pytest.raises(
-        ValueError, match=r"peft_config: .*'query'.* are called down_proj, .*q_proj"
-    ):
-        adapter.attach_adapter(tiny_model(), LoraConfig(target_modules=["query"]))
-
-
 def test_an_adapter_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     args = RMiPOConfig(str(tmp_path / "out"), use_cpu=True)
-    adapted = adapter.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
+    adapted = attach.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
     save_weights(adapted, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
@@ -99,23 +40,10 @@ def test_an_adapter_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
         loading.load_model(str(tmp_path / "adapter"), args)
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning")
-def test_lora_on_tied_ends_is_refused_and_taken_off(target: str) -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
-    config = LoraConfig(r=2, target_modules=["q_proj", target])
-    with pytest.raises(ValueError, match=f"LoRA on .*{target}, but embedding and head are tied"):
-        adapter.attach_adapter(model, config)
-    assert not [name for name, _ in model.named_modules() if "lora" in name]
-    assert adapter.attach_adapter(model, "auto")
-    untied = tiny_model("llama", tie_word_embeddings=False)
-    assert adapter.attach_adapter(untied, config)
-
-
 def test_an_adapter_folder_goes_on_training(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     args = RMiPOConfig(str(tmp_path / "run"))
-    model = adapter.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
+    model = attach.attach_adapter(loading.load_model(str(tmp_path / "base"), args), "auto")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -125,7 +53,7 @@ def test_an_adapter_folder_goes_on_training(tmp_path: Path) -> None:
     assert isinstance(loaded, PeftModel)
     ids = torch.arange(3, 9)[None]
     torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
-    assert _trainable(adapter.attach_adapter(loaded, "auto")) == _trainable(model)
+    assert _trainable(attach.attach_adapter(loaded, "auto")) == _trainable(model)
 
 
 @pytest.mark.parametrize("word", ["8bit", "yes", 4])
@@ -165,7 +93,7 @@ def test_every_lora_tensor_has_a_gradient_after_an_evaluation(
     It does so on CPUs with AVX512-BF16, so this one is made to say it has that.
     """
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    model = adapter.attach_adapter(_four_bit(tmp_path), "auto")
+    model = attach.attach_adapter(_four_bit(tmp_path), "auto")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -229,7 +157,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model().save_pretrained(root / "base")
     word_tokenizer().save_pretrained(root / "base")
     base = loading.load_model(str(root / "base"), RMiPOConfig(str(root / "run")))
-    adapter.attach_adapter(base, "auto").save_pretrained(root / "adapter")
+    attach.attach_adapter(base, "auto").save_pretrained(root / "adapter")
     return root
 
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalL
 import rmipo_lite
 from benchmarks import estimates
 from rmipo_lite import demo
+from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model.adapter import attach_adapter
 from rmipo_lite.planning import budget, estimation, quantization
 from rmipo_lite.planning.estimation_view import Estimate
 from rmipo_lite.planning.footprint import Setup, activations_of, weights_of

@@ -13,8 +13,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from rmipo_lite.adapters.attach import attach_adapter, default_lora
 from rmipo_lite.model import batch
-from rmipo_lite.model.adapter import attach_adapter, default_lora
 from rmipo_lite.model.attention import packed_attention
 from rmipo_lite.model.backbone import scored_hidden
 from rmipo_lite.model.fused_lora import fused_lora

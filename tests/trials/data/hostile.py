@@ -13,9 +13,10 @@ from unittest import mock
 
 import torch
 
+from rmipo_lite.adapters import attach
 from rmipo_lite.checkpoints.sealed_folder import seal
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model import adapter, loading, names
+from rmipo_lite.model import loading, names
 from tests.kit import tiny_model, tiny_trainer, word_tokenizer
 from tests.trials.data import hostile_data, hostile_shown
 from tests.trials.data.hostile_data import Bench, expect_refused
@@ -61,7 +62,7 @@ def _saved(folder: Path) -> Path:
     tiny_model().save_pretrained(folder / "base")
     word_tokenizer().save_pretrained(folder / "base")
     base = loading.load_model(str(folder / "base"), _args(folder))
-    adapted: Any = adapter.attach_adapter(base, "auto")
+    adapted: Any = attach.attach_adapter(base, "auto")
     adapted.save_pretrained(folder / "adapter")
     trainer = tiny_trainer(
         folder / "run", save_strategy="steps", save_steps=1, max_steps=_STEPS - 1

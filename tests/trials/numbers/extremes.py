@@ -14,9 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import causal_lm, scored_hidden
+from rmipo_lite.model.backbone import scored_hidden
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, pair_loss, rmipo_loss

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmipo_lite.model.adapter import detach_adapter
-from rmipo_lite.model.backbone import causal_lm
+from rmipo_lite.adapters.attach import detach_adapter
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
 from rmipo_lite.training import step as step_module

@@ -13,8 +13,8 @@ from unittest import mock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rmipo_lite.adapters.saved import ADAPTER_FILE
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint
-from rmipo_lite.checkpoints.weights import ADAPTER_FILE
 from rmipo_lite.output.console import say
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from tests.kit import equal_weights, tiny_model, tiny_trainer

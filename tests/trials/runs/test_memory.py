@@ -14,7 +14,7 @@ from rmipo_lite.training import restore
 @pytest.mark.parametrize(
     ("fault", "index", "message"),
     [
-        ("_drop_input_hooks", 3, "model"),
+        ("_drop_hooks", 3, "model"),
         ("kept_random_state", 0, "random"),
         ("_restore_environment", 0, "environment"),
         ("_restore_modules", 2, "model"),

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import rmipo_lite
 from rmipo_lite import RMiPOConfig, TrainResult
-from rmipo_lite.checkpoints.weights import ADAPTER_FILE
+from rmipo_lite.adapters.saved import ADAPTER_FILE
 from rmipo_lite.model.loading import load_model
 from tests.kit import VOCAB, tiny_model, word_rows, word_tokenizer
 from tests.trials.runs.children import start
