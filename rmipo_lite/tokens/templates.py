@@ -133,6 +133,16 @@ def render_prompt(prompt: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
         raise ValueError(f"{problem.reason} ({problem.example})") from problem
 
 
+def after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template's text after an answer; empty without a template, or one that takes no user."""
+    prompt = [{"role": "user", "content": "Hello"}]
+    try:
+        text = text_of(render([prompt], tokenizer, generation_prompt=True)[0], "prompt", prompt)
+        return _Framer(tokenizer).frame(prompt, text).after
+    except Refused:
+        return ""
+
+
 class _Framer:
     """Cuts rendered conversations at the borders of the answer."""
 

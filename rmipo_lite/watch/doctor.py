@@ -20,7 +20,7 @@ class Doctor(TrainerCallback):
         pairs: how many pairs an evaluation is a mean over.
 
     Attributes:
-        report: the data's report, set by whoever has it before training.
+        report, ends: as in `Chart`, set by whoever has them before training.
         shown_before: symptoms that were told otherwise already; found and kept, not said again.
     """
 
@@ -28,6 +28,7 @@ class Doctor(TrainerCallback):
         self._args = args
         self._pairs = pairs
         self.report: DataReport | None = None
+        self.ends: tuple[str, str] | None = None
         self.shown_before: set[str] = set()
         self._latest: dict[str, Any] | None = None
         self._before: dict[str, Any] | None = None
@@ -40,7 +41,10 @@ class Doctor(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation outside training is the one before it until training begins."""
-        self._latest = {**(kwargs.get("metrics") or {}), "step": 0}
+        metrics = kwargs.get("metrics") or {}
+        if "eval_loss" not in metrics:  # one of several sets by name, or cut short
+            return
+        self._latest = {**metrics, "step": 0}
         if state.global_step == 0:
             self._before = self._latest
         self._examine(state)
@@ -66,6 +70,7 @@ class Doctor(TrainerCallback):
             pairs=self._pairs,
             max_steps=state.max_steps,
             report=self.report,
+            ends=self.ends,
         )
         for finding in examine(chart):
             known = self._found.get(finding.name)

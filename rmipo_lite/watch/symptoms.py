@@ -57,6 +57,8 @@ class Chart:
         pairs: how many pairs an evaluation is a mean over.
         max_steps: of the run; 0 before it begins.
         report: the data's, None where rows came tokenised.
+        ends: the token that ends an answer in training, and those that the model itself stops at,
+            where they differ.
     """
 
     args: RMiPOConfig
@@ -65,6 +67,7 @@ class Chart:
     pairs: int = 0
     max_steps: int = 0
     report: DataReport | None = None
+    ends: tuple[str, str] | None = None
 
     @property
     def step(self) -> int:
@@ -104,6 +107,19 @@ def chosen_longer(chart: Chart) -> Seen | None:
         "This loss takes means over tokens, and on such pairs it can run away to answers that "
         "never end: watch the answers' length, drop pairs until the shares are alike, or try "
         "loss_type='simper'",
+    )
+
+
+def ends_differ(chart: Chart) -> Seen | None:
+    """The end that is scored isn't the one that the model stops at."""
+    if chart.ends is None:
+        return None
+    scored, own = chart.ends
+    return Seen(
+        f"answers end with {scored} in training, and the model itself stops at {own}",
+        "Generation here and every generation_config that is saved stop at both; a program that "
+        f"reads neither has to be told to stop at {scored}",
+        level="note",
     )
 
 
@@ -326,7 +342,7 @@ def length_runaway(chart: Chart) -> Seen | None:
 
 
 SYMPTOMS: tuple[Callable[[Chart], Seen | None], ...] = (
-    chosen_longer, swapped_labels, easy_pairs, chosen_collapsing, both_rewards_falling,
+    chosen_longer, ends_differ, swapped_labels, easy_pairs, chosen_collapsing, both_rewards_falling,
     gamma_pinned, pmi_undefined, loss_constant, learning_rate_high, overshooting,
     learning_rate_low, repetition, length_runaway,
 )  # fmt: skip

@@ -191,6 +191,14 @@ def test_low_rates_are_judged_late(args: RMiPOConfig) -> None:
     assert _names(replace(chart, max_steps=60)) == ["learning_rate_low"]
 
 
+def test_another_end_than_the_models_own_is_noted(args: RMiPOConfig) -> None:
+    (found,) = examine(replace(_healthy(args), ends=("<|im_end|>", "<|endoftext|>")))
+    assert (found.name, found.level) == ("ends_differ", "note")
+    assert "end with <|im_end|> in training, and the model itself stops at <|endoftext|>" in (
+        found.text
+    )
+
+
 def test_every_symptom_is_provoked_here(args: RMiPOConfig) -> None:
-    provoked: set[Any] = {*_HELD_OUT, *_TRAINING, "chosen_longer"}
+    provoked: set[Any] = {*_HELD_OUT, *_TRAINING, "chosen_longer", "ends_differ"}
     assert provoked == {symptom.__name__ for symptom in SYMPTOMS}
