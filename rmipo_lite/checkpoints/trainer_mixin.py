@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from rmipo_lite.adapters.saved import AdapterError, load_adapter_weights
+from rmipo_lite.checkpoints.optimizer_state import load_optimizer, load_schedule
 from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.checkpoints.sealed_folder import (
     CheckpointError,
@@ -32,7 +35,11 @@ from rmipo_lite.checkpoints.sealed_folder import (
     verify_checkpoint,
 )
 from rmipo_lite.checkpoints.state import load_state, save_state
-from rmipo_lite.checkpoints.weights import load_adapter_weights, non_finite_weight, save_run
+from rmipo_lite.checkpoints.weights import (
+    non_finite_weight,
+    rehearse_save,
+    save_run,
+)
 from rmipo_lite.output.console import say
 
 STATE_FILE = "trainer_state.json"
@@ -66,6 +73,7 @@ class SafeCheckpointing:
 
     _run_id: str = ""
     failed_saves: list[str]
+    changed: Mapping[str, Any]  # options that are others than the checkpoint's
 
     def extra_state(self) -> dict[str, Any]:
         """What a subclass wants in the checkpoint, as JSON-like values."""
@@ -73,6 +81,11 @@ class SafeCheckpointing:
 
     def begin_run(self) -> None:
         """A run is about to begin, or to go on; called before anything of it is read."""
+
+    def check_resume(self, folder: Path) -> dict[str, Any]:
+        """The extra state of a checkpoint; a subclass refuses one of another run here."""
+        state: dict[str, Any] = load_state(folder, "extra_state")
+        return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave; called before the training loop is set up."""
@@ -93,12 +106,14 @@ class SafeCheckpointing:
         """
         self.failed_saves = []
         self.begin_run()
-        folder = self._resolve_resume(resume_from_checkpoint)
+        rehearse_save(self._bare_model(), self.processing_class, self.args)
+        folder = self.resolve_resume(resume_from_checkpoint)
+        self.changed = {}
         if folder is None:
             self._run_id = uuid.uuid4().hex
         else:
             self._run_id = read_manifest(folder)["run_id"]
-            self.load_extra_state(load_state(folder, "extra_state"))
+            self.load_extra_state(self.check_resume(folder))
         with contextlib.ExitStack() as stack:
             for callback in self.callback_handler.callbacks:
                 # GracefulInterrupt and ProgressDisplay: what they hold ends with the call
@@ -110,7 +125,8 @@ class SafeCheckpointing:
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
 
-    def _resolve_resume(self, resume: str | Path | bool | None) -> Path | None:
+    def resolve_resume(self, resume: str | Path | bool | None) -> Path | None:
+        """The checkpoint that is meant, verified; None for a new run. Errors as of `train`."""
         if resume is None or resume is False:
             return None
         if resume is not True:
@@ -134,7 +150,10 @@ class SafeCheckpointing:
         folder = Path(resume_from_checkpoint)
         target = self.model if model is None else model
         if isinstance(target, PeftModel):
-            load_adapter_weights(target, folder)
+            try:
+                load_adapter_weights(target, folder)
+            except AdapterError as error:
+                raise CheckpointError(f"{folder.name}: {error}") from error
             return
         if not list(folder.glob("model*.safetensors")):
             raise CheckpointError(f"{folder.name} holds no model*.safetensors; pickle isn't read")
@@ -148,8 +167,12 @@ class SafeCheckpointing:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
-        self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+        folder = Path(checkpoint)
+        load_optimizer(self.optimizer, load_state(folder, "optimizer"), self.changed)
+        load_schedule(
+            self.lr_scheduler, load_state(folder, "scheduler"), self.changed,
+            int(self.state.global_step),
+        )  # fmt: skip
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -174,9 +197,10 @@ class SafeCheckpointing:
         self._refuse_to_save_bad_weights()
         try:
             self._write_checkpoint(trial)
-        except CheckpointError as error:
+        except Exception as error:  # CheckpointError, or what another package raises
             self.failed_saves.append(str(error))
-            say(f"WARNING: {error}. Training goes on and tries again at the next save")
+            reason = str(error).rstrip(".")
+            say(f"WARNING: {reason}. Training goes on and tries again at the next save")
 
     def _refuse_to_save_bad_weights(self) -> None:
         """A checkpoint of NaN would push the good ones out."""

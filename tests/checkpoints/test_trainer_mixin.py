@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
+from rmipo_lite.adapters.saved import AdapterError
 from rmipo_lite.checkpoints import sealed_folder
 from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.checkpoints.sealed_folder import (
@@ -140,7 +141,7 @@ def test_weights_only_checkpoints_are_not_resumed(tmp_path: Path) -> None:
 
 def test_another_adapter_is_refused(finished: Path) -> None:
     other = get_peft_model(tiny_model(), LoraConfig(r=8, target_modules=["q_proj"]))
-    with pytest.raises(CheckpointError, match=r"belongs to another adapter: 0 weights missing"):
+    with pytest.raises(AdapterError, match=r"belongs to another adapter: 0 weights missing"):
         load_adapter_weights(other, finished / "checkpoint-2")
 
 

@@ -100,15 +100,3 @@ def test_other_pairs_with_the_same_rows_have_priors_of_their_own(tmp_path: Path)
     assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == [
         e["loss"] for e in fresh.state.log_history if "loss" in e
     ]
-
-
-def test_priors_of_a_checkpoint_are_scored_anew_for_other_pairs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saving = {"prior": "cached", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    tiny_trainer(tmp_path, pairs=random_pairs(4, seed=1), **saving).train()
-    pairs = random_pairs(4, seed=2)
-    trainer = tiny_trainer(tmp_path, pairs=pairs, **(saving | {"max_steps": 3}))
-    trainer.train(resume_from_checkpoint=True)
-    assert "cached priors are of other pairs" in capsys.readouterr().out
-    assert trainer.pair_step.prior_cache is not None
