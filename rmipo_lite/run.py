@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -18,26 +17,29 @@ from transformers import (
     TrainerCallback,
 )
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint, writable_folder
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.holdout import split_holdout
 from rmipo_lite.data.rows import LoadedRows, Row, load_rows
-from rmipo_lite.model.backbone import causal_lm
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of, run_name
 from rmipo_lite.output.console import say, show
 from rmipo_lite.planning.quantization import Quantization, load_for_run
+from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.tokens.prepare import prepare
+from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.interrupt import GracefulInterrupt
-from rmipo_lite.training.refusals import refuse_bad_weights
+from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_callbacks
 from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
 from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.progress import show_progress
+
+EvalPairs = list[TokenizedPair] | dict[str, list[TokenizedPair]]
 
 HOLDOUT_SHARE = 0.05
 HOLDOUT_AT_MOST = 200  # pairs
@@ -49,7 +51,9 @@ def train(
     model: str | Path | PreTrainedModel | PeftModel,
     dataset: Any,
     *,
+    split: str | None = None,
     eval_dataset: Any = None,
+    eval_split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
     peft_config: LoraConfig | str | None = "auto",
@@ -65,8 +69,10 @@ def train(
         dataset: a hub name, a path (.jsonl, .json, .csv, .parquet, also .gz), a Dataset or
             DatasetDict, a list of dicts, a dict of lists or a pandas DataFrame with prompt, chosen
             and rejected; text, message lists, or message lists with the prompt inside.
-        eval_dataset: likewise; None holds out 5 % of the pairs, at most 200, sharing no prompt
-            with the others.
+        split: which split of a dataset that has several; None takes train, or the only one.
+        eval_dataset: likewise, or several by name ({"easy": ..., "hard": ...}); None holds out 5 %
+            of the pairs, at most 200, sharing no prompt with the others.
+        eval_split: as `split`.
         tokenizer: None loads the model's own.
         output_dir: None makes a new folder `rmipo-<model name>`; another run's is never reused.
         peft_config: "auto" (go on with the adapter the model has, else LoRA r=16 on every linear
@@ -89,13 +95,16 @@ def train(
     """
     if isinstance(model, Path):
         model = str(model)
+    refuse_other_callbacks(callbacks)
     folder = _output_folder(model, output_dir, resume)
     with surroundings_restored(model):
         args = RMiPOConfig(output_dir=str(folder), **config)
-        data = load_rows(dataset)
+        data = load_rows(dataset, split=split)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
-        train_pairs, eval_pairs, prompts = _pairs(data, eval_dataset, tokenizer, args, loaded)
+        train_pairs, eval_pairs, prompts = _pairs(
+            data, eval_dataset, eval_split, tokenizer, args, loaded
+        )
         show(data.report)
         interrupt = GracefulInterrupt()
         trainer = RMiPOTrainer(
@@ -120,48 +129,80 @@ def train(
                 unwrap_forward(trainer.model)
         result.held_out_prompts = prompts
         _answer_samples(result)
-        return result
+        stops = causal_lm(result.model).generation_config
+    # Beside the adapter it is what the run leaves on the model: answers end where they were taught.
+    causal_lm(result.model).generation_config = stops
+    return result
 
 
 def _run(
     trainer: RMiPOTrainer,
-    eval_pairs: list[TokenizedPair],
+    eval_pairs: EvalPairs,
     data: LoadedRows,
     interrupt: GracefulInterrupt,
     folder: Path,
     resume: bool | str | Path,
 ) -> TrainResult:
-    before = trainer.evaluate() if eval_pairs else {}
+    checkpoint = trainer.resolve_resume(str(resume) if isinstance(resume, Path) else resume)
+    if checkpoint is not None:
+        trainer.check_resume(checkpoint)
+    before = trainer.evaluate_before() if eval_pairs else {}
+    _rehearse_card(trainer, before, data, folder)
     if interrupt.requested:
         raise KeyboardInterrupt  # before the first step there is nothing to save
-    plan = plan_run(trainer, before.get("eval_runtime", 0.0))
+    plan = plan_run(trainer, sum(before[name] for name in before if name.endswith("_runtime")))
     for line in (str(plan), *plan.warnings):
         say(line)
     if interrupt.requested:
         raise KeyboardInterrupt
-    checkpoint = str(resume) if isinstance(resume, (str, Path)) else resume
-    outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     interrupt.answered()
-    after = trainer.evaluate() if eval_pairs else {}
-    result = TrainResult(
+    after = _evaluate_after(trainer) if eval_pairs else {}
+    result = _result(trainer, {**outcome.metrics, **after}, before, data, folder)
+    result.stopped_at_step, result.plan = interrupt.stopped_at_step, plan
+    _save(result, folder)
+    return result
+
+
+def _result(
+    trainer: RMiPOTrainer,
+    metrics: dict[str, float],
+    before: dict[str, float],
+    data: LoadedRows,
+    folder: Path,
+) -> TrainResult:
+    history = list(trainer.state.log_history)
+    return TrainResult(
         model=trainer.model,
         tokenizer=trainer.processing_class,
         args=trainer.args,
-        metrics={**outcome.metrics, **after},
+        metrics=metrics,
         metrics_before=before,
         # train() starts a new log, so what was measured before it is put in front.
-        history=[{**before, "step": 0}, *trainer.state.log_history]
-        if before
-        else list(trainer.state.log_history),
+        history=[{**before, "step": 0}, *history] if before else history,
         data_report=data.report,
         output_dir=folder,
-        stopped_at_step=interrupt.stopped_at_step,
         conversational=not isinstance(data.rows[0].prompt, str),
-        plan=plan,
         findings=trainer.doctor.findings,
+        start=trainer.start,
+        weights_step=trainer.weights_step,
     )
-    _save(result, folder)
-    return result
+
+
+def _rehearse_card(
+    trainer: RMiPOTrainer, before: dict[str, float], data: LoadedRows, folder: Path
+) -> None:
+    """Write the card once and throw it away, as `rehearse_save` does with the rest."""
+    model_card(_result(trainer, before, before, data, folder))
+
+
+def _evaluate_after(trainer: RMiPOTrainer) -> dict[str, float]:
+    """The evaluation after training; what was trained isn't lost where it fails."""
+    try:
+        return dict(trainer.evaluate())
+    except Exception as error:
+        say(f"WARNING: the evaluation after training failed: {type(error).__name__}: {error}")
+        return {}
 
 
 def _answer_samples(result: TrainResult) -> None:
@@ -184,11 +225,13 @@ def _save(result: TrainResult, folder: Path) -> None:
     """Save the result; where that fails, the result is returned all the same, and says so."""
     try:
         result.save(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever it is, what was trained isn't lost with it
         result.unsaved = str(error)
+        what = "adapter" if isinstance(result.model, PeftModel) else "model"
+        first = "make room and " if isinstance(error, OSError) else ""
         say(
-            f"WARNING: the adapter could not be saved to {folder}: {error}. It is in memory: make "
-            "room and call result.save(folder)"
+            f"WARNING: the {what} could not be saved to {folder}: {str(error).rstrip('.')}. It is "
+            f"in memory: {first}call result.save(folder)"
         )
 
 
@@ -200,7 +243,7 @@ def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException
             refuse_bad_weights(trainer.model)
             trainer.save_model(str(folder))
             say(f"The weights as of step {trainer.state.global_step} are in {folder}")
-        except (OSError, SafetensorError, FloatingPointError, TypeError) as second:
+        except Exception as second:
             say(f"The weights as of step {trainer.state.global_step} are not saved: {second}")
     newest, _ = newest_valid_checkpoint(folder)
     if newest is not None:
@@ -226,10 +269,11 @@ def _load(
 def _pairs(
     data: LoadedRows,
     eval_dataset: Any,
+    eval_split: str | None,
     tokenizer: PreTrainedTokenizerBase,
     args: RMiPOConfig,
     model: nn.Module,
-) -> tuple[list[TokenizedPair], list[TokenizedPair], list[Prompt]]:
+) -> tuple[list[TokenizedPair], EvalPairs, list[Prompt]]:
     """(training pairs, held-out pairs, distinct prompts of the held-out ones)."""
     config = causal_lm(model).config
     pairs = prepare(data, tokenizer, args, config).pairs
@@ -240,10 +284,29 @@ def _pairs(
         if not held_out:
             say("Too few pairs or prompts to hold any out: nothing is evaluated")
         return train_pairs, held_out, _prompts(held_out, data.rows)
-    own = load_rows(eval_dataset, argument="eval_dataset")
-    eval_pairs = prepare(own, tokenizer, args, config).pairs
-    say(f"Evaluation set: {own.report.kept} of {own.report.total} pairs kept")
-    return pairs, eval_pairs, _prompts(eval_pairs, own.rows)
+    named = eval_dataset if is_several(eval_dataset) else {"": eval_dataset}
+    eval_pairs: dict[str, list[TokenizedPair]] = {}
+    prompts: list[Prompt] = []
+    for name, part in named.items():
+        argument = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        own = load_rows(
+            part, split=eval_split, argument=argument, as_messages=data.report.has_system
+        )
+        eval_pairs[name] = prepare(own, tokenizer, args, config).pairs
+        prompts += _prompts(eval_pairs[name], own.rows)
+        title = f"Evaluation set {name}" if name else "Evaluation set"
+        say(f"{title}: {own.report.kept} of {own.report.total} pairs kept")
+        if _forms(own.rows) != _forms(data.rows):
+            say(
+                f"WARNING: the rows of {argument} are {_forms(own.rows)}, those trained on are "
+                f"{_forms(data.rows)}; only messages go through the chat template"
+            )
+    return pairs, eval_pairs.get("", eval_pairs), prompts
+
+
+def _forms(rows: list[Row]) -> str:
+    kinds = sorted({isinstance(row.prompt, str) for row in rows})
+    return " and ".join("plain text" if is_text else "messages" for is_text in kinds)
 
 
 def _prompts(pairs: list[TokenizedPair], rows: list[Row]) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import torch
 from peft import LoraModel, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.utils import logging
 
 import rmipo_lite
 from rmipo_lite import run
@@ -326,18 +328,6 @@ def test_an_error_leaves_the_weights_of_the_last_step(
     assert all(torch.equal(saved[name], kept[name]) for name in kept)
 
 
-class _CtrlC(TrainerCallback):
-    """Presses Ctrl-C at the first batch of the n-th evaluation."""
-
-    def __init__(self, evaluation: int) -> None:
-        self._left = evaluation
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._left -= 1
-        if self._left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_ctrl_c_cuts_an_evaluation_short(
     evaluation: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
@@ -346,7 +336,14 @@ def test_ctrl_c_cuts_an_evaluation_short(
 
     def with_ctrl_c(trainer: Any) -> None:
         real(trainer)
-        trainer.add_callback(_CtrlC(evaluation))
+        loop, begun = trainer.evaluation_loop, itertools.count(1)
+
+        def pressed(*args: Any, **kwargs: Any) -> Any:
+            if next(begun) == evaluation:
+                os.kill(os.getpid(), signal.SIGINT)
+            return loop(*args, **kwargs)
+
+        trainer.evaluation_loop = pressed
 
     monkeypatch.setattr(run, "show_progress", with_ctrl_c)
     handler = signal.getsignal(signal.SIGINT)
@@ -361,3 +358,27 @@ def test_ctrl_c_cuts_an_evaluation_short(
         assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert "Evaluation stopped after" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_what_options_set_for_the_process_and_on_modules_is_put_back(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """full_determinism, log_level and the hooks of debug, on the adapter that stays too."""
+
+    def settings() -> tuple[Any, ...]:
+        cudnn = torch.backends.cudnn
+        return (
+            torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark,
+            logging.get_verbosity(),
+        )  # fmt: skip
+
+    model, before = AutoModelForCausalLM.from_pretrained(MODEL), settings()
+    own = model.lm_head.register_forward_hook(lambda *_: None)
+    result = _train(
+        model, tokenizer, tmp_path / "run", max_steps=1, full_determinism=True, log_level="error",
+        debug="underflow_overflow",
+    )  # fmt: skip
+    assert settings() == before
+    hooks = [key for module in result.model.modules() for key in module._forward_hooks]
+    assert hooks == [own.id]
+    assert not any(module._forward_pre_hooks for module in result.model.modules())

@@ -1,28 +1,37 @@
 """The caller's surroundings: what a run changes there is put back, whether it returns or raises.
 
 On the model: mode, dropout, use_cache, attention, checkpointing, hooks, wrapped forwards. Around
-it: random numbers, environment variables, warning filters. The adapter stays on a model whose
-training returned; where it raised, an adapter that this run attached comes off, one that it took
-off is back, and what it froze is free again.
+it: random numbers, environment variables, warning filters, torch's deterministic algorithms,
+transformers' verbosity. The adapter stays on a model whose training returned; where it raised, an
+adapter that this run attached comes off, one that it took off is back, and what it froze is free
+again.
 """
 
 import gc
 import os
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from rmipo_lite.adapters.attach import ADAPTED, detach_adapter
+from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.embeddings import EMBEDDINGS
+from rmipo_lite.adapters.start import START
 from rmipo_lite.checkpoints.random_state import kept_random_state
-from rmipo_lite.model.adapter import ADAPTED
-from rmipo_lite.model.backbone import causal_lm
 
 _DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
-_OF_ADAPTER = (ADAPTED, "peft_config")  # what peft and we leave on the model itself
+_OF_ADAPTER = (
+    ADAPTED,
+    EMBEDDINGS,
+    START,
+    "peft_config",
+)  # what peft and we leave on the model itself
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Put on modules during a run: by accelerate and our own steps, and by transformers' checkpointing.
 _PUT_ON_MODULES = (
@@ -35,6 +44,7 @@ _PUT_ON_MODULES = (
 def surroundings_restored(model: str | nn.Module) -> Iterator[None]:
     """Put back what a run changes; `model` is the caller's own, or a name."""
     environment, filters = dict(os.environ), warnings.filters[:]
+    restore_settings = _settings()
     before = None if isinstance(model, str) else _ModelState(model)
     try:
         with kept_random_state():
@@ -46,10 +56,27 @@ def surroundings_restored(model: str | nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             before.put_back()
+        restore_settings()
         _restore_environment(environment)
         if warnings.filters != filters:
             warnings.filters[:] = filters  # type: ignore[index]
             warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _settings() -> Callable[[], None]:
+    """Note what full_determinism and log_level set for the whole process; the call puts it back."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    verbosity = logging.get_verbosity()
+
+    def restore() -> None:
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        logging.set_verbosity(verbosity)
+
+    return restore
 
 
 def _restore_environment(before: dict[str, str]) -> None:
@@ -69,14 +96,15 @@ class _ModelState:
         self._modules = [(module, dict(module._modules)) for module in model.modules()]
         self._adapted = {name: vars(base)[name] for name in _OF_ADAPTER if name in vars(base)}
         self._trained = [(p, p.requires_grad) for p in model.parameters()]
-        self._hooks = set(base.get_input_embeddings()._forward_hooks)
+        self._hooks = {key for hooks in _hooks(model) for key in hooks}
         self._attention = base.config._attn_implementation
         self._had = [
             (module, {name for name in _PUT_ON_MODULES if name in vars(module)})
             for module in model.modules()
         ]
         self._values: list[tuple[Any, str, Any]] = [
-            (base.config, "use_cache", getattr(base.config, "use_cache", None))
+            (base.config, "use_cache", getattr(base.config, "use_cache", None)),
+            (base, "generation_config", base.generation_config),
         ]
         # transformers' Trainer sets them to the tokenizer's, before 5.20 even where they agree.
         for config in filter(None, (base.config, base.generation_config)):
@@ -92,6 +120,9 @@ class _ModelState:
 
     def put_modules_back(self) -> None:
         """The modules as they were, whatever stands in their places now."""
+        adapted = vars(causal_lm(self._model)).get(ADAPTED)
+        if adapted is not None and START in vars(causal_lm(adapted)) and START not in self._adapted:
+            detach_adapter(adapted)  # which puts back what it took out of the base
         _restore_modules(self._modules)
         base = vars(causal_lm(self._model))
         for name in _OF_ADAPTER:
@@ -103,7 +134,8 @@ class _ModelState:
     def put_back(self) -> None:
         """Everything but the adapter."""
         base = causal_lm(self._model)
-        _drop_input_hooks(base, self._hooks)
+        # Of checkpointing and of debug='underflow_overflow', also on an adapter that stays.
+        _drop_hooks(vars(base).get(ADAPTED, self._model), self._hooks)
         for module, names in self._had:
             for name in _PUT_ON_MODULES:
                 if name not in names:
@@ -121,16 +153,17 @@ def _restore_modules(before: list[tuple[nn.Module, dict[str, nn.Module | None]]]
         module._modules.update(children)
 
 
-def _drop_input_hooks(base: PreTrainedModel, kept: set[int]) -> None:
-    """Take off the hooks that checkpointing put on the embeddings.
+def _drop_hooks(model: nn.Module, kept: set[int]) -> None:
+    for hooks in _hooks(model):
+        for key in hooks.keys() - kept:
+            del hooks[key]
 
-    Trainer, peft and we each ask for one, and transformers remembers the last alone.
-    """
-    if not kept and hasattr(base, "_require_grads_hook"):
-        base.disable_input_require_grads()
-    hooks = base.get_input_embeddings()._forward_hooks
-    for key in [key for key in hooks if key not in kept]:
-        del hooks[key]
+
+def _hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """Every module's forward hooks, by keys that no two hooks of a process share."""
+    for module in model.modules():
+        yield module._forward_hooks
+        yield module._forward_pre_hooks
 
 
 def unwrap_forward(model: nn.Module) -> None:

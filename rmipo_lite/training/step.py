@@ -34,6 +34,7 @@ from rmipo_lite.ops import device_flag
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.budget import is_out_of_memory, plan_micro_steps
 from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.neftune import embedding_noise
 from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.training.prior import CachedPriors, cached_prior, chosen_token_nll, losses
 
@@ -71,6 +72,7 @@ class PairStep:
     prior_cache: CachedPriors | None = None  # prior="cached": used by training steps only
     checkpointing: bool = False  # activations are computed again in the backward pass
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
+    _noise_seed: int | None = None  # of the training step in progress, with NEFTune
 
     def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         """Accumulate the gradient of the mean loss over the pairs that are finite.
@@ -155,12 +157,16 @@ class PairStep:
         """Forward and backward over all pairs, from the start again where memory runs out."""
         drawn = random_state()
         while True:
+            if self.args.neftune_noise_alpha:
+                self._noise_seed = int(torch.randint(2**31, ()))
             try:
                 return self._accumulate_once(pairs, backward)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error)
+            finally:
+                self._noise_seed = None
             self._clear_gradients()
             self._make_room(self._running, failure)
             set_random_state(drawn)
@@ -225,7 +231,8 @@ class PairStep:
         """(values, loss per pair (P,), summed chosen nll (), tokens read)."""
         policy = batch.policy_input(pairs, self.packing, self.pad_id)
         policy = policy.to(device_of(self.model))
-        token_logps = self._score(policy)
+        with self._noise(pairs):
+            token_logps = self._score(policy)
         prior = None
         num_tokens = policy.num_tokens
         if self.args.uses_prior:
@@ -262,6 +269,12 @@ class PairStep:
         attention = packed_attention(self.model) if self.packing else nullcontext()
         with attention, fused_lora(self.model):
             yield
+
+    def _noise(self, pairs: Sequence[TokenizedPair]) -> AbstractContextManager[None]:
+        if self._noise_seed is None or not self.args.neftune_noise_alpha:
+            return nullcontext()
+        alpha = self.args.neftune_noise_alpha
+        return embedding_noise(self.model, alpha, self._noise_seed, pairs, self.packing)
 
     def _is_finite(self, outcome: StepOutcome) -> bool:
         """Whether loss and gradient norm are; the one wait for the device in the whole step.

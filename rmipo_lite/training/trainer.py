@@ -10,10 +10,9 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
+from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -22,33 +21,41 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
-from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.adapters import attach
+from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.start import trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport, name_rows
-from rmipo_lite.model import adapter, loading, names, upstream
-from rmipo_lite.model.backbone import causal_lm, disable_dropout, evaluating
+from rmipo_lite.model import loading, names, upstream
+from rmipo_lite.model.backbone import disable_dropout
+from rmipo_lite.model.batch import packed_length
+from rmipo_lite.model.generation import other_ends, savable_generation_config
 from rmipo_lite.output.console import say
+from rmipo_lite.tokens.ending import scored_end
 from rmipo_lite.tokens.options import prior_bos_id
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.tokens.prepare import prepare
+from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.interrupt import GracefulInterrupt
-from rmipo_lite.training.pair_values import PairValues
+from rmipo_lite.training.evaluation import PairEvaluation, set_mode
 from rmipo_lite.training.prior import pairs_digest
 from rmipo_lite.training.refusals import (
+    refuse_bad_schedule,
     refuse_bad_weights,
+    refuse_no_batch,
+    refuse_other_callbacks,
     refuse_other_options,
     refuse_other_vocabulary,
     refuse_several_devices,
+    refuse_unknown_metric,
     whole_step_batches,
 )
+from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
 from rmipo_lite.training.step import StepOutcome, make_step
-from rmipo_lite.watch.completions import completion_numbers
 from rmipo_lite.watch.doctor import Doctor
 from rmipo_lite.watch.progress import show_progress
 
@@ -67,7 +74,7 @@ class _LogLastStep(TrainerCallback):
             control.should_log = True
 
 
-class RMiPOTrainer(SafeCheckpointing, Trainer):
+class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
     """Train a causal language model on preference pairs.
 
     Args:
@@ -76,13 +83,16 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         train_dataset: any preference dataset that `train()` takes, or a list of `TokenizedPair`.
         eval_dataset: likewise, or a dict of several by name, or None.
         processing_class: the tokenizer; None loads the model's.
-        peft_config: "auto", "new", a peft config or None (`adapter.attach_adapter`).
+        peft_config: "auto", "new", a peft config or None (`attach.attach_adapter`).
         quantization_config: for a model given by name, how its weights are quantised.
         callbacks: transformers callbacks.
         optimizers: (optimizer, scheduler), or Nones for those of `args`.
+        split, eval_split: which split of `train_dataset` and `eval_dataset`, where these have
+            several; None takes train, or the only one.
 
     Attributes:
         data_report: what happened to the training rows, None for tokenised pairs.
+        start: the adapter's weights at step 0, by name; None where the model is trained in full.
         doctor: watches the run; `doctor.findings` are what it found so far.
         run_log: what the steps did.
 
@@ -103,12 +113,16 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         quantization_config: BitsAndBytesConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        *,
+        split: str | None = None,
+        eval_split: str | None = None,
     ) -> None:
         if isinstance(model, Path):
             model = str(model)
         args = RMiPOConfig(names.run_name(model)) if args is None else args
         upstream.require()
         refuse_other_options(args)
+        refuse_other_callbacks(callbacks)
         refuse_several_devices(args)
         if processing_class is None:
             processing_class = loading.load_tokenizer(names.name_of(model))
@@ -124,17 +138,22 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
-        loaded = adapter.attach_adapter(loaded, peft_config)
+        loaded = attach.attach_adapter(loaded, peft_config)
+        self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:
             disable_dropout(loaded)
         self._tokenizer = prepare_tokenizer(processing_class, args.chat_template)
         self._prior_bos_id = prior_bos_id(args, self._tokenizer)
         self.data_report: DataReport | None = None
         train_pairs, self.data_report = self._tokenized(
-            train_dataset, args, loaded, "train_dataset"
+            train_dataset, args, loaded, "train_dataset", split
         )
-        refuse_other_vocabulary(train_pairs or [], loaded)
-        eval_pairs = self._tokenized_eval(eval_dataset, args, loaded)
+        refuse_no_batch(train_pairs, args)
+        eval_pairs = self._tokenized_eval(eval_dataset, args, loaded, eval_split)
+        base = causal_lm(loaded)
+        ends = other_ends(base.generation_config, self._tokenizer, scored_end(train_pairs or []))
+        base.generation_config = savable_generation_config(loaded, self._tokenizer)
+        use_cache = getattr(base.config, "use_cache", None)
         super().__init__(
             model=loaded,
             args=whole_step_batches(args),
@@ -142,15 +161,17 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=self._tokenizer,
-            callbacks=callbacks,
+            callbacks=None if callbacks is None else list(callbacks),
             optimizers=optimizers,
         )
+        if use_cache is not None and not args.use_cache:
+            base.config.use_cache = use_cache  # no pass of ours asks it, and it is saved
+        self.neftune_noise_alpha = None  # the step draws it
         self.add_callback(_LogLastStep())
         one_set = eval_pairs if isinstance(eval_pairs, list) else []
         self.doctor = Doctor(self.args, len(one_set))
-        self.doctor.report = self.data_report
+        self.doctor.report, self.doctor.ends = self.data_report, ends
         self.add_callback(self.doctor)
-        self._can_answer = True
         if not self.args.disable_tqdm:
             show_progress(self)
         # Our batch has no num_items: the loss is a mean over pairs already.
@@ -161,28 +182,45 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             prior_bos_id=self._prior_bos_id, autocast=self.accelerator.autocast,
         )  # fmt: skip
         self.begin_run()
+        refuse_unknown_metric(self)
+        refuse_bad_schedule(self)
 
     def _tokenized(
-        self, dataset: Any, args: RMiPOConfig, model: nn.Module, argument: str
+        self,
+        dataset: Any,
+        args: RMiPOConfig,
+        model: nn.Module,
+        argument: str,
+        split: str | None = None,
     ) -> tuple[list[TokenizedPair] | None, DataReport | None]:
         if dataset is None:
             return None, None
         config = causal_lm(model).config
-        ready = prepare(dataset, self._tokenizer, args, config, argument=argument)
+        ready = prepare(dataset, self._tokenizer, args, config, argument=argument, split=split)
+        refuse_other_vocabulary(ready.pairs, model, self._tokenizer)
         return ready.pairs, ready.report
 
-    def _tokenized_eval(self, dataset: Any, args: RMiPOConfig, model: nn.Module) -> Any:
-        if isinstance(dataset, dict) and not {"chosen", "rejected"} & dataset.keys():
+    def _tokenized_eval(
+        self, dataset: Any, args: RMiPOConfig, model: nn.Module, split: str | None
+    ) -> Any:
+        if is_several(dataset):
             return {
-                name: self._tokenized(part, args, model, f"eval_dataset[{name!r}]")[0]
+                name: self._tokenized(part, args, model, f"eval_dataset[{name!r}]", split)[0]
                 for name, part in dataset.items()
             }
-        return self._tokenized(dataset, args, model, "eval_dataset")[0]
+        return self._tokenized(dataset, args, model, "eval_dataset", split)[0]
 
     @property
     def dropped_pairs(self) -> list[dict[str, int]]:
         """Pairs that training dropped as not finite: row and step."""
         return self.run_log.dropped_pairs
+
+    @property
+    def weights_step(self) -> int | None:
+        """The step whose weights `load_best_model_at_end` brought back; None where it didn't."""
+        if not self.args.load_best_model_at_end or self.state.best_model_checkpoint is None:
+            return None
+        return int(self.state.best_global_step or 0)
 
     def begin_run(self) -> None:
         """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
@@ -191,9 +229,34 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
         self._priors_are_ready = False
         self._dropped_in_a_row = 0
+        self._place = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        set_mode(self.optimizer, "eval")  # what is saved is what was evaluated
+        super()._save_checkpoint(model, trial)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """An evaluation without one finite pair, or one cut short, has no number to choose by."""
+        wanted = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if self.args.metric_for_best_model is not None and wanted not in metrics:
+            say(f"This evaluation has no {wanted}: the best model stays what it was")
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of pairs, or of any preference dataset, as `train_dataset` may be."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str)):
+            eval_dataset, _ = self._tokenized(eval_dataset, self.args, self.model, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Likewise, for `predict`, whose result has the metrics and no predictions."""
+        pairs, _ = self._tokenized(test_dataset, self.args, self.model, "test_dataset")
+        return super().get_test_dataloader(cast(Any, pairs))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Give back the mean loss that was logged; transformers' counts dropped steps as 0."""
+        set_mode(self.optimizer, "eval")
         output = super()._finalize_training(*args, **kwargs)
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
@@ -202,12 +265,16 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
     ) -> Tensor:
         """One optimizer step's gradients; the mean loss over its pairs."""
         model.train()
+        set_mode(self.optimizer, "train")
         pairs: list[TokenizedPair] = inputs["pairs"]
         if self.args.prior == "cached" and self.args.uses_prior:
             self._fill_prior_cache()
         outcome = self.pair_step.train(pairs, self.accelerator.backward)
         self.run_log.add(self.state.global_step + 1, outcome)
         self._count_dropped(outcome)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return outcome.loss.to(self.args.device)
 
     def _fill_prior_cache(self) -> None:
@@ -244,76 +311,18 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
                 "changed no weight. A lower learning_rate or fp32 weights are the usual cures."
             )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """transformers reads lengths from columns, which tokenised pairs haven't."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        pairs = cast(list[TokenizedPair], train_dataset or self.train_dataset)
+        return LengthGroupedSampler(
+            self.args.pairs_per_step, lengths=[packed_length(pair) for pair in pairs]
+        )
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: transformers' formula counts padded tokens of one model input."""
         return 0
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Means over all pairs of the dataset. Leaves mode and random state as they were."""
-        parts: list[PairValues] = []
-        rows: list[int] = []
-        # A dataloader draws a seed for its workers, and dropout would go on from elsewhere.
-        with kept_random_state():
-            batches = list(dataloader)
-        with evaluating(self.model):
-            for inputs in batches:
-                for pairs, values in self.pair_step.evaluate(inputs["pairs"]):
-                    parts.append(values)
-                    rows += [pair.row for pair in pairs]
-                self.control = self.callback_handler.on_prediction_step(
-                    self.args, self.state, self.control
-                )
-                if self._may_stop_evaluating():
-                    say(f"Evaluation stopped after {len(rows)} pairs: it has no numbers")
-                    return _evaluated({}, metric_key_prefix, 0)
-        if not parts:
-            raise ValueError("eval_dataset: no pair to evaluate")
-        numbers = self._eval_numbers(parts, rows)
-        numbers |= self._answers([pair for inputs in batches for pair in inputs["pairs"]])
-        return _evaluated(numbers, metric_key_prefix, len(rows))
-
-    def _answers(self, pairs: list[TokenizedPair]) -> dict[str, float]:
-        """Numbers of the model's own answers to the first prompts; a run never ends with them."""
-        if not self._can_answer or not self.args.eval_completions:
-            return {}
-        try:
-            return completion_numbers(
-                self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed
-            )
-        except Exception as error:
-            self._can_answer = False
-            reason = (str(error).splitlines() or [""])[0][:200]
-            say(f"Evaluations answer no prompts: {type(error).__name__}: {reason}")
-            return {}
-
-    def _may_stop_evaluating(self) -> bool:
-        """Whether Ctrl-C asks for an end, and no choice of the best model hangs on the numbers."""
-        asked = any(
-            isinstance(callback, GracefulInterrupt) and callback.requested
-            for callback in self.callback_handler.callbacks
-        )
-        return asked and self.args.metric_for_best_model is None
-
-    def _eval_numbers(self, parts: list[PairValues], rows: list[int]) -> dict[str, float]:
-        """Means over the pairs whose loss is a number; the others are named and counted."""
-        values = pair_values.concat(parts)
-        is_finite = pair_values.finite_pairs(values)
-        values = pair_values.select(values, is_finite)
-        numbers = {}
-        if len(values.loss):
-            numbers = {"loss": float(values.loss.mean()), **pair_values.reduce([values], self.args)}
-        bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
-        if bad:
-            say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")
-            numbers["rmipo/dropped_pairs"] = float(len(bad))
-        return numbers
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs since the last log line."""
@@ -333,6 +342,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
         cache = self.pair_step.prior_cache
         return {
             "step": int(self.state.global_step),
+            **self.run_state(),
             "run_log": self.run_log.state(),
             "max_tokens_per_microstep": self.pair_step.max_tokens,
             "packing": self.pair_step.packing,
@@ -343,6 +353,7 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Go on with the settings and counts of the checkpoint."""
+        self.take_changes(state)
         self.run_log.load_state(state["run_log"], self.args.device, state["step"])
         self.pair_step.max_tokens = state["max_tokens_per_microstep"]
         self.pair_step.packing = state["packing"]
@@ -355,12 +366,3 @@ class RMiPOTrainer(SafeCheckpointing, Trainer):
             self.pair_step.prior_cache = {
                 int(row): (side_w, side_l) for row, side_w, side_l in cache
             }
-
-
-def _evaluated(numbers: dict[str, float], prefix: str, num_samples: int) -> EvalLoopOutput:
-    return EvalLoopOutput(
-        predictions=np.empty(0),  # no logits are ever held
-        label_ids=None,
-        metrics={f"{prefix}_{name}": value for name, value in numbers.items()},
-        num_samples=num_samples,
-    )

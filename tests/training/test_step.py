@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
-from rmipo_lite.model.adapter import attach_adapter
 from rmipo_lite.ops import head as head_module, head_blocks
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values, step as step_module

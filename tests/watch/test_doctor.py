@@ -13,7 +13,7 @@ import rmipo_lite
 from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
-from rmipo_lite.training import trainer
+from rmipo_lite.training import evaluation
 from rmipo_lite.watch import completions
 from rmipo_lite.watch.doctor import Doctor
 
@@ -94,7 +94,7 @@ def test_evaluations_answer_as_many_prompts_as_asked(
         counts.append(count)
         return {}
 
-    monkeypatch.setattr(trainer, "completion_numbers", count)
+    monkeypatch.setattr(evaluation, "completion_numbers", count)
     rows = demo.load_rows()[:200]
     _train(rows, tmp_path / "a", max_steps=1, eval_completions=5)
     _train(rows, tmp_path / "b", max_steps=1, eval_completions=0)
