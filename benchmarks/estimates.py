@@ -26,7 +26,7 @@ from benchmarks.child import ask
 from benchmarks.records import Record
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import MODEL
-from rmipo_lite.model.loading import watched_bars
+from rmipo_lite.output.console import watched_bars
 from rmipo_lite.planning.device import end_peak, start_peak
 from rmipo_lite.planning.estimation import estimate
 from rmipo_lite.tokens.pair import TokenizedPair

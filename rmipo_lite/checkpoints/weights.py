@@ -1,20 +1,19 @@
 """Weights of a run on disk: saved as safetensors, loaded strictly, the options beside them."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
-from rmipo_lite.checkpoints.sealed_folder import CheckpointError
+from rmipo_lite.adapters.saved import save_adapter
+from rmipo_lite.output.console import watched_bars
 from rmipo_lite.output.redaction import redact
 
-ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "training_config.json"
 
 
@@ -33,6 +32,37 @@ def _is_finite(weight: torch.Tensor) -> bool:
     return bool(torch.stack(weight.detach().aminmax()).isfinite().all())  # NaN is in both
 
 
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def rehearse_save(model: Any, tokenizer: Any, args: Any) -> None:
+    """Save once what a run will save, and throw it away: what can't be saved is known before.
+
+    All of it but the weights of a model that is trained in full.
+
+    Raises:
+        ValueError: what refuses to be saved, and why; OSError is left as it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="rmipo-lite-") as folder:
+        try:
+            if isinstance(model, PeftModel):
+                save_weights(model, Path(folder))
+            else:
+                model.config.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            _base(model).generation_config.save_pretrained(folder)
+            write_training_config(args, Path(folder))
+        except OSError:
+            raise
+        except Exception as error:  # of several packages
+            raise ValueError(
+                f"this run's result could not be saved ({type(error).__name__}: {error}); nothing "
+                "has been trained yet"
+            ) from error
+
+
 def save_run(model: Any, tokenizer: Any, args: Any, folder: Path, state_dict: Any = None) -> None:
     """Save weights, tokenizer and options as loose files of `folder`."""
     save_weights(model, folder, state_dict)
@@ -47,10 +77,12 @@ def save_weights(model: Any, folder: Path, state_dict: Any = None) -> None:
     Raises TypeError for any other module, which doesn't know how to save itself.
     """
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub at every save whether the vocabulary was resized
-        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        save_adapter(model, folder, state_dict)
+        # peft saves none, and what an answer ends with belongs to what was learnt
+        _base(model).generation_config.save_pretrained(folder)
     elif isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder, state_dict=state_dict)
+        with watched_bars():
+            model.save_pretrained(folder, state_dict=state_dict)
     else:
         raise TypeError(
             f"model: wanted a PeftModel or a PreTrainedModel, got {type(model).__name__}"
@@ -62,53 +94,3 @@ def write_training_config(args: Any, folder: Path) -> None:
     content = redact(args.to_dict())
     text = json.dumps(content, indent=2, sort_keys=True, default=str)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def require_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Refuse an adapter's folder that lacks weights of the adapter that its config describes.
-
-    peft starts them anew, and an adapter that loads and does nothing looks like training that had
-    no effect.
-
-    Raises:
-        ValueError: names the first of them.
-    """
-    with safe_open(folder / ADAPTER_FILE, "pt") as file:
-        found = set(file.keys())
-    own = _own_weights(model)
-    missing = sorted(set(own) - found)
-    if missing:
-        raise ValueError(
-            f"adapter: {folder / ADAPTER_FILE} lacks {len(missing)} of {len(own)} weights; the "
-            f"first is {missing[0]}. Is it whole, and is its base the model it was trained on?"
-        )
-
-
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Load `adapter_model.safetensors` into the active adapter, strictly.
-
-    peft ignores keys that are missing or unknown; here they are an error that names them, since an
-    adapter that loads and does nothing looks like training that had no effect.
-    """
-    path = folder / ADAPTER_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder.name}/{ADAPTER_FILE} is missing")
-    weights = load_file(path)
-    own = _own_weights(model)
-    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    wrong = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    if missing or unknown or wrong:
-        raise CheckpointError(
-            f"{folder.name}/{ADAPTER_FILE} belongs to another adapter: {len(missing)} weights "
-            f"missing, {len(unknown)} unknown, {len(wrong)} of another shape; the first is "
-            f"{[*missing, *unknown, *sorted(wrong)][0]}. Use the LoRA settings it was saved with"
-        )
-    set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
-
-
-def _own_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The active adapter's weights under the names that files have."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(
-        model, adapter_name=model.active_adapters[0], save_embedding_layers=False
-    )
-    return weights

@@ -4,9 +4,11 @@
 hours. It imports nothing heavy, so that `rmipo-lite --help` stays quick.
 """
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # What a terminal would execute rather than show: C0 controls but tab and newline, DEL, C1, and
@@ -54,6 +56,22 @@ def in_notebook() -> bool:
     if shell is None or not type(sys.stdout).__module__.startswith(("ipykernel", "google.colab")):
         return False
     return getattr(shell.get_ipython(), "kernel", None) is not None
+
+
+@contextlib.contextmanager
+def watched_bars(*, downloads: bool = False) -> Iterator[None]:
+    """transformers' bars where somebody watches: a terminal, or a download into a notebook."""
+    from transformers.utils import logging
+
+    is_watched = in_terminal() or (downloads and in_notebook())
+    if is_watched or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def show(shown: Any) -> None:

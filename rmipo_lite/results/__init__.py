@@ -3,4 +3,4 @@
 `result.TrainResult` is what `train()` returns.
 """
 
-__all__ = ["comparison", "model_card", "record", "result", "run_page"]
+__all__ = ["agreement", "comparison", "model_card", "record", "result", "run_page"]

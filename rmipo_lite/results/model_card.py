@@ -8,6 +8,9 @@ import html
 import json
 from typing import Any
 
+from peft import LoraConfig, PeftModel
+
+from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.redaction import redact, redact_text
 from rmipo_lite.results.record import RunRecord
@@ -26,7 +29,7 @@ SHOWN_OPTIONS = (
 )  # fmt: skip
 
 
-_FIRST = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_loss")
+_FIRST = ("rewards/accuracies", "rewards/margins", "loss")
 
 
 def run_options(args: Any) -> dict[str, Any]:
@@ -38,8 +41,8 @@ def run_options(args: Any) -> dict[str, Any]:
 def metric_rows(result: RunRecord) -> list[tuple[str, str, str]]:
     """(metric, before, after) of the evaluation, as texts; what is read first stands first."""
     rows = []
-    names = [*(name for name in _FIRST if name in result.metrics), *sorted(result.metrics)]
-    for name in dict.fromkeys(names):
+    first = [key for name in _FIRST for key, _ in held_out.names_of(name, result.metrics)]
+    for name in dict.fromkeys([*first, *sorted(result.metrics)]):
         value = result.metrics[name]
         if not name.startswith("eval_") or not isinstance(value, (int, float)):
             continue
@@ -68,28 +71,50 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
-def model_card(result: RunRecord) -> str:
-    """The card as Markdown with the front matter that hubs read."""
+def _is_lora(model: Any) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.active_peft_config, LoraConfig)
+
+
+def _front(result: RunRecord, is_merged: bool) -> tuple[list[str], str]:
+    """What hubs read at the top, and the title: of an adapter, or of a whole model."""
     base = redact_text(result.base_model_name)
+    named = _name(base) if base else "a local model"
+    is_adapter = isinstance(result.model, PeftModel) and not is_merged
+    front = [f"library_name: {'peft' if is_adapter else 'transformers'}", "tags:"]
+    lora = ["- lora"] if is_adapter and _is_lora(result.model) else []
+    front += ["- preference-optimization", *lora, "- rmipo_lite"]
+    if base:
+        front.insert(0, f"base_model: {json.dumps(base)}")  # which YAML reads, whatever is in it
+    if is_adapter:
+        return front, f"# Adapter for {named}"
+    how = "with its adapter merged in" if is_merged else "trained in full"
+    return front, f"# {named[:1].upper() + named[1:]}, {how}"
+
+
+def model_card(result: RunRecord, merged: str | None = None) -> str:
+    """The card as Markdown with the front matter that hubs read.
+
+    `merged` makes it that of the merged model: how far this is from the trained one.
+    """
+    front, title = _front(result, merged is not None)
     method = result.args.loss.words
     steps = result.history[-1].get("step", 0) if result.history else 0
     stopped = "" if result.stopped_at_step is None else " (stopped early, on request)"
     rows = metric_rows(result)
     table = "\n".join(f"| {_cell(name)} | {before} | {after} |" for name, before, after in rows)
     options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result.args).items())
-    front = ["library_name: peft", "tags:", "- preference-optimization", "- lora", "- rmipo_lite"]
-    if base:
-        front.insert(0, f"base_model: {json.dumps(base)}")  # which YAML reads, whatever is in it
+    of_step = "" if result.weights_step is None else f", weights of step {result.weights_step}"
     return "\n".join(
         [
             "---",
             *front,
             "---",
             "",
-            f"# Adapter for {_name(base) if base else 'a local model'}",
+            title,
             "",
-            f"Trained with rmipo_lite by {method}, for {steps} optimizer steps{stopped}.",
+            f"Trained with rmipo_lite by {method}, for {steps} optimizer steps{stopped}{of_step}.",
             "",
+            *([] if merged is None else ["## Merged", "", merged, ""]),
             "## Held-out metrics",
             "",
             f"| metric | before | after |\n|---|---|---|\n{table}"

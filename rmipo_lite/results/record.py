@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.names import short_name
+from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.findings import Findings
 from rmipo_lite.training.rehearsal import Plan
@@ -32,6 +35,8 @@ class RunRecord:
         findings: what the doctor found, in plain words; prints and shows as a table.
         unsaved: why the adapter could not be saved at the end; None when it was.
         held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
+        start: the adapter's weights at step 0, by name; None where the model was trained in full.
+        weights_step: the step that the weights are of where `load_best_model_at_end` chose it.
     """
 
     model: Any
@@ -48,6 +53,8 @@ class RunRecord:
     findings: Findings = field(default_factory=Findings)
     unsaved: str | None = None
     held_out_prompts: list[Prompt] = field(default_factory=list)
+    start: dict[str, Tensor] | None = None
+    weights_step: int | None = None
 
     @property
     def base_model_name(self) -> str:
@@ -60,17 +67,17 @@ class RunRecord:
         """The run in one line: steps, then accuracy and margin before -> after."""
         step = int(max((entry.get("step", 0) for entry in self.history), default=0))
         parts = [f"{step} steps" if self.stopped_at_step is None else f"stopped at step {step}"]
+        if self.weights_step is not None:
+            parts.append(f"weights of step {self.weights_step}")
         if self.unsaved is not None:
             parts.append("NOT SAVED")
         elif self.stopped_at_step is not None:
             parts.append("saved")
         for name, label in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
-            after = self.metrics.get(f"eval_{name}")
-            if after is None:
-                continue
-            before = self.metrics_before.get(f"eval_{name}")
-            arrow = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
-            parts.append(f"held-out {label} {arrow}")
+            for key, of_set in held_out.names_of(name, self.metrics):
+                after, before = self.metrics[key], self.metrics_before.get(key)
+                arrow = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
+                parts.append(f"{held_out.label('held-out', of_set)} {label} {arrow}")
         if self.findings:
             parts.append(f"findings: {', '.join(self.findings.names)}")
         return ", ".join(parts)

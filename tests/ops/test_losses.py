@@ -73,9 +73,9 @@ def test_a_loss_is_added_in_the_table_alone(
 
 def _record(args: RMiPOConfig) -> SimpleNamespace:
     return SimpleNamespace(
-        args=args, base_model_name="", history=[], stopped_at_step=None, metrics={},
-        metrics_before={}, findings=[], data_report=SimpleNamespace(facts=list),
-        conversational=False,
+        args=args, base_model_name="", model=None, weights_step=None, history=[],
+        stopped_at_step=None, metrics={}, metrics_before={}, findings=[],
+        data_report=SimpleNamespace(facts=list), conversational=False,
     )  # fmt: skip
 
 

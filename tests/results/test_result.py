@@ -153,7 +153,7 @@ def test_compare_without_an_adapter_is_refused(result: TrainResult) -> None:
     result.model = tiny_model()
     with pytest.raises(TypeError, match="has none"):
         result.compare(PROMPTS)
-    with pytest.raises(TypeError, match="nothing to merge"):
+    with pytest.raises(TypeError, match="merging needs an adapter"):
         result.merge()
 
 
