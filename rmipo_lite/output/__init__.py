@@ -3,4 +3,4 @@
 `console.say` prints, `page` and `table` make HTML and text, `redaction` keeps secrets out.
 """
 
-__all__ = ["console", "findings", "page", "plots", "redaction", "table"]
+__all__ = ["console", "findings", "held_out", "page", "plots", "redaction", "table"]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rmipo_lite.output import held_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,11 +86,20 @@ class _Panel(NamedTuple):
 
 def _panels(history: History) -> list[_Panel]:
     """The panels of which something was logged."""
+    logged = dict.fromkeys(name for entry in history for name in entry)
     every = [
-        _Panel(title, unit, [(m, label) for m, label in metrics if series(history, m)[0]])
+        _Panel(title, unit, [line for m, label in metrics for line in _lines(m, label, logged)])
         for title, unit, metrics in _PANELS
     ]
     return [panel for panel in every if panel.metrics]
+
+
+def _lines(metric: str, label: str, logged: Iterable[str]) -> list[tuple[str, str]]:
+    """The metric and its label, where it was logged; of several held-out sets one of each."""
+    if not metric.startswith(held_out.PREFIX):
+        return [(metric, label)] if metric in logged else []
+    found = held_out.names_of(metric.removeprefix(held_out.PREFIX), logged)
+    return [(name, held_out.label(label, of_set)) for name, of_set in found]
 
 
 def _draw(axes: Axes, panel: _Panel, history: History) -> None:

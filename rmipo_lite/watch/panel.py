@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rmipo_lite.output import held_out
 from rmipo_lite.output.console import say
 from rmipo_lite.watch.run_progress import RunProgress
 
@@ -94,14 +95,16 @@ def _held_out(run: RunProgress) -> str:
     """The first and the newest evaluation in one line."""
     parts = []
     for name, label, form in (
-        ("eval_rewards/accuracies", "reward accuracy", "{:.1%}"),
-        ("eval_rewards/margins", "reward margin", "{:+.3f}"),
-        ("eval_loss", "loss", "{:.4f}"),
+        ("rewards/accuracies", "reward accuracy", "{:.1%}"),
+        ("rewards/margins", "reward margin", "{:+.3f}"),
+        ("loss", "loss", "{:.4f}"),
     ):
-        values = [entry[name] for entry in run.held_out if name in entry]
-        if values:
+        logged = [key for entry in run.held_out for key in entry]
+        for key, of_set in held_out.names_of(name, logged):
+            values = [entry[key] for entry in run.held_out if key in entry]
             ends = values[:1] if len(values) == 1 else [values[0], values[-1]]
-            parts.append(f"{label} {' → '.join(form.format(value) for value in ends)}")
+            arrow = " → ".join(form.format(value) for value in ends)
+            parts.append(f"{html.escape(held_out.label(label, of_set))} {arrow}")
     if not parts:
         return ""
     return f'<div style="margin-top:4px"><b>held-out pairs</b> {", ".join(parts)}</div>'

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from rmipo_lite.output import held_out
 from rmipo_lite.output.console import in_notebook, in_terminal
 from rmipo_lite.planning.device import memory_in_use
 from rmipo_lite.watch.panel import NotebookPanel
@@ -81,10 +82,11 @@ class ProgressDisplay(TrainerCallback):
             self.run.memory = memory_in_use(args.device)
             self.run.add(logs)
             self._view.update(self.run)
-        numbers = metric_line(logs, prefix="eval_")
-        if numbers:
+        for name, of_set in held_out.names_of("loss", logs):
             self.run.add_held_out(logs)
-            self._view.tell(self.run, f"step {state.global_step}: held out  {numbers}")
+            numbers = metric_line(logs, prefix=name.removesuffix("loss"))
+            words = held_out.label("held out", of_set)
+            self._view.tell(self.run, f"step {state.global_step}: {words}  {numbers}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the view and say how long the run took."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rmipo_lite.output.console import duration
+from rmipo_lite.output.held_out import names_of
 
 # metric in the log, label in the line, format
 _SHOWN = (
@@ -92,7 +93,7 @@ class RunProgress:
     def add_held_out(self, logs: dict[str, float]) -> None:
         """Take the numbers of an evaluation; its time is no step's."""
         self.batches = 0
-        self._window_start += logs.get("eval_runtime", 0.0)
+        self._window_start += sum(logs[name] for name, _ in names_of("runtime", logs))
         self.held_out.append({**logs, "step": self.step})
 
     @property
