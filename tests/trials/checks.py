@@ -16,12 +16,22 @@ from tests.trials.numbers import (
 )
 from tests.trials.runs import evaluation, memory, soak, survival, training
 from tests.trials.scorecard import Check
-from tests.trials.users import adapters, alarms, building, forks, mistakes, plans, said
+from tests.trials.users import (
+    adapters,
+    alarms,
+    building,
+    forks,
+    kinds,
+    mistakes,
+    options,
+    plans,
+    said,
+)
 
 _MODULES = (
     survival, soak, training, evaluation, memory, rows, borders, lengths, hostile, numerics,
     extremes, autograd, determinism, method, abuse, model, addresses, sanitizers, building, forks,
-    adapters, said, plans, mistakes, alarms,
+    adapters, kinds, options, said, plans, mistakes, alarms,
 )  # fmt: skip
 ELSEWHERE = {
     9: "chat templates of trl's wheel (.ci/templates.py)",

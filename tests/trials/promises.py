@@ -14,13 +14,14 @@ MARK = "selftest"
 # What a user is promised, and the checks that try to break it.
 PROMISES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("A run killed, interrupted or out of disk resumes bit for bit", (1, 5, 13, 14, 44)),
-    ("An adapter loads and merges to the same logits, an earlier release's too", (26,)),
+    ("An adapter loads and merges to the same logits, an earlier release's too", (26, 45)),
     ("A damaged checkpoint is found and named, the one before is used", (7,)),
     ("NaN and inf change no weight; their pair is dropped, named, counted", (2, 21)),
     ("Every row is kept, dropped or refused with its reason", (3, 37)),
     ("Prompt, answer, BOS and end of turn lie where they belong", (8, 10, 11)),
     ("The numbers are the method's, and those of float64", (4, 12, 22, 24)),
     ("No pair sees its company, its padding or its split", (6, 20, 23, 25, 32)),
+    ("Every option is followed, or refused by name before the run", (46,)),
     ("Wrong calls of the kernels raise; none ends the process", (15, 19, 41)),
     ("Without kernels, compiler or cache it trains all the same", (17, 18)),
     ("Your model, tokenizer, process and memory are as before", (27, 28)),
