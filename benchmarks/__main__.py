@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "name",
-        choices=("head", "step", "memory", "estimate", "data", "methods", "gpu", "report"),
+        choices=("head", "step", "memory", "estimate", "data", "merge", "methods", "gpu", "report"),
     )
     parser.add_argument(
         "--output_dir",
@@ -28,7 +28,8 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the rows (default: this one); docs/, where report writes, is beside it",
     )
     parser.add_argument("--quick", action="store_true", help="one small shape: does it run?")
-    parser.add_argument("--pairs", type=Path, help="data: preference pairs (default: the demo's)")
+    parser.add_argument("--model", type=Path, help="merge: folder of a model (default: the demo's)")
+    parser.add_argument("--pairs", type=Path, help="data, merge: pairs (default: the demo's)")
     parser.add_argument(
         "--tokenizer", type=Path, help="data: folder of a tokenizer (default: the demo's)"
     )
@@ -47,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(report.write(folder, folder.parent / report.PAGE))
         return
     path = run.run(
-        given.name, folder, quick=given.quick, pairs=given.pairs, tokenizer=given.tokenizer
+        given.name,
+        folder,
+        quick=given.quick,
+        pairs=given.pairs,
+        tokenizer=given.tokenizer,
+        model=given.model,
     )
     say(f"Rows are in {path}")
 

@@ -34,6 +34,7 @@ def run(
     quick: bool = False,
     pairs: Path | None = None,
     tokenizer: Path | None = None,
+    model: Path | None = None,
 ) -> Path:
     """Measure, print every row as it comes, and write them to `folder`/<what>.csv.
 
@@ -51,7 +52,7 @@ def run(
     path = (folder / "quick" if quick else folder) / f"{what}.csv"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers'
-        for row in _rows(what, quick, pairs, tokenizer):
+        for row in _rows(what, quick, pairs, tokenizer, model):
             say(line(row))
             records.write(path, [row])  # each at once: time on a card may end before the rows do
     if what == "step" and not quick and not _keeps_memory():
@@ -79,8 +80,10 @@ def _keeps_memory() -> bool:
     return all(os.environ.get(name) == value for name, value in _KEEPING.items())
 
 
-def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) -> Iterator[Record]:
-    from benchmarks import data, estimates, gpu_head, gpu_step, head, memory, methods, step
+def _rows(
+    what: str, quick: bool, pairs: Path | None, tokenizer: Path | None, model: Path | None = None
+) -> Iterator[Record]:
+    from benchmarks import data, estimates, gpu_head, gpu_step, head, memory, merge, methods, step
 
     if what == "data":
         return data.bench(
@@ -94,6 +97,8 @@ def _rows(what: str, quick: bool, pairs: Path | None, tokenizer: Path | None) ->
         return chain(gpu_head.bench(rehearse=quick), gpu_step.bench(rehearse=quick))
     if what == "methods":
         return methods.bench(3, (1e-3,), (0,)) if quick else methods.bench()
+    if what == "merge":
+        return merge.bench(model or MODEL, pairs or PAIRS, steps=2 if quick else merge.STEPS)
     if what == "estimate":
         return estimates.bench(estimates.CASES[:1], steps=2) if quick else estimates.bench()
     if what == "memory":
