@@ -1,6 +1,8 @@
 """Any preference dataset becomes rows {prompt, chosen, rejected}, every one accounted for.
 
-`rows.load_rows` gives rows and a `report.DataReport`; `holdout` puts some aside.
+`load_rows` gives rows and a `report.DataReport`; `holdout` puts some aside.
 """
 
-__all__ = ["columns", "files", "holdout", "normalise", "report", "rows"]
+from rmipo_lite.data.rows import load_rows
+
+__all__ = ["columns", "files", "holdout", "load_rows", "normalise", "report", "rows"]
