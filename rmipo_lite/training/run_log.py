@@ -60,8 +60,7 @@ class RunLog:
         counted = [outcome for _, outcome in self._window if outcome.num_pairs]
         logs = dict(logs)
         if counted:
-            total = float(sum(outcome.loss * outcome.num_pairs for outcome in counted))
-            num_pairs = sum(outcome.num_pairs for outcome in counted)
+            total, num_pairs = self._waiting()
             logs["loss"] = total / num_pairs
             self._loss_total += total
             self._pairs_logged += num_pairs
@@ -80,8 +79,16 @@ class RunLog:
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean loss over every pair logged so far; None where none counted."""
-        return self._loss_total / self._pairs_logged if self._pairs_logged else None
+        """Mean loss over every pair so far; None where none counted."""
+        total, num_pairs = self._waiting()
+        num_pairs += self._pairs_logged
+        return (self._loss_total + total) / num_pairs if num_pairs else None
+
+    def _waiting(self) -> tuple[float, int]:
+        """(summed loss, number) of the pairs since the last line."""
+        counted = [outcome for _, outcome in self._window if outcome.num_pairs]
+        total = float(sum(outcome.loss * outcome.num_pairs for outcome in counted))
+        return total, sum(outcome.num_pairs for outcome in counted)
 
     def _write_pairs(self) -> None:
         if self._pair_file is None:
