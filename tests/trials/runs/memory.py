@@ -223,8 +223,8 @@ def _one_run(folder: Path, fails: bool) -> None:
 
     def failing(model: nn.Module) -> Any:
         nonlocal calls
-        calls += 1
-        if fails and calls > 8:
+        calls += model.training
+        if fails and calls > 1:  # within a step
             raise _Planted("planted")
         return real(model)
 
