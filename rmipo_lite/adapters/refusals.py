@@ -126,26 +126,14 @@ def refuse_untrained(model: nn.Module) -> None:
             f"model: every weight of its adapter {name!r} is frozen (requires_grad is False); "
             f"model.set_adapter({name!r}) frees them"
         )
-    state = adapter_state(model)
-    places = {tensor.data_ptr() for tensor in state.values()}
-    keys = set(state)
-    unsaved = [
-        key
-        for key, parameter in trained.items()
-        if parameter.data_ptr() not in places and not _is_saved(key, name, keys)
-    ]
+    places = {tensor.data_ptr() for tensor in adapter_state(model).values()}
+    unsaved = [key for key, weight in trained.items() if weight.data_ptr() not in places]
     if unsaved:
         raise ValueError(
             f"model: {len(unsaved)} weights would be trained and not saved with the adapter "
             f"{name!r}, the first is {unsaved[0]}; freeze them, or name their module in the "
             "adapter's modules_to_save"
         )
-
-
-def _is_saved(name: str, adapter: str, keys: set[str]) -> bool:
-    """Whether a parameter stands in the adapter's file, which leaves out the adapter's name."""
-    short = name.replace(f".{adapter}", "")
-    return short in keys or short.rpartition(".")[0] in keys
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:

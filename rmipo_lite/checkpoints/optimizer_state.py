@@ -17,7 +17,7 @@ _OF_OPTIMIZER = {
 }  # fmt: skip
 _OF_SCHEDULE = {
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps",
-    "num_train_epochs", "per_device_train_batch_size", "optim",
+    "num_train_epochs", "per_device_train_batch_size", "dataloader_drop_last", "optim",
 }  # fmt: skip
 _SAME_STATE = ("adamw_torch", "adamw_torch_fused")  # AdamW's two forms have the same moments
 

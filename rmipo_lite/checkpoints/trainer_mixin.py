@@ -45,21 +45,14 @@ from rmipo_lite.output.console import say
 STATE_FILE = "trainer_state.json"
 
 
-class SafeCheckpointing:
-    """Mixin for `transformers.Trainer`; put it before Trainer in the bases.
+class TrainerBeside:
+    """What the mixins find of the Trainer beside them, for type checkers."""
 
-    A subclass adds its own state with `extra_state` and takes it back with `load_extra_state`.
-
-    A save that fails (a full disk) is told and noted in `failed_saves`, and training goes on: the
-    weights are in memory, the earlier checkpoints are untouched, and the next save may succeed.
-    """
-
-    if TYPE_CHECKING:  # what the Trainer beside us provides
+    if TYPE_CHECKING:
         model: Any
         args: Any
         state: Any
         control: Any
-        optimizer: Any
         lr_scheduler: Any
         accelerator: Any
         callback_handler: Any
@@ -70,6 +63,21 @@ class SafeCheckpointing:
         save_model: Any
         store_flos: Any
         _get_output_dir: Any
+        optimizer: Any
+        pair_step: Any
+        evaluate: Any
+        train_dataset: Any
+        _tokenizer: Any
+
+
+class SafeCheckpointing(TrainerBeside):
+    """Mixin for `transformers.Trainer`; put it before Trainer in the bases.
+
+    A subclass adds its own state with `extra_state` and takes it back with `load_extra_state`.
+
+    A save that fails (a full disk) is told and noted in `failed_saves`, and training goes on: the
+    weights are in memory, the earlier checkpoints are untouched, and the next save may succeed.
+    """
 
     _run_id: str = ""
     failed_saves: list[str]

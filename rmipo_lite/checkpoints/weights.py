@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.saved import save_adapter
 from rmipo_lite.output.console import watched_bars
 from rmipo_lite.output.redaction import redact
@@ -32,10 +33,6 @@ def _is_finite(weight: torch.Tensor) -> bool:
     return bool(torch.stack(weight.detach().aminmax()).isfinite().all())  # NaN is in both
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def rehearse_save(model: Any, tokenizer: Any, args: Any) -> None:
     """Save once what a run will save, and throw it away: what can't be saved is known before.
 
@@ -52,7 +49,7 @@ def rehearse_save(model: Any, tokenizer: Any, args: Any) -> None:
                 model.config.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _base(model).generation_config.save_pretrained(folder)
+            causal_lm(model).generation_config.save_pretrained(folder)
             write_training_config(args, Path(folder))
         except OSError:
             raise
@@ -79,7 +76,7 @@ def save_weights(model: Any, folder: Path, state_dict: Any = None) -> None:
     if isinstance(model, PeftModel):
         save_adapter(model, folder, state_dict)
         # peft saves none, and what an answer ends with belongs to what was learnt
-        _base(model).generation_config.save_pretrained(folder)
+        causal_lm(model).generation_config.save_pretrained(folder)
     elif isinstance(model, PreTrainedModel):
         with watched_bars():
             model.save_pretrained(folder, state_dict=state_dict)

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.embeddings import plain_embedding
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.output.console import say
 from rmipo_lite.tokens.ending import end_id
@@ -62,7 +63,7 @@ def other_ends(
 
 def vocabulary_size(model: Any) -> int:
     """How many tokens the model has an embedding for."""
-    return int(next(causal_lm(model).get_input_embeddings().parameters()).shape[0])
+    return int(plain_embedding(causal_lm(model)).weight.shape[0])
 
 
 def _generation_config(model: Any) -> GenerationConfig:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from rmipo_lite.adapters import start
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
@@ -119,8 +120,7 @@ def tiny_trainer(
 
 def trained_weights(trainer: RMiPOTrainer) -> dict[str, Tensor]:
     """Copies of the trained weights by name."""
-    named = trainer.model.named_parameters()
-    return {name: p.detach().clone() for name, p in named if p.requires_grad}
+    return start.trained_weights(trainer.model)
 
 
 def equal_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -7,7 +7,7 @@ ever held. Mode and random state are left as they were.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import name_rows
 from rmipo_lite.model.backbone import evaluating
@@ -32,19 +33,8 @@ _OWN_CALLBACKS = (Doctor, GracefulInterrupt, ProgressDisplay)
 _ALSO_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "rmipo/dropped_pairs")
 
 
-class PairEvaluation:
+class PairEvaluation(TrainerBeside):
     """Mixin for `transformers.Trainer`; put it before Trainer in the bases."""
-
-    if TYPE_CHECKING:  # what the Trainer beside us provides
-        model: Any
-        args: Any
-        state: Any
-        control: Any
-        optimizer: Any
-        callback_handler: Any
-        pair_step: Any
-        evaluate: Any
-        _tokenizer: Any
 
     _can_answer = True
 

@@ -26,12 +26,7 @@ from rmipo_lite.adapters.start import START
 from rmipo_lite.checkpoints.random_state import kept_random_state
 
 _DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
-_OF_ADAPTER = (
-    ADAPTED,
-    EMBEDDINGS,
-    START,
-    "peft_config",
-)  # what peft and we leave on the model itself
+_OF_ADAPTER = (ADAPTED, EMBEDDINGS, START, "peft_config")  # what peft and we leave on the model
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Put on modules during a run: by accelerate and our own steps, and by transformers' checkpointing.
 _PUT_ON_MODULES = (

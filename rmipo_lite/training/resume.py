@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from rmipo_lite.adapters.base_model import causal_lm
-from rmipo_lite.adapters.embeddings import plain_embedding
 from rmipo_lite.adapters.start import start_of
 from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.checkpoints.state import load_state
+from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
+from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import redact
 from rmipo_lite.training.prior import pairs_digest
@@ -51,7 +52,7 @@ def identity(trainer: Any) -> dict[str, Any]:
         "model": {
             "type": type(base).__name__,
             "layers": getattr(base.config.get_text_config(), "num_hidden_layers", None),
-            "vocabulary": plain_embedding(base).weight.shape[0],
+            "vocabulary": vocabulary_size(model),
         },
         "weights": _sample(model),
         "peft_config": _adapter(model),
@@ -155,13 +156,8 @@ def changed_options(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, tu
     return {name: (stored[name], own[name]) for name in both if stored[name] != own[name]}
 
 
-class GoingOn:
+class GoingOn(TrainerBeside):
     """Mixin for `transformers.Trainer`: a resumed run, with other options where these changed."""
-
-    if TYPE_CHECKING:  # what the Trainer beside us provides
-        args: Any
-        state: Any
-        train_dataset: Any
 
     changed: Mapping[str, Any]
     _place: tuple[int, int] | None = None  # where a checkpoint stands: epochs, pairs of the next
