@@ -60,6 +60,22 @@ class Doctor(TrainerCallback):
         """A line of numbers has been added to the state's history."""
         self._examine(state)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say of which step the weights are, where `load_best_model_at_end` went back to one."""
+        best = state.best_global_step
+        if not args.load_best_model_at_end or not best or best == state.global_step:
+            return
+        found = Finding(
+            "earlier_weights",
+            f"the weights are those of step {best}, the best by {args.metric_for_best_model}, and "
+            f"the run went on to step {state.global_step}",
+            "What was found after that step is of other weights",
+            level="note",
+            steps=(best, best),
+        )
+        self._found[found.name] = found
+        say(str(found))
+
     def _examine(self, state: Any) -> None:
         history = state.log_history
         held_out = [entry for entry in history if "eval_loss" in entry and entry.get("step")]

@@ -169,4 +169,7 @@ def test_after_the_best_model_is_loaded_the_result_says_of_which_step(tmp_path: 
     )  # fmt: skip
     assert result.weights_step == 1
     assert "weights of step 1" in repr(result)
+    assert "the weights are those of step 1, the best by rewards/margins" in " ".join(
+        str(result.findings).split()
+    )
     assert ", weights of step 1." in (result.output_dir / "README.md").read_text()
