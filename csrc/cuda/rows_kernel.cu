@@ -30,8 +30,7 @@ struct MaxSum {
   }
   __device__ A term(A x) const {
     // While nothing finite came, exp(-inf - -inf) would be NaN for what is merely impossible.
-    if (max == -INFINITY) return x == -INFINITY ? A(0) : x;
-    return exp(x - max);
+    return exp(x - (max == -INFINITY ? A(0) : max));
   }
   __device__ void add(A x) {
     raise(x);
@@ -40,7 +39,7 @@ struct MaxSum {
   __device__ void add(const A (&x)[kPack]) {
     A largest = max;
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) largest = x[i] > largest ? x[i] : largest;
+    for (int i = 0; i < kPack; ++i) largest = fmax(largest, x[i]);  // passes over NaN
     raise(largest);
     A terms = 0;
 #pragma unroll
@@ -59,11 +58,20 @@ struct MaxSum {
   }
 };
 
-// float -> the type of the derivative; torch's flags forbid the implicit conversions.
-__device__ void convert(float x, float* p) { *p = x; }
-__device__ void convert(double x, double* p) { *p = x; }
-__device__ void convert(float x, __nv_bfloat16* p) { *p = __float2bfloat16(x); }
-__device__ void convert(float x, __half* p) { *p = __float2half(x); }
+template <typename A>
+struct Two {
+  A x, y;
+};
+
+// Two values in the derivative's type, told by a pointer: one instruction rounds two to 16 bits.
+template <typename A>
+__device__ Two<A> round_two(A x, A y, const A*) {
+  return {x, y};
+}
+__device__ __nv_bfloat162 round_two(float x, float y, const __nv_bfloat16*) {
+  return __floats2bfloat162_rn(x, y);
+}
+__device__ __half2 round_two(float x, float y, const __half*) { return __floats2half2_rn(x, y); }
 
 template <typename T>
 __device__ bool is_aligned(const T* p) {
@@ -87,12 +95,20 @@ __device__ void load(const A* p, A (&x)[kPack]) {
   memcpy(x, words, sizeof(x));
 }
 
-template <typename G>
-__device__ void store(G* p, const G (&x)[kPack]) {
-  int4 words[sizeof(x) / kAccess];
-  memcpy(words, x, sizeof(x));
+template <typename A, typename G>
+__device__ void store(A x, G* p) {
+  *p = round_two(x, x, p).x;
+}
+template <typename A, typename G>
+__device__ void store(const A (&x)[kPack], G* p) {
+  int4 words[sizeof(G) * kPack / kAccess];
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(x) / kAccess; ++i) reinterpret_cast<int4*>(p)[i] = words[i];
+  for (int i = 0; i < kPack; i += 2) {
+    const auto two = round_two(x[i], x[i + 1], p);
+    memcpy(reinterpret_cast<char*>(words) + i * sizeof(G), &two, sizeof(two));
+  }
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(words) / kAccess; ++i) reinterpret_cast<int4*>(p)[i] = words[i];
 }
 
 // Calls `pack` for the aligned packs of a row and `single` for the elements before and after them,
@@ -110,7 +126,9 @@ __device__ void for_row(int64_t head, int64_t count, Packed pack, Single single)
 template <typename A>
 constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2;
 
-template <typename A, typename G>
+// kPlain: neither bias nor softcap, as most heads have it. Asking at every element costs three
+// quarters more instructions.
+template <typename A, typename G, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocks<A>) rows_kernel(RowArguments<A> a) {
   __shared__ MaxSum<A> shared[kThreads];
   __shared__ A shared_logp_terms[2];  // maximum, log of the sum
@@ -127,13 +145,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) rows_kernel(RowArguments
       if (kind == Target::kInvalid) *a.flag = 1;
     }
     if (grads != nullptr) {
-      for (int64_t v = threadIdx.x; v < a.vocab_size; v += kThreads) convert(value, grads + v);
+      for (int64_t v = threadIdx.x; v < a.vocab_size; v += kThreads) store(value, grads + v);
     }
     return;
   }
   const A* x = a.logits + row_offset(row, a.logits_stride, 0);
   const int64_t head = unaligned_head(x, grads, a.vocab_size);
   const auto transformed = [&](A product, int64_t v) {
+    if (kPlain) return product * a.transform.scale;
     return a.transform.logit(product, a.bias == nullptr ? A(0) : a.bias[v]);
   };
   const auto load_logits = [&](int64_t v, A(&logits)[kPack]) {
@@ -170,30 +189,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>) rows_kernel(RowArguments
   __syncthreads();
   const A largest = shared_logp_terms[0], log_sum = shared_logp_terms[1];
   const A scale = a.row_scale == nullptr ? A(1) : a.row_scale[row];
-  const auto derivative = [&](A logit, int64_t v) {
-    // One less the probability at the target, before rounding to 16 bits; expm1 keeps the digits
-    // of a target that is nearly certain.
-    const A log_probability = (logit - largest) - log_sum;
-    const A grad = v == id ? -expm1(log_probability) : -exp(log_probability);
-    return grad * scale * a.transform.slope(logit);
+  const auto derivative = [&](A minus_probability, A logit) {
+    return minus_probability * scale * (kPlain ? a.transform.scale : a.transform.slope(logit));
+  };
+  const auto of_others = [&](A logit) {
+    return derivative(-exp((logit - largest) - log_sum), logit);
   };
   for_row(
       head, a.vocab_size,
       [&](int64_t v) {
         A logits[kPack];
-        G results[kPack];
         load_logits(v, logits);
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) convert(derivative(logits[i], v + i), results + i);
-        store(grads + v, results);
+        for (int i = 0; i < kPack; ++i) logits[i] = of_others(logits[i]);
+        store(logits, grads + v);
       },
-      [&](int64_t v) { convert(derivative(transformed(x[v], v), v), grads + v); });
+      [&](int64_t v) { store(of_others(transformed(x[v], v)), grads + v); });
+  // Without this the target's own derivative could be overwritten by what the loop puts there.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // One less the probability, before rounding to 16 bits; expm1 keeps the digits of a target
+    // that is nearly certain.
+    const A minus_rest = -expm1((at_target - largest) - log_sum);
+    store(derivative(minus_rest, at_target), grads + id);
+  }
 }
 
 template <typename A, typename G>
 cudaError_t launch(const RowArguments<A>& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  return launch_kernel(rows_kernel<A, G>, a.rows, kThreads, stream, a);
+  const bool plain = a.bias == nullptr && !(a.transform.softcap > 0);
+  return launch_kernel(plain ? rows_kernel<A, G, true> : rows_kernel<A, G, false>, a.rows, kThreads,
+                       stream, a);
 }
 
 }  // namespace

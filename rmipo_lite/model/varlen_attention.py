@@ -19,6 +19,9 @@ from torch.nn.attention import varlen
 from rmipo_lite.model.batch import SegmentPlan
 
 _DTYPES = (torch.bfloat16, torch.float16)
+# Trained too on every card: heads of 193 to 224 go through the backward kernel for 256, which has a
+# form for cards with little shared memory. That scaled_dot_product_attention won't choose flash for
+# them on some is a rule of its own choice alone.
 _LARGEST_HEAD = 256
 _OLDEST = 8  # compute capability of Ampere
 

@@ -5,6 +5,8 @@ float32 (float64 for float64) whatever the input. On CUDA the product itself giv
 (`out_dtype`); on the CPU, where it can't, the weight is cast a block of rows at a time.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,16 @@ from rmipo_lite.ops.reference import IGNORED, LogitTransform, accumulate_dtype
 # than they gain.
 _CHUNK_LOGITS = 2**25
 _CHUNK_ROWS = (128, 256)
-# On a GPU every chunk reads the whole weight, so more rows are better, up to what its logits and
-# their derivative may take: this much, and this share of the card. A vocabulary so small that some
+# On a GPU every chunk reads the whole weight, and the second product has a tile for every 128 rows
+# and 256 columns of the hidden size: 64 tiles of 512 rows leave half of an H100's 132
+# multiprocessors idle at H = 4096, 256 tiles of 2048 rows fill them twice. So more rows are better,
+# up to what their logits and their derivative may take: this much, and this share of the card,
+# larger where the card is (one sold with 24 GB has 22 GiB or more). A vocabulary so small that some
 # hundred rows of it stay in the second-level cache is better read from there. A count, not yet
 # measured on a card; `python -m benchmarks gpu` measures it.
-_CARD_BYTES, _CARD_SHARE = 4 * 10**8, 1 / 40
-_CARD_ROWS = (128, 1024)
+_CARD_BYTES = 16 * 10**8
+_CARD_SHARE, _LARGE_CARD_SHARE, _LARGE_CARD_BYTES = 1 / 40, 1 / 30, 22 * 2**30
+_CARD_ROWS = (128, 2048)
 _LEAST_CACHED_ROWS = 256
 CPU_BUFFER_BYTES = 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
 # Rows of the weight that are cast at a time on the CPU: 16 MiB in float32 at H = 512.
@@ -41,7 +47,8 @@ def card_rows(row_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
     cached = cache_bytes // row_bytes // smallest * smallest
     if cached >= _LEAST_CACHED_ROWS:
         return min(cached, largest)
-    room = int(min(_CARD_BYTES, _CARD_SHARE * memory_bytes))
+    share = _CARD_SHARE if memory_bytes < _LARGE_CARD_BYTES else _LARGE_CARD_SHARE
+    room = int(min(_CARD_BYTES, share * memory_bytes))
     return min(max(room // row_bytes // smallest * smallest, smallest), largest)
 
 
@@ -65,7 +72,8 @@ def _row_itemsize(weight: Tensor) -> int:
 def head_buffer_bytes(weight: Tensor) -> int:
     """Bytes that `linear_logps` takes beside its arguments and its results.
 
-    For a frozen head and the kernels; plain PyTorch and a trained head take more on the CPU.
+    For a frozen head, the kernels and a pass with gradients; plain PyTorch and a trained head take
+    more, on a card a pass without gradients less.
     """
     if weight.device.type == "cpu":
         return CPU_BUFFER_BYTES
@@ -90,13 +98,19 @@ class HeadProducts:
         self.chunks = even_slices(hidden.shape[0], chunk_rows(weight))
         rows = max((c.stop - c.start for c in self.chunks), default=0)
         self.buffer = hidden.new_empty((rows, weight.shape[0]), dtype=self.exact)
-        # On CUDA the second product needs its operand in the weight's dtype; elsewhere the
-        # derivative overwrites the logits.
-        self.grads = (
-            hidden.new_empty((rows, weight.shape[0])) if self.mixed else self.buffer
-        )  # fmt: skip
         block = max(1, _BLOCK_ELEMENTS // max(hidden.shape[1], 1)) if self.cast else len(weight)
         self.blocks = [slice(i, min(i + block, len(weight))) for i in range(0, len(weight), block)]
+
+    @cached_property
+    def grads(self) -> Tensor:
+        """Where a chunk's derivative goes; made on first use: a pass without gradients needs none.
+
+        On CUDA the second product needs its operand in the weight's dtype; elsewhere the
+        derivative overwrites the logits.
+        """
+        if not self.mixed:
+            return self.buffer
+        return torch.empty_like(self.buffer, dtype=self.weight.dtype)
 
     def logits(self, rows: slice) -> Tensor:
         """Rows of hidden @ weight.T, in the buffer that the next call overwrites."""
@@ -124,7 +138,7 @@ class HeadProducts:
         """
         hidden = self.hidden[rows].masked_fill((target_ids[rows] == IGNORED)[:, None], 0.0)
         if self.mixed:
-            out += torch.mm(grads.T, hidden, out_dtype=self.exact)
+            torch.addmm(out, grads.T, hidden, out_dtype=self.exact, out=out)
         else:
             out.addmm_(grads.T, hidden.to(self.exact))
 
@@ -150,4 +164,5 @@ def row_work(
     )
     if logits.device.type != "cpu":
         native.device_flag(logits.device).bitwise_or_(invalid)
-    return logps, None if exact_grads is None else exact_grads.to(head.grads.dtype)
+    dtype = head.weight.dtype if head.mixed else head.exact
+    return logps, None if exact_grads is None else exact_grads.to(dtype)

@@ -40,8 +40,8 @@ def behind_a_long_kernel(
     sources = torch.randn(64, 32), torch.randn(999, 32), torch.randint(0, 999, (64,))
     want = _logps_and_grad(*sources)
     hidden, weight, ids = (source.to(device) for source in sources)
-    late = torch.zeros_like(hidden), torch.zeros_like(weight)
     with stream:
+        late = torch.zeros_like(hidden), torch.zeros_like(weight)
         long_kernel()
         late[0].copy_(hidden)
         late[1].copy_(weight)

@@ -5,4 +5,10 @@ struct __half {
   _Float16 value;
 };
 
-inline __half __float2half(float x) { return {static_cast<_Float16>(x)}; }
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {{static_cast<_Float16>(x)}, {static_cast<_Float16>(y)}};
+}

@@ -7,8 +7,9 @@
 
 namespace {
 
-// Rows of `vocab_size` columns, `offset` elements after an aligned place.
-void rows(int64_t count, int64_t vocab_size, int64_t offset, rmipo::GradType type) {
+// Rows of `vocab_size` columns, `offset` elements after an aligned place; plain ones have neither
+// bias nor softcap.
+void rows(int64_t count, int64_t vocab_size, int64_t offset, rmipo::GradType type, bool plain) {
   const int64_t size = offset + count * vocab_size;
   const auto logits = std::make_unique<float[]>(size);
   const auto grads = std::make_unique<float[]>(size);
@@ -26,8 +27,8 @@ void rows(int64_t count, int64_t vocab_size, int64_t offset, rmipo::GradType typ
                                                 vocab_size,
                                                 vocab_size,
                                                 ids.get(),
-                                                bias.get(),
-                                                {1.0f, 5.0f},
+                                                plain ? nullptr : bias.get(),
+                                                {plain ? 0.0f : 1.0f, 5.0f},
                                                 nullptr,
                                                 logps.get(),
                                                 type == rmipo::GradType::kNone ? nullptr : to,
@@ -58,8 +59,9 @@ int main() {
   using rmipo::GradType;
   for (const auto type : {GradType::kNone, GradType::kSame, GradType::kBFloat16, GradType::kHalf}) {
     for (const int64_t vocab_size : {1, 7, 4101}) {
-      for (const int64_t offset : {0, 3}) rows(4, vocab_size, offset, type);
+      for (const int64_t offset : {0, 3}) rows(4, vocab_size, offset, type, true);
     }
+    rows(4, 4101, 3, type, false);
   }
   pairs(3, 200);
   pairs(1, 0);

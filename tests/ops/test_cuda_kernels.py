@@ -96,21 +96,27 @@ def draw(count: int, vocab_size: int, offset: int = 0, padding: int = 0) -> tupl
 SIZES = [1, 2, 7, 8, 9, 17, 4095, 4096, 4104, 9001]
 
 
-@pytest.mark.parametrize("vocab_size", SIZES)
-@pytest.mark.parametrize("offset", [0, 1, 4])
-def test_rows_against_the_reference(kernels: ctypes.CDLL, vocab_size: int, offset: int) -> None:
+# Heads with neither bias nor softcap have a kernel of their own.
+PLAIN = [(size, offset, False, None) for size in SIZES for offset in (0, 1, 4)]
+OTHERS = [
+    (size, offset, *head)
+    for size, offset in ((9, 1), (4096, 0), (4104, 1))
+    for head in ((True, None), (False, 5.0), (True, 5.0))
+]
+
+
+@pytest.mark.parametrize(("vocab_size", "offset", "with_bias", "softcap"), [*PLAIN, *OTHERS])
+def test_rows_against_the_reference(
+    kernels: ctypes.CDLL, vocab_size: int, offset: int, with_bias: bool, softcap: float | None
+) -> None:
     logits, ids = draw(3, vocab_size, offset)
-    bias, scale = torch.randn(vocab_size), torch.tensor([1.0, -2.0, 0.5])
-    want = reference.row_logps(
-        logits.double(),
-        ids,
-        reference.LogitTransform(bias.double(), 5.0, 1.5),
-        scale.double(),
-        with_grads=True,
-    )
+    bias = torch.randn(vocab_size) if with_bias else None
+    scale = torch.tensor([1.0, -2.0, 0.5])
+    transform = reference.LogitTransform(None if bias is None else bias.double(), softcap, 1.5)
+    want = reference.row_logps(logits.double(), ids, transform, scale.double(), with_grads=True)
     assert want[1] is not None
     for grad_type in (NONE, SAME, BFLOAT16, HALF):
-        logps, grads, flag = row_logps(kernels, logits, ids, bias, 5.0, scale, grad_type)
+        logps, grads, flag = row_logps(kernels, logits, ids, bias, softcap, scale, grad_type)
         assert flag == 0
         torch.testing.assert_close(logps.double(), want[0], atol=2e-5, rtol=1e-5)
         if grad_type == NONE:

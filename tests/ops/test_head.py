@@ -358,19 +358,3 @@ def test_refusals(change: dict, error: type[Exception], message: str) -> None:
     }  # fmt: skip
     with pytest.raises(error, match=message):
         linear_logps(**{**arguments, **change})
-
-
-@pytest.mark.parametrize(
-    ("vocab", "cache_mib", "memory_gib", "rows"),
-    [
-        (128256, 50, 80, 512),  # H100: 394 MB of the 400
-        (128256, 3, 12, 384),  # RTX 3060: a fortieth of the card
-        (128256, 3, 8, 256),
-        (262144, 3, 8, 128),  # never fewer, whatever it takes
-        (32000, 50, 80, 256),  # in the cache
-        (32000, 3, 24, 1024),
-        (1, 50, 80, 1024),
-    ],
-)
-def test_rows_of_a_chunk_by_card(vocab: int, cache_mib: int, memory_gib: int, rows: int) -> None:
-    assert head_rows.card_rows(6 * vocab, cache_mib * 2**20, memory_gib * 2**30) == rows
