@@ -52,7 +52,7 @@ def kernel(device_type: str):
     """The extension of one device type; raises BuildError where a part is missing."""
     arguments = {
         "name": f"rmipo_lite.{build.extension_name(device_type)}",
-        "sources": [str(path.relative_to(ROOT)) for path in build.source_files(device_type)],
+        "sources": [path.relative_to(ROOT).as_posix() for path in build.source_files(device_type)],
         "extra_compile_args": build.compile_flags(device_type),
         "py_limited_api": True,  # names the file for every Python; it calls none of them
         "optional": True,
@@ -100,11 +100,12 @@ def kernel_builder():
             for extension in extensions:
                 self.extensions = [extension]
                 library = Path(self.get_ext_fullpath(extension.name))
-                library.unlink(missing_ok=True)
                 try:
+                    library.unlink(missing_ok=True)  # Windows refuses where it is in use
                     super().build_extensions()
                 except Exception as error:  # whatever it is, the package works without
                     say(f"no {extension.name}: {error}")
+                    continue
                 if library.is_file() and extension.name.startswith("rmipo_lite._native"):
                     build.write_record(library, build.source_hash())
             self.extensions = extensions
@@ -118,7 +119,10 @@ def kernel_builder():
 
         def copy_extensions_to_source(self) -> None:
             """For an editable install; the record of a library goes with it."""
-            super().copy_extensions_to_source()
+            try:
+                super().copy_extensions_to_source()
+            except PermissionError as error:  # Windows: a program has the former one loaded
+                say(f"what is in use stays as it is: {error}")
             for record in (Path(self.build_lib) / PACKAGE.name).glob("_native_*.sha256"):
                 shutil.copy(record, PACKAGE)
 
@@ -135,6 +139,8 @@ class BuildPy(build_py):
             shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
 
 
+if "VSCMD_ARG_TGT_ARCH" in os.environ:  # in Visual Studio's prompt: BuildExtension insists on it
+    os.environ.setdefault("DISTUTILS_USE_SDK", "1")
 native = kernels()
 setup(
     packages=find_packages(include=["rmipo_lite", "rmipo_lite.*"]),

@@ -7,12 +7,20 @@
 
 namespace py = pybind11;
 
+#ifdef _MSC_VER
+constexpr const char* kCompiler = "MSVC " PYBIND11_TOSTRING(_MSC_FULL_VER);
+constexpr long kStandard = _MSVC_LANG;  // its __cplusplus stays at 1997
+#else
+constexpr const char* kCompiler = __VERSION__;
+constexpr long kStandard = __cplusplus;
+#endif
+
 PYBIND11_MODULE(_bindings, m) {
   m.doc() = "torch-free host functions of the extension";
   m.def("build_info", [] {
     py::dict info;
-    info["compiler"] = __VERSION__;
-    info["cplusplus"] = static_cast<long>(__cplusplus);
+    info["compiler"] = kCompiler;
+    info["cplusplus"] = kStandard;
     return info;
   });
   m.def("row_offset", &rmipo::row_offset, py::arg("row"), py::arg("row_stride"), py::arg("column"),

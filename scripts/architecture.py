@@ -23,6 +23,7 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 # from each other. `version` stands apart: a number that everybody may read.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("version",),
+    ("system",),
     ("ops", "options", "output"),
     ("config",),
     ("adapters", "data"),

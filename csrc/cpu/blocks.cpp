@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -29,12 +30,12 @@ struct BFloat16 {
 RMIPO_INLINE float load(float x) { return x; }
 RMIPO_INLINE double load(double x) { return x; }
 RMIPO_INLINE float load(BFloat16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 RMIPO_INLINE void store(float* to, float x) { *to = x; }
 RMIPO_INLINE void store(double* to, double x) { *to = x; }
 RMIPO_INLINE void store(BFloat16* to, float x) {  // to nearest; x >= 0 or NaN, ties up
-  to->bits = static_cast<uint16_t>((__builtin_bit_cast(uint32_t, x) + 0x8000u) >> 16);
+  to->bits = static_cast<uint16_t>((std::bit_cast<uint32_t>(x) + 0x8000u) >> 16);
 }
 
 template <typename T>
@@ -92,7 +93,7 @@ RMIPO_INLINE A largest(const T* x, const T* bias, int64_t n, Transform<A> t, A m
   for (int64_t start = 0; start < n; start += kTerms) {
     const int64_t count = std::min(kTerms, n - start);
     const A* z = widened<kPlain>(x, bias, start, count, t, wide);
-#pragma omp simd reduction(max : most)
+    RMIPO_SIMD_MAX(most)
     for (int64_t i = 0; i < count; ++i) most = z[i] > most ? z[i] : most;
   }
   return most;  // NaN is skipped here; the sum catches it

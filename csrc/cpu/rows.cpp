@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "../checks.h"
@@ -36,7 +37,7 @@ RMIPO_INLINE A transform_and_max(A* x, const A* bias, int64_t n, Transform<A> t)
     for (int64_t v = 0; v < n; ++v) x[v] = soft(x[v], t.softcap);
   }
   A largest = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : largest)
+  RMIPO_SIMD_MAX(largest)
   for (int64_t v = 0; v < n; ++v) largest = x[v] > largest ? x[v] : largest;
   return largest;  // NaN is skipped here; the sum below catches it
 }
@@ -103,9 +104,9 @@ void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>&
   const A* b = rmipo::const_or_null<A>(bias);
   const A* scales = rmipo::const_or_null<A>(row_scale);
   A* out = static_cast<A*>(logps.mutable_data_ptr());
-  auto* invalid = static_cast<int32_t*>(flag.mutable_data_ptr());
+  std::atomic<bool> invalid{false};
   const Transform<A> t{static_cast<A>(logit_softcap), static_cast<A>(logit_scale)};
-  rmipo::for_rows(logits.size(0), [=](int64_t begin, int64_t end) {
+  rmipo::for_rows(logits.size(0), [=, &invalid](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       A* row_x = x + rmipo::row_offset(r, stride, 0);
       const Target kind = rmipo::classify(ids[r], vocab_size);
@@ -117,9 +118,10 @@ void rows(Tensor& logits, const Tensor& target_ids, const std::optional<Tensor>&
       const A value = kind == Target::kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN();
       out[r] = value;
       if (grads) std::fill(row_x, row_x + vocab_size, value);
-      if (kind == Target::kInvalid) __atomic_store_n(invalid, 1, __ATOMIC_RELAXED);
+      if (kind == Target::kInvalid) invalid = true;
     }
   });
+  if (invalid) *static_cast<int32_t*>(flag.mutable_data_ptr()) = 1;
 }
 
 void row_logps(Tensor logits, Tensor target_ids, std::optional<Tensor> bias, double logit_softcap,

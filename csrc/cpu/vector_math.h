@@ -4,8 +4,11 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#ifndef _WIN32
 #include <unistd.h>
+#endif
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -22,7 +25,18 @@
 #else
 #define RMIPO_CLONES
 #endif
+#ifdef _MSC_VER
+#define RMIPO_INLINE __forceinline
+#else
 #define RMIPO_INLINE __attribute__((always_inline)) inline
+#endif
+// Over the loop that takes a maximum; MSVC has the reductions of OpenMP 2.0, which knows none.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define RMIPO_SIMD_MAX(most)
+#else
+#define RMIPO_PRAGMA(text) _Pragma(#text)
+#define RMIPO_SIMD_MAX(most) RMIPO_PRAGMA(omp simd reduction(max : most))
+#endif
 
 namespace rmipo {
 
@@ -38,8 +52,8 @@ RMIPO_INLINE Reduced reduce(float x) {
   const float shifted = clamped * kLog2E + kRound;
   const float n = shifted - kRound;
   // The low bits of `shifted` hold n; shifting them into the exponent makes 2^n, and 0 of n = -127.
-  const uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
-  return {clamped - n * kLn2, __builtin_bit_cast(float, bits)};  // one fused operation if there is
+  const uint32_t bits = (std::bit_cast<uint32_t>(shifted) + 127u) << 23;
+  return {clamped - n * kLn2, std::bit_cast<float>(bits)};  // one fused operation if there is
 }
 
 // exp for x <= 0: 2^n * p(r), the polynomial of degree 5 that is best in relative error (7.5e-8).
@@ -72,23 +86,24 @@ RMIPO_INLINE double expm1_negative(double x) { return std::expm1(x); }
 
 // softcap * tanh(x / softcap). Not from exp(x): 1 - exp(x) would lose the digits of a small x, and
 // a softcap of 30 would lift that loss to 3e-6 nats.
-RMIPO_INLINE float absolute(float x) { return __builtin_fabsf(x); }
-RMIPO_INLINE double absolute(double x) { return __builtin_fabs(x); }
-RMIPO_INLINE float signed_like(float x, float sign) { return __builtin_copysignf(x, sign); }
-RMIPO_INLINE double signed_like(double x, double sign) { return __builtin_copysign(x, sign); }
 template <typename A>
 RMIPO_INLINE A soft(A x, A softcap) {
-  const A e = expm1_negative(A(-2) * absolute(x) / softcap);
-  return signed_like(softcap * e / (A(2) + e), x);
+  const A e = expm1_negative(A(-2) * std::fabs(x) / softcap);
+  return std::copysign(softcap * e / (A(2) + e), x);
 }
 
+#ifdef _WIN32
+inline bool forked() { return false; }  // there is no fork
+#else
 inline const pid_t loading_process = getpid();
+inline bool forked() { return getpid() != loading_process; }
+#endif
 
 // at::parallel_for, but in the calling thread alone in a forked child, whose thread pool does not
 // exist any more: waiting for it would hang for ever.
 template <typename F>
 void for_rows(int64_t rows, const F& f) {
-  if (getpid() != loading_process) {
+  if (forked()) {
     f(0, rows);
   } else {
     torch::stable::parallel_for(0, rows, 1, f);

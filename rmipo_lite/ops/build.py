@@ -5,6 +5,9 @@ install without them compiles with `torch.utils.cpp_extension.load` and ninja. T
 process: load() would load the library from a folder that is about to be renamed, reads its
 settings from the environment, prints, and can't be given a time limit.
 
+Linux compiles with gcc or clang, macOS (the CPU's library alone) with Apple's clang, Windows with
+Visual Studio's cl, which is the one that load() calls there.
+
 The libraries use LibTorch's stable ABI: seconds to compile, and one binary serves many versions.
 CPU and CUDA are separate libraries, since one linked to CUDA won't load without it. torch is
 imported only inside functions: `setup.py` loads this file where torch may be absent.
@@ -27,6 +30,25 @@ _TARGET = "0x020a000000000000"
 # Real architectures of an ahead-of-time build; PTX of the last one serves what comes after.
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;12.0+PTX"
 _COMPILE_LIMIT_S = 600
+PLATFORM = sys.platform
+# What a compiler's or linker's message of failure begins with: `a.cpp:1:2: error: ...` of gcc and
+# clang, `a.cpp(1): error C2065: ...` and `LINK : fatal error LNK1104: ...` of Microsoft.
+_ERROR = re.compile(r"\b(error|fatal)( [A-Z]+\d+)?\s*:")
+_COMPILERS = {
+    "win32": (
+        ["cl"],
+        "no C++ compiler (cl) was found; install the Visual Studio Build Tools with C++ and start "
+        "from their 'x64 Native Tools Command Prompt'",
+    ),
+    "darwin": (
+        ["clang++", "c++"],
+        "no C++ compiler (clang++) was found; install it with 'xcode-select --install'",
+    ),
+    "linux": (
+        ["g++", "c++", "clang++"],
+        "no C++ compiler (g++) was found; install one, for instance with 'apt install g++'",
+    ),
+}
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -54,7 +76,7 @@ def extension_name(device_type: str) -> str:
 
 def library_name(device_type: str) -> str:
     """File name of a device type's library, the one setuptools gives to a limited-API module."""
-    return f"{extension_name(device_type)}.abi3.so"
+    return extension_name(device_type) + (".pyd" if PLATFORM == "win32" else ".abi3.so")
 
 
 def source_hash() -> str:
@@ -79,16 +101,22 @@ def file_hash(path: Path) -> str:
 
 def write_record(library: Path, sources: str) -> None:
     """Write the hash of a library and that of its sources beside it; `native` compares both."""
-    library.with_suffix(".sha256").write_text(f"{file_hash(library)} {sources}\n")
+    text = f"{file_hash(library)} {sources}\n"
+    library.with_suffix(".sha256").write_text(text, encoding="utf-8")
 
 
 def compiler() -> list[str]:
-    """The C++ compiler as a command: $CXX, else g++, else c++, else clang++.
+    """The C++ compiler as a command: $CXX, else the first of the platform's that is found.
+
+    On Windows it is cl whatever $CXX says.
 
     Raises:
         BuildError: there is none.
     """
-    if os.environ.get("CXX"):
+    if PLATFORM not in _COMPILERS:
+        raise BuildError(f"it is built for Linux, macOS and Windows, not for {PLATFORM}")
+    names, missing = _COMPILERS[PLATFORM]
+    if os.environ.get("CXX") and PLATFORM != "win32":
         try:
             command = shlex.split(os.environ["CXX"])
         except ValueError as error:
@@ -96,11 +124,21 @@ def compiler() -> list[str]:
         if not command or not shutil.which(command[0]):
             raise BuildError(f"the compiler {''.join(command[:1])!r} of $CXX was not found")
         return command
-    for name in ("g++", "c++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise BuildError("no C++ compiler (g++) was found; install one, for instance with "
-                     "'apt install g++'")  # fmt: skip
+    found = next((name for name in names if shutil.which(name)), None)
+    if not found or (PLATFORM == "darwin" and not _has_apple_tools()):
+        raise BuildError(missing)
+    if PLATFORM == "win32" and os.environ.get("VSCMD_ARG_TGT_ARCH") == "x86":
+        raise BuildError("the compiler (cl) on PATH makes 32-bit code; start from the "
+                         "'x64 Native Tools Command Prompt'")  # fmt: skip
+    return [found]
+
+
+def _has_apple_tools() -> bool:
+    """Whether macOS's compiler is more than the stand-in that asks to install it."""
+    try:
+        return subprocess.run(["xcode-select", "-p"], capture_output=True).returncode == 0
+    except OSError:
+        return True  # where there is none of Apple's, the compiler isn't Apple's either
 
 
 def ninja_path() -> str:
@@ -131,18 +169,20 @@ def cuda_home() -> Path:
         try:
             told = subprocess.run(
                 [nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull],
-                capture_output=True, text=True, timeout=60, check=False,
+                capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False,
             ).stderr  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):
             told = ""
         candidates += re.findall(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
         candidates.append(str(Path(nvcc).resolve().parent.parent))
     candidates.append("/usr/local/cuda")
+    executable = "nvcc.exe" if PLATFORM == "win32" else "nvcc"
     for candidate in candidates:
         if not candidate:
             continue
         root = Path(candidate.strip())
-        if (root / "include" / "cuda_runtime.h").is_file() and (root / "bin" / "nvcc").is_file():
+        files = (root / "include" / "cuda_runtime.h", root / "bin" / executable)
+        if all(file.is_file() for file in files):
             return root
     raise BuildError("no CUDA toolkit (nvcc) was found; install one or set CUDA_HOME to its root")
 
@@ -158,11 +198,14 @@ def source_files(device_type: str) -> list[Path]:
 
 def compile_flags(device_type: str) -> dict[str, list[str]]:
     """Flags of a device type's library by compiler, beside those that torch adds itself."""
+    defines = [f"TORCH_TARGET_VERSION={_TARGET}"] + ["USE_CUDA"] * (device_type == "cuda")
+    shared = ["-O3", *(f"-D{define}" for define in defines)]
+    if PLATFORM == "win32":
+        # nvcc refuses a second -std, and here torch gives it one whatever stands in ours.
+        cxx = ["/O2", *(f"/D{define}" for define in defines), "/openmp:experimental", "/std:c++20"]
+        return {"cxx": cxx, "nvcc": [*shared, "-Xcompiler=/Zc:__cplusplus"]}
     # Without the last two gcc leaves the loops with an exponential as they are: four times slower.
     vectorise = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
-    shared = ["-O3", f"-DTORCH_TARGET_VERSION={_TARGET}"]
-    if device_type == "cuda":
-        shared.append("-DUSE_CUDA")
     cxx = [*shared, *vectorise, "-std=c++20", "-fvisibility=hidden"]
     return {"cxx": cxx, "nvcc": [*shared, "-std=c++17", "-Xcompiler=-fvisibility=hidden"]}
 
@@ -172,11 +215,15 @@ def static_cuda_runtime(root: Path) -> list[str]:
 
     The runtime of whatever toolkit is here then works beside the one that torch loads.
     """
-    for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
-        archive = root / folder / "libcudart_static.a"
+    name, system = "libcudart_static.a", ["-ldl", "-lrt", "-lpthread"]
+    folders = ["lib64", "lib", "targets/x86_64-linux/lib"]
+    if PLATFORM == "win32":
+        name, system, folders = "cudart_static.lib", [], ["lib/x64"]
+    for folder in folders:
+        archive = root / folder / name
         if archive.is_file():
-            return [str(archive), "-ldl", "-lrt", "-lpthread"]
-    raise BuildError(f"the CUDA toolkit in {root} has no libcudart_static.a")
+            return [str(archive), *system]
+    raise BuildError(f"the CUDA toolkit in {root} has no {name}")
 
 
 def require_tools(device_type: str) -> None:
@@ -206,13 +253,16 @@ def build(device_type: str, folder: Path, architectures: str = "") -> Path:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "PYTHONUTF8": "1",
         "MAX_JOBS": "4",
+        "VSLANG": "1033",  # cl in English: ninja knows the lines that name included files by it
     }
     flags = compile_flags(device_type)
     link = []
     if device_type == "cuda":
         root = cuda_home()
-        # as-needed drops the shared runtime that load() adds after the static one
-        link = ["-Wl,--as-needed", *map(shlex.quote, static_cuda_runtime(root))]
+        link = static_cuda_runtime(root)
+        if PLATFORM != "win32":  # where load() quotes, and the linker drops what isn't needed
+            # as-needed drops the shared runtime that load() adds after the static one
+            link = ["-Wl,--as-needed", *map(shlex.quote, link)]
         environment.update(CUDA_HOME=str(root), TORCH_CUDA_ARCH_LIST=architectures)
     name = extension_name(device_type)
     arguments = {
@@ -226,19 +276,20 @@ def build(device_type: str, folder: Path, architectures: str = "") -> Path:
     }
     _run_child(arguments, environment)
     built = folder / library_name(device_type)
-    (folder / f"{name}.so").rename(built)
+    (folder / f"{name}{'.pyd' if PLATFORM == 'win32' else '.so'}").rename(built)
     return built
 
 
 def _one_word(command: list[str], folder: Path) -> str:
     """The compiler as one word without blanks, which torch's versions quote or don't.
 
-    A command with arguments (`ccache g++`) or blanks becomes a script in `folder`.
+    A command with arguments (`ccache g++`) or blanks becomes a script in `folder`; on Windows it
+    is `cl` always.
     """
     if len(command) == 1 and shlex.quote(command[0]) == command[0]:
         return command[0]
     script = folder / "rmipo-cxx"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
     script.chmod(0o700)
     return script.name
 
@@ -260,15 +311,16 @@ def _run_child(arguments: dict[str, Any], environment: dict[str, str]) -> None:
         raise BuildError(f"the compilation could not run: {error}") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        first = next((line for line in lines if re.search(r"\berror:", line)), lines[-1])
+        first = next(filter(_ERROR.search, lines), lines[-1])
         raise BuildError(f"the compilation failed: {first.strip()[:300]}")
 
 
 def _load_in_child(arguments: dict[str, Any]) -> None:
     from torch.utils import cpp_extension
 
-    # load() puts this path on the linker's command line as it is; a blank would end it there.
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+    if PLATFORM != "win32":
+        # load() puts this path on the linker's command line as it is; a blank would end it there.
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     cpp_extension.load(**arguments, is_python_module=False)
 
 

@@ -9,11 +9,11 @@ architecture. A build happens in a private folder, is loaded there, and is renam
 its hash beside it, under a file lock that the system drops when its holder dies: a half-written
 file is never loaded, no lock outlives a killed build, and what such a build leaves behind is
 removed by the next one. A library counts as ours when its kernels are registered, not because it
-loads.
+loads. Windows lets a loaded library be renamed, but neither replaced nor removed: where such a one
+is in the place, what was built serves this process from its private folder.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -21,14 +21,15 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import filelock
 import torch
 
 from rmipo_lite.ops import build
+from rmipo_lite.system import files
 
 _LOCK_LIMIT_S = 300.0  # longer than any build; then the reference does the work
 
@@ -92,8 +93,6 @@ def _load(device_type: str) -> BackendStatus:
     try:
         if device_type not in _KERNELS:
             raise build.BuildError(f"there are no kernels for {device_type}")
-        if sys.platform != "linux":
-            raise build.BuildError(f"it is built for Linux only, not {sys.platform}")
         if device_type == "cuda" and not torch.cuda.is_available():
             raise build.BuildError("torch sees no CUDA device")
         prebuilt = _PACKAGE / build.library_name(device_type)
@@ -140,16 +139,36 @@ def _load_cached(device_type: str) -> BackendStatus:
         _tell(f"compiling the {device_type} kernels, once")
         for leftover in cache.glob(f"build-{key}-*"):  # of a killed build: the lock is ours
             shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"build-{key}-") as folder:
-            built = build.build(device_type, Path(folder), _architectures(device_type))
+        folder = Path(tempfile.mkdtemp(dir=cache, prefix=f"build-{key}-"))
+        try:
+            built = build.build(device_type, folder, _architectures(device_type))
             # From here, not from its place: the loader takes a path it has met for the library it
             # loaded from it, whatever has been put there since.
             _open(built, device_type)
-            target.parent.mkdir(exist_ok=True)
-            build.write_record(built, build.source_hash())
-            os.replace(built, target)
-            os.replace(built.with_suffix(".sha256"), target.with_suffix(".sha256"))
+            target = _publish(built, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return BackendStatus(True, "built", str(target), None)
+
+
+def _publish(built: Path, target: Path) -> Path:
+    """Rename a library into its place, its record after it; return where it is then.
+
+    On Windows that is where it was if another library is loaded from its place.
+    """
+    target.parent.mkdir(exist_ok=True)
+    build.write_record(built, build.source_hash())
+    try:
+        files.move(built, target)
+    except PermissionError:
+        if build.PLATFORM != "win32":
+            raise
+        with contextlib.suppress(OSError):  # or the next process would load what is there again
+            target.with_suffix(".sha256").unlink()
+        _tell(f"{target} is in use by a program, so the next one compiles again")
+        return built
+    files.move(built.with_suffix(".sha256"), target.with_suffix(".sha256"))
+    return target
 
 
 def _tell(text: str) -> None:
@@ -162,7 +181,7 @@ def _tell(text: str) -> None:
 def _matches(library: Path, sources: str | None = None) -> bool:
     """Whether a library is whole, by the hash beside it, and of these sources where given."""
     try:
-        record = library.with_suffix(".sha256").read_text(errors="replace").split()
+        record = library.with_suffix(".sha256").read_text("utf-8", "replace").split()
         want = record[:1] == [build.file_hash(library)]
         return want and (sources is None or record[1:] == [sources])
     except OSError:
@@ -196,22 +215,25 @@ def _open(library: Path, device_type: str) -> None:
 
 @contextlib.contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the system releases when the process dies."""
-    started = time.monotonic()
-    told = False
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - started
-                if waited > _LOCK_LIMIT_S:
-                    raise build.BuildError(
-                        f"another process has held {path} for {_LOCK_LIMIT_S:.0f} s"
-                    ) from None
-                if waited > _SILENCE_S and not told:
-                    told = True
-                    _tell("waiting for another process that compiles the kernels")
-                time.sleep(0.1)
+    """Hold a lock that the system releases when the process dies.
+
+    Raises:
+        BuildError: another process has held it too long, or the filesystem has no such locks.
+    """
+    # The soft fallback would be a file whose mere existence locks: it outlives a killed holder.
+    lock = filelock.FileLock(path, poll_interval=0.1, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=_SILENCE_S)
+        except filelock.Timeout:
+            _tell("waiting for another process that compiles the kernels")
+            lock.acquire(timeout=_LOCK_LIMIT_S)
+    except filelock.Timeout:
+        limit = f"{_LOCK_LIMIT_S:.0f} s"
+        raise build.BuildError(f"another process has held {path} for {limit}") from None
+    except OSError as error:
+        raise build.BuildError(f"{path} can't be locked: {error}") from error
+    try:
         yield
+    finally:
+        lock.release()
