@@ -113,7 +113,7 @@ def test_an_unread_head_is_refused_before_training() -> None:
     model = tiny_model("llama")
     forward = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 3.0 * forward(hidden)
-    with pytest.raises(UnsupportedModelError, match="log-probs differ by"):
+    with pytest.raises(UnsupportedModelError, match="logits differ by"):
         packing_problem(model, random_pairs(), "auto", 0)
 
 
