@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -57,7 +58,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / FOLDER.name
         folder.mkdir()
-        (folder.parent / "benchmarks").symlink_to(FOLDER.parent / "benchmarks")
+        shutil.copytree(FOLDER.parent / "benchmarks", folder.parent / "benchmarks")
         NotebookClient(
             notebook,
             timeout=CELL_TIMEOUT_S,

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 MOST_LINES = 19_700  # of Python
 ROOMS = {
     "adapters", "checkpoints", "cli", "data", "demo", "inspection", "model", "ops", "options",
-    "output", "planning", "results", "selftest", "tokens", "training", "watch",
+    "output", "planning", "results", "selftest", "system", "tokens", "training", "watch",
 }  # fmt: skip
 _SOURCES = (
     "rmipo_lite",

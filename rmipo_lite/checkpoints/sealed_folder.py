@@ -24,6 +24,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rmipo_lite.system.files import check_replaceable, is_reserved, move, sync_folder
+from rmipo_lite.system.processes import is_running
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _FRESH_SECONDS = 600.0
@@ -42,7 +45,7 @@ def writable_folder(output_dir: str | Path) -> Path:
         ValueError: it is a file, or no name for a folder.
     """
     folder = Path(output_dir)
-    if folder.is_file() or not str(folder).isprintable():
+    if folder.is_file() or not str(folder).isprintable() or is_reserved(folder):
         raise ValueError(f"output_dir: wanted a folder to write to, got {str(folder)[:80]!r}")
     return folder
 
@@ -51,17 +54,6 @@ def sync_file(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's list of names is on the disk."""
-    if os.name == "nt":  # Windows can't open a folder for syncing
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -206,13 +198,7 @@ def _in_use(path: Path, pid: int) -> bool:
     """
     if pid == os.getpid():
         return False  # this process writes one checkpoint at a time: what it left is a leftover
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it lives under another user
-    return time.time() - path.stat().st_ctime < _FRESH_SECONDS
+    return is_running(pid) and time.time() - path.stat().st_ctime < _FRESH_SECONDS
 
 
 def recover(output_dir: Path) -> None:
@@ -225,7 +211,7 @@ def recover(output_dir: Path) -> None:
             continue
         target = output_dir / name[2]
         if name[1] == "old" and not target.exists():
-            path.rename(target)
+            move(path, target)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -234,15 +220,15 @@ def remove(checkpoint: Path) -> None:
     """Delete a checkpoint so that no half-deleted one is ever seen under its name."""
     trash = checkpoint.with_name(f".trash-{checkpoint.name}-{os.getpid()}")
     shutil.rmtree(trash, ignore_errors=True)
-    checkpoint.rename(trash)
+    move(checkpoint, trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def _publish(staged: Path, target: Path) -> None:
     old = target.with_name(f".old-{target.name}-{os.getpid()}")
     if target.exists():
-        target.rename(old)
-    staged.rename(target)
+        move(target, old)
+    move(staged, target)
     sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -261,10 +247,12 @@ def files_put_in_place(folder: Path) -> Iterator[Path]:
         yield staged
         for path in _files(staged):
             sync_file(path)
+        for path in _files(staged):  # all before the first: none or all of them are new
+            check_replaceable(folder / path.relative_to(staged))
         for path in _files(staged):
             target = folder / path.relative_to(staged)
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+            move(path, target)
         sync_folder(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

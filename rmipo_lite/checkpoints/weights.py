@@ -41,7 +41,7 @@ def rehearse_save(model: Any, tokenizer: Any, args: Any) -> None:
     Raises:
         ValueError: what refuses to be saved, and why; OSError is left as it is.
     """
-    with tempfile.TemporaryDirectory(prefix="rmipo-lite-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rmipo-lite-", ignore_cleanup_errors=True) as folder:
         try:
             if isinstance(model, PeftModel):
                 save_weights(model, Path(folder))

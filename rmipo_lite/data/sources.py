@@ -13,6 +13,7 @@ from typing import Any
 from rmipo_lite.data.files import SUFFIXES, read_file, transpose
 from rmipo_lite.data.report import shortened
 from rmipo_lite.output.console import say
+from rmipo_lite.system.files import looks_like_path
 
 _NO_ROWS = ("bytes", "bytearray", "memoryview")
 _SPLIT_WORD = re.compile(
@@ -77,8 +78,8 @@ def _read_named(name: str, split: str | None) -> tuple[str, list[Any]]:
         if split is not None:
             raise ValueError(f"dataset: split {split!r} was asked for, and {name} is one file")
         return name, read_file(path)
-    looks_local = Path(name).suffix in (*SUFFIXES, ".gz") or name.startswith(("/", ".", "~"))
-    if looks_local or name.count("/") > 1 or not name.isprintable() or not name:
+    looks_local = Path(name).suffix in (*SUFFIXES, ".gz") or looks_like_path(name)
+    if looks_local or not name.isprintable() or not name:
         raise FileNotFoundError(
             f"dataset: there is no file or folder {name[:200]!r} in {Path.cwd()}; wanted a path, "
             "a hub name, or the rows themselves as a list of dicts"

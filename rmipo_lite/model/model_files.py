@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rmipo_lite.system.files import looks_like_path
+
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = {"model": "model.safetensors", "adapter": "adapter_model.safetensors"}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -31,8 +33,7 @@ def existing_folder(name: str) -> Path | None:
         is_folder, is_file = False, True
     if is_folder:
         return path
-    is_path = is_file or name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
-    if is_path or not name.isprintable():
+    if is_file or looks_like_path(name) or not name.isprintable():
         raise FileNotFoundError(
             f"model: there is no folder {name[:_LONGEST_QUOTE]!r} (seen from {Path.cwd()}); wanted "
             "a model's folder or a hub name"

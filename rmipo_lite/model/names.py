@@ -1,6 +1,6 @@
 """What a model is called: where it was loaded from, for people, and in a run's folder."""
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from torch import nn
 
@@ -26,7 +26,7 @@ def short_name(name: str) -> str:
 
 def run_name(model: str | nn.Module) -> str:
     """A folder name for a run on this model: `rmipo-<model name>`."""
-    last = Path(name_of(model).rstrip("/")).name or "model"
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).lstrip(".")
+    last = PureWindowsPath(name_of(model)).name or "model"
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).strip(".")
     short = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
     return f"rmipo-{short or 'model'}"

@@ -5,16 +5,16 @@ hours. It imports nothing heavy, so that `rmipo-lite --help` stays quick.
 """
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from rmipo_lite.system.processes import can_rewrite_lines
+
 # What a terminal would execute rather than show: C0 controls but tab and newline, DEL, C1, and
 # the marks that reverse the reading direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_NO_BAR = (None, "", "dumb")
 
 
 def printable(text: str) -> str:
@@ -22,15 +22,27 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
+class Lenient:
+    """A stream that shows `?` for what its encoding lacks, as cp1252 on Windows does."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return int(self._stream.write(text.encode(encoding, "replace").decode(encoding)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def say(text: str) -> None:
     """Print one message to standard output; never raises, never sends control characters."""
     stream = sys.stdout
     if stream is None:
         return
-    line = printable(text) + "\n"
     try:
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(line.encode(encoding, "replace").decode(encoding))
+        Lenient(stream).write(printable(text) + "\n")
         stream.flush()
     except (OSError, ValueError, LookupError):
         # a closed pipe, a closed file or an unknown encoding: the message is lost, the run is not
@@ -41,7 +53,7 @@ def in_terminal() -> bool:
     """Whether standard output can show a bar that rewrites its own line."""
     stream = sys.stdout
     try:
-        return stream is not None and stream.isatty() and os.environ.get("TERM") not in _NO_BAR
+        return stream is not None and stream.isatty() and can_rewrite_lines()
     except ValueError:  # isatty() of a closed file
         return False
 

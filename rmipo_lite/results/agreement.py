@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rmipo_lite.model.backbone import evaluating
+from rmipo_lite.ops.devices import in_float64
 
 _TEXTS, _TOKENS = 16, 256  # at most so many texts, and so many tokens of each
 
@@ -39,7 +40,7 @@ def agreement(first: Any, second: Any, texts: Sequence[list[int]]) -> Agreement 
                 continue
             row = torch.tensor([ids[-_TOKENS:]])
             p, q = (
-                model(row.to(next(model.parameters()).device)).logits[0].double().log_softmax(-1)
+                in_float64(model(row.to(next(model.parameters()).device)).logits[0]).log_softmax(-1)
                 for model in (first, second)
             )
             q = q.to(p.device)

@@ -190,7 +190,7 @@ class TrainResult(RunRecord):
 
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.save(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
         return str(url)

@@ -4,25 +4,25 @@ They are forked from a server that has imported the package and computed nothing
 longer than the checks, and a fork after OpenMP has run can hang.
 """
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from rmipo_lite.system.processes import kill_with_children, process_context
+
 HANG_S = 600.0  # no job takes a tenth of it, beside whatever else the machine does
-_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+_CONTEXT: Any = multiprocessing.get_context(process_context())
 
 
 def start_server() -> None:
     """Let the server begin to import the package; this takes no import itself."""
-    if _FORKS:
+    if process_context() == "forkserver":
+        from multiprocessing import forkserver
+
         _CONTEXT.set_forkserver_preload(["rmipo_lite.selftest.survival"])
         forkserver.ensure_running()
 
@@ -52,23 +52,21 @@ def run_job(
                 raise TimeoutError(f"hung for more than {seconds:g} s: {_text(output)[-300:]}")
     finally:
         if process.exitcode is None:  # it hung, or this process was interrupted
-            process.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children: they may hang
+            kill_with_children(process.pid)  # the children may hang too
+            process.join()
     return int(process.exitcode), _text(output)
 
 
 def _text(output: Path) -> str:
-    return output.read_text(errors="replace") if output.exists() else ""
+    return output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
 
 
 def _run(output: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.setsid()
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as we
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as we
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     import torch
 
     torch.set_num_threads(1)  # as in the parent: another number would round otherwise

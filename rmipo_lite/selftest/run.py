@@ -38,7 +38,9 @@ def selftest(
     tell = say if show else lambda text: None
     outcomes = []
     place = Path.cwd() if os.access(".", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".rmipo-selftest-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=".rmipo-selftest-", dir=place, ignore_cleanup_errors=True
+    ) as folder:
         tell(f"seed {seed}; its checkpoints are on the disk of {Path(folder).parent}")
         tell(f"{'':>3} {'check':<60}{'trials':>7}{'lost':>6}{'seconds':>9}")
         for row, check in enumerate(checks):

@@ -11,14 +11,9 @@ import threading
 from collections.abc import Iterator
 
 import jinja2
-import psutil
 
-try:
-    import resource
-except ImportError:  # Windows: memory is not limited there
-    resource = None  # type: ignore[assignment]
+from rmipo_lite.system import memory
 
-LIMITS_MEMORY = resource is not None
 RENDER_SECONDS = 20.0  # for one batch of conversations
 RENDER_BYTES = 4 * 2**30  # address space, beside what the process has when it begins
 
@@ -52,7 +47,7 @@ def render_limits() -> Iterator[None]:
     """Raise ValueError where the block takes more than RENDER_SECONDS or RENDER_BYTES."""
     problem = "the template is broken or hostile"
     try:
-        with _memory_limit(RENDER_BYTES), _time_limit(RENDER_SECONDS):
+        with memory.limit(RENDER_BYTES), _time_limit(RENDER_SECONDS):
             yield
     except _TookTooLong:
         raise ValueError(
@@ -62,22 +57,6 @@ def render_limits() -> Iterator[None]:
         raise ValueError(
             f"chat_template: rendering took more than {RENDER_BYTES / 2**30:.3g} GiB; {problem}"
         ) from None
-
-
-@contextlib.contextmanager
-def _memory_limit(size: int) -> Iterator[None]:
-    """Let allocations beyond `size` fail, those of other threads too; does nothing on Windows."""
-    if resource is None:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = psutil.Process().memory_info().vms + size
-    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *known]), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
-from rmipo_lite.output.console import duration, printable, say
+from rmipo_lite.output.console import Lenient, duration, printable, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -66,7 +66,7 @@ class TerminalBar(PlainLines):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
-            console=Console(file=sys.stdout, force_jupyter=False),
+            console=Console(file=cast(IO[str], Lenient(sys.stdout)), force_jupyter=False),
         )
         self._task = self._progress.add_task(
             run.activity, total=run.max_steps, completed=run.step, numbers=""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,8 +14,16 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from rmipo_lite.output.console import duration, in_notebook, in_terminal, printable, say, show
+from rmipo_lite.output.console import (
+    duration,
+    in_notebook,
+    in_terminal,
+    printable,
+    say,
+    show,
+)  # fmt: skip
 from rmipo_lite.watch.progress import ProgressDisplay, metric_line, show_progress
+from scripts.architecture import PACKAGE
 from tests.kit import make_trainer
 
 
@@ -41,6 +51,44 @@ def test_say_never_raises(monkeypatch: pytest.MonkeyPatch, stream: str | None) -
     assert in_terminal() is False
     if stream == "ascii":
         assert ascii_only.buffer.getvalue() == b"? = 1.6\n"  # type: ignore[attr-defined]
+
+
+def literals(path: Path) -> Iterator[str]:
+    """The texts of a module that it may print: all but its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, documented)}
+    for node in ast.walk(tree):
+        value = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(value, str) and value not in docs:
+            yield value
+
+
+def test_a_windows_console_shows_every_text_of_the_package() -> None:
+    # HTML; a byte order mark; ranges of characters
+    unprinted = {"watch/panel.py", "data/cells.py", "inspection/near_duplicates.py"}
+    unprinted.add("output/console.py")
+    for path in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / name for name in unprinted}):
+        for text in literals(path):
+            assert text.encode("cp1252", "replace").decode("cp1252") == text, path
+
+
+def test_a_windows_console_shows_what_it_can_of_a_users_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    display = ProgressDisplay(live=True)
+    display.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1), None)  # type: ignore[arg-type]
+    display._view.tell(display.run, "held out 日本 é")
+    say("held out 日本 é")
+    display.close()
+    say("held out 日本 é")
+    screen.flush()
+    shown = screen.buffer.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("held out ?? é".encode("cp1252")) == 3
 
 
 class Both:

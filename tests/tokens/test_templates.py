@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
+from rmipo_lite.system import memory
 from rmipo_lite.tokens import template_limits
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -208,7 +209,7 @@ def test_stars_before_keywords_are_no_power(tokenizer: Any) -> None:
     assert len(run([chat()], tokenizer, keywords + SIMPLE)[0]) == 1
 
 
-@pytest.mark.skipif(not template_limits.LIMITS_MEMORY, reason="memory isn't limited on Windows")
+@pytest.mark.skipif(not memory.CAN_LIMIT, reason="memory is limited on Linux alone")
 @pytest.mark.parametrize(
     "bomb",
     [

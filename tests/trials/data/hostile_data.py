@@ -16,6 +16,7 @@ from unittest import mock
 from rmipo_lite.data import files
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
+from rmipo_lite.system import memory
 from rmipo_lite.tokens import template_limits
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -125,7 +126,7 @@ def _endless(bench: Bench) -> None:
 
 def _eats_memory(bench: Bench) -> None:
     """A text that doubles, and one that is long at once."""
-    if not template_limits.LIMITS_MEMORY:
+    if not memory.CAN_LIMIT:
         return
     with (
         mock.patch.object(template_limits, "RENDER_BYTES", 512 * MiB),

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmipo_lite import run
 from rmipo_lite.checkpoints.sealed_folder import checkpoints
-from rmipo_lite.planning.device import end_peak, start_peak
+from rmipo_lite.planning.device import PeakMemory
 from rmipo_lite.training import rehearsal
 from rmipo_lite.training.rehearsal import Plan
 from rmipo_lite.training.trainer import RMiPOTrainer
@@ -141,7 +141,7 @@ class _Watch:
 
     def plan(self, *args: Any) -> Plan:
         """Plan the run; its memory counts from before the plan's own measurement."""
-        self._base = start_peak(_CPU) or 0
+        self._base = PeakMemory(_CPU).before
         return rehearsal.plan_run(*args)
 
     def train(self) -> Any:
@@ -149,11 +149,11 @@ class _Watch:
         real = RMiPOTrainer.train
 
         def timed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            start_peak(_CPU)
+            memory = PeakMemory(_CPU)
             start = self._clock.perf_counter()
             output = real(trainer, *args, **kwargs)
             self.taken["seconds"] = self._clock.perf_counter() - start
-            self.taken["memory"] = (end_peak(_CPU) or 0) - self._base
+            self.taken["memory"] = memory.before + (memory.growth() or 0) - self._base
             return output
 
         return timed
