@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from rmipo_lite.ops.devices import accelerator, has_native_bf16
 from rmipo_lite.ops.losses import LOSSES, Loss, PairOptions, loss_named, losses_with, option_problem
 from rmipo_lite.ops.native import Impl
 from rmipo_lite.options import inherited
@@ -170,10 +171,13 @@ class RMiPOConfig(TrainingArguments):
     logging_steps: float = _option(10, "Log every so many optimizer steps.")
     save_total_limit: int | None = _option(2, "Checkpoints kept; older ones are deleted.")
     bf16: bool | None = _option(  # type: ignore[assignment]
-        None, "bfloat16 autocast; None: where the GPU has it in hardware (Ampere and newer)."
+        None,
+        "bfloat16 autocast; None: where the GPU has it in hardware (NVIDIA's Ampere and newer; "
+        "Apple's compute in float32 unless asked).",
     )
     fp16: bool | None = _option(  # type: ignore[assignment]
-        None, "float16 autocast with a gradient scaler; None: on a GPU without bfloat16."
+        None,
+        "float16 autocast with a gradient scaler; None: on NVIDIA's and AMD's without bfloat16.",
     )
     remove_unused_columns: bool = _option(False, "Kept False: the batch is ours.")
     logging_nan_inf_filter: bool = _option(
@@ -284,14 +288,14 @@ class RMiPOConfig(TrainingArguments):
         )
 
     def _resolve_precision(self) -> None:
-        """Pick bf16 where the card has it, fp16 on older cards, neither on the CPU."""
-        on_cuda = torch.cuda.is_available() and not self.use_cpu
+        """Pick bf16 where the card has it, fp16 on older cards, neither on the CPU and Apple's."""
+        kind = None if self.use_cpu else accelerator()
         if self.bf16 is None:
-            self.bf16 = bool(on_cuda and not self.fp16 and _has_native_bf16())
+            self.bf16 = bool(kind and not self.fp16 and has_native_bf16(kind))
         if self.fp16 is None:
-            self.fp16 = bool(on_cuda and not self.bf16)
+            self.fp16 = bool(kind == "cuda" and not self.bf16)
         # There it would compute in float32, without the scaler that sees infinite gradients.
-        on_cpu = self.use_cpu or not (on_cuda or torch.accelerator.is_available())
+        on_cpu = self.use_cpu or not (kind or torch.accelerator.is_available())
         _require(not (on_cpu and self.fp16), "fp16", "False on the CPU (bf16 works there)", True)
 
     @property
@@ -336,11 +340,6 @@ def own_option_names() -> list[str]:
     """Names of the options that `RMiPOConfig` defines or gives another default, in order."""
     own = RMiPOConfig.__annotations__
     return [f.name for f in fields(RMiPOConfig) if f.name in own]
-
-
-def _has_native_bf16() -> bool:
-    # torch.cuda.is_bf16_supported() counts emulation (Turing) too, which is slower than fp16.
-    return torch.cuda.get_device_capability()[0] >= 8
 
 
 def _refuse(problem: str | None) -> None:

@@ -5,13 +5,14 @@ isn't there is a line that says so.
 """
 
 import importlib.metadata
-import os
 import platform
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from rmipo_lite.model import upstream
 from rmipo_lite.output.console import gib
+from rmipo_lite.system.processes import cores
 from rmipo_lite.version import __version__
 
 PACKAGES = (
@@ -28,7 +29,7 @@ class Environment:
         versions: package -> version, "not installed" where missing; rmipo_lite and python too.
         devices: one line for each device.
         precision: what a run computes in by default, and why.
-        backends: device type ("cpu", "cuda") -> what runs there and why.
+        backends: device type ("cpu", "cuda", "mps", "xpu") -> what runs there and why.
         cache: folder of the kernels compiled at first use.
         broken: what other packages no longer have that this one leans on.
     """
@@ -68,7 +69,11 @@ def versions() -> dict[str, str]:
 
 def _backend(device_type: str) -> str:
     from rmipo_lite.ops import library
+    from rmipo_lite.ops.devices import no_kernels
 
+    absent = no_kernels(device_type)
+    if absent is not None:
+        return f"PyTorch reference: {absent}"
     status = library.status(device_type)
     if not status.available:
         return f"PyTorch reference: {status.reason}"
@@ -80,33 +85,49 @@ def _backend(device_type: str) -> str:
 def _cpu_line() -> str:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"cpu: {platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+    return f"cpu: {platform.machine()}, {cores()} cores, {torch.get_num_threads()} threads"
 
 
-def _cuda_lines() -> list[str]:
+def _gpu_lines(kind: str) -> list[str]:
     import torch
 
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        props = torch.cuda.get_device_properties(index)
-        free, total = map(gib, torch.cuda.mem_get_info(index))
-        lines.append(
-            f"cuda:{index}: {props.name}, sm_{props.major}{props.minor}, {free} of {total} GiB free"
-        )
-    return lines
+    from rmipo_lite.planning.device import free_bytes, name_of, total_bytes
+
+    devices = [torch.device(kind, i) for i in range(torch.get_device_module(kind).device_count())]
+    return [
+        f"{device}: {name_of(device)}{_details(device)}, {gib(free_bytes(device))} of "
+        f"{gib(total_bytes(device))} GiB free"
+        for device in devices
+    ]
+
+
+def _details(device: Any) -> str:
+    """What else there is to say of a GPU that CUDA or ROCm drives."""
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    props = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return f" (ROCm {torch.version.hip}), {props.gcnArchName}"
+    return f", sm_{props.major}{props.minor}"
 
 
 def _precision() -> str:
     import torch
 
-    if not torch.cuda.is_available():
+    from rmipo_lite.ops.devices import accelerator, has_native_bf16
+
+    kind = accelerator()
+    if kind is None:
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else None
         why = f"{built}, but finds no usable GPU" if built else "a CPU build of torch"
         return f"fp32 on the CPU ({why})"
-    if torch.cuda.get_device_capability()[0] >= 8:
+    if has_native_bf16(kind):
         return "bf16 (the GPU has it in hardware)"
-    return "fp16 with a gradient scaler (the GPU has no bf16 in hardware)"
+    if kind == "cuda":
+        return "fp16 with a gradient scaler (the GPU has no bf16 in hardware)"
+    return f"fp32 on {kind} (bf16=True halves the weights)"
 
 
 def info() -> Environment:
@@ -114,18 +135,15 @@ def info() -> Environment:
 
     The first call may build the extension, as the first run would.
     """
-    import torch
-
     from rmipo_lite.ops import library
+    from rmipo_lite.ops.devices import accelerator
 
+    kind = accelerator()
     return Environment(
         versions=versions(),
-        devices=[_cpu_line(), *(_cuda_lines() if torch.cuda.is_available() else [])],
+        devices=[_cpu_line(), *(_gpu_lines(kind) if kind else [])],
         precision=_precision(),
-        backends={
-            kind: _backend(kind)
-            for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
-        },
+        backends={name: _backend(name) for name in ("cpu", kind) if name},
         cache=str(library.cache_dir()),
         broken=upstream.missing(),
     )

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,15 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator that training uses: Python, numpy, torch, CUDA."""
+    """The state of every random generator that training uses: Python, numpy, torch, devices."""
     # The legacy generator is what transformers seeds and what user code draws from.
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    for name, module in _devices().items():
+        state[name] = [module.get_rng_state(index) for index in range(module.device_count())]
     return state
 
 
@@ -30,9 +31,15 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        for device, cuda_state in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, device)
+    for name, module in _devices().items():
+        for index, device_state in enumerate(state.get(name, [])[: module.device_count()]):
+            module.set_rng_state(device_state, index)
+
+
+def _devices() -> dict[str, ModuleType]:
+    """torch's module of every kind of GPU that is here."""
+    found = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
+    return {name: module for name, module in found.items() if module.is_available()}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from rmipo_lite.inspection.score_file import LENGTHS, NUMBERS, Numbers, ScoreFil
 from rmipo_lite.model import batch
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.model.names import name_of
+from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.ops.losses import loss_named
 from rmipo_lite.output.console import duration, say
 from rmipo_lite.tokens.options import TokenizationOptions
@@ -138,7 +139,7 @@ def _numbers(
         "pmi_gap": torch.where(undefined, torch.nan, values.pmi_gap),
         "gamma": values.gamma,
         "loss": values.loss,
-        "weight": loss_weight(values, args),
+        "weight": loss_weight(values, args).float().to(values.loss.device),
     }
     lengths = torch.stack([values.chosen_length, values.rejected_length], 1).tolist()
     rows = torch.stack([table[name].float() for name in NUMBERS], dim=1).tolist()
@@ -150,14 +151,14 @@ def _numbers(
 
 
 def loss_weight(values: PairValues, args: RMiPOConfig) -> torch.Tensor:
-    """How strongly a pair pulls, (P,): |d loss / d chosen_logps|, without the factor beta.
+    """How strongly a pair pulls, (P,) float64: |d loss / d chosen_logps|, without the factor beta.
 
     For the logistic losses that is sigma(-z), for hinge 1 or 0. A loss without beta, as simper, has
     it as it is: the chosen response's inverse perplexity.
     """
     loss = loss_named(args.loss_type)
-    chosen, rejected = values.chosen_logps.double(), values.rejected_logps.double()
-    _, slope, _ = loss.formula(chosen, rejected, values.gamma.double(), args.pair_options)
+    chosen, rejected = in_float64(values.chosen_logps), in_float64(values.rejected_logps)
+    _, slope, _ = loss.formula(chosen, rejected, in_float64(values.gamma), args.pair_options)
     return slope.abs() / (args.beta if loss.has_beta else 1.0)
 
 

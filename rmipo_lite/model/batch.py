@@ -69,9 +69,12 @@ class ModelInput:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> ModelInput:
-        """Copy to a device, without waiting for the copy where the memory is pinned."""
+        """Copy to a device, without waiting for the copy where the memory is pinned.
+
+        Apple's GPUs read this memory later than that, when it may hold something else.
+        """
         moved = {
-            name: value.to(device, non_blocking=True)
+            name: value.to(device, non_blocking=device.type == "cuda")
             for name in (
                 "input_ids",
                 "position_ids",

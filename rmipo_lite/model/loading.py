@@ -79,9 +79,12 @@ def load_model(
     A folder that holds an adapter loads its base model too, and the adapter goes on training.
 
     Raises:
-        ValueError: the weights are pickled, it comes with code, or it could not be loaded.
+        ValueError: the weights are pickled, it comes with code, it could not be loaded, or weights
+            can't be quantised on this device.
         FileNotFoundError: a path where there is no model's folder.
     """
+    if quantization_config is not None:
+        _refuse_quantized(args.device.type)
     folder = existing_folder(name)
     if folder is not None and (folder / ADAPTER_CONFIG).is_file():
         base = load_model(base_of_adapter(folder), args, quantization_config)
@@ -99,13 +102,30 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": args.dtype, "use_safetensors": True, **_NO_CODE}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    if torch.cuda.is_available() and not args.use_cpu:
+    if args.device.type != "cpu":
         # One card: "auto" would spread the layers over all of them, and the head with them.
-        kwargs["device_map"] = {"": torch.cuda.current_device()}
+        on_cuda = args.device.type == "cuda"
+        kwargs["device_map"] = {"": torch.cuda.current_device() if on_cuda else args.device}
     with named_errors("model", name, _WANTED), watched_bars(downloads=folder is None):
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     protect_4bit_on_cpu(model)
     return model
+
+
+def _refuse_quantized(device_type: str) -> None:
+    """Raise ValueError where bitsandbytes has nothing of its own for the device.
+
+    What it falls back to on Apple's fetches code from a hub, or dequantises in plain PyTorch.
+    """
+    import bitsandbytes
+
+    known = set(getattr(bitsandbytes, "supported_torch_devices", ())) - {"mps"}
+    if device_type not in known:
+        raise ValueError(
+            f"quantization: there are no 4-bit weights on {device_type!r}, only on "
+            f"{', '.join(sorted(known))} (bitsandbytes {bitsandbytes.__version__}); take "
+            "quantization='none' with bf16=True, which halves the weights, or a smaller model"
+        )
 
 
 def protect_4bit_on_cpu(model: nn.Module) -> None:

@@ -63,6 +63,7 @@ def fits(
 def _has_flash(device: torch.device) -> bool:
     return (
         torch.backends.cuda.is_flash_attention_available()
+        and not torch.version.hip  # whose capability counts otherwise
         and torch.cuda.get_device_capability(device)[0] >= _OLDEST
     )
 

@@ -93,7 +93,8 @@ class HeadProducts:
         self.hidden, self.weight = hidden, weight
         self.exact = accumulate_dtype(hidden.dtype)
         low_precision = hidden.dtype != self.exact
-        self.mixed = low_precision and hidden.device.type == "cuda"
+        # ROCm's torch refuses the product of 16-bit numbers with a float32 result.
+        self.mixed = low_precision and hidden.is_cuda and not torch.version.hip
         self.cast = low_precision and not self.mixed
         self.chunks = even_slices(hidden.shape[0], chunk_rows(weight))
         rows = max((c.stop - c.start for c in self.chunks), default=0)
@@ -163,6 +164,6 @@ def row_work(
         logits, target_ids[rows], transform, scale, with_grads=with_grads
     )
     if logits.device.type != "cpu":
-        native.device_flag(logits.device).bitwise_or_(invalid)
+        native.device_flag(logits.device).bitwise_or_(invalid.to(torch.int32))
     dtype = head.weight.dtype if head.mixed else head.exact
     return logps, None if exact_grads is None else exact_grads.to(dtype)

@@ -29,6 +29,7 @@ import filelock
 import torch
 
 from rmipo_lite.ops import build
+from rmipo_lite.ops.devices import no_kernels
 from rmipo_lite.system import files
 
 _LOCK_LIMIT_S = 300.0  # longer than any build; then the reference does the work
@@ -91,8 +92,8 @@ def cache_dir() -> Path:
 
 def _load(device_type: str) -> BackendStatus:
     try:
-        if device_type not in _KERNELS:
-            raise build.BuildError(f"there are no kernels for {device_type}")
+        if no_kernels(device_type):
+            raise build.BuildError(f"there is nothing for {device_type}: {no_kernels(device_type)}")
         if device_type == "cuda" and not torch.cuda.is_available():
             raise build.BuildError("torch sees no CUDA device")
         prebuilt = _PACKAGE / build.library_name(device_type)

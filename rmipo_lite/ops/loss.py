@@ -31,6 +31,7 @@ from rmipo_lite.ops.checks import (
     require_dense,
     require_memory,
 )
+from rmipo_lite.ops.devices import has_float64, in_float64
 from rmipo_lite.ops.losses import PairOptions, loss_named
 from rmipo_lite.ops.native import Impl
 from rmipo_lite.ops.reference import PairParts
@@ -80,6 +81,7 @@ def pair_loss(
             loss that has none. On CUDA borders aren't read back: a bad one gives NaN and sets the
             device flag (`rmipo_lite.ops.native.device_flag`).
         TypeError: a tensor of the wrong dtype.
+        RuntimeError: `impl="native"` and the extension isn't available; a second derivative.
     """
     options = PairOptions(
         loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing, simpo_gamma
@@ -210,14 +212,20 @@ def _pair_loss(
         prior_token_logps=prior_token_logps,
         prior_cu_seqlens=prior_cu_seqlens,
     )
-    if token_logps.device.type == "cpu":
+    sequences = (token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
+    kernel = loss_named(loss_type).kernel
+    use_native = kernel is not None and native.use_native(impl, token_logps.device)
+    device = token_logps.device
+    if not has_float64(device):
+        on_cpu = (None if tensor is None else tensor.cpu() for tensor in sequences)
+        parts = _pair_loss(*on_cpu, *options, "torch")
+        return tuple(part.to(device) for part in parts)
+    if device.type == "cpu":
         check_borders("cu_seqlens", cu_seqlens, token_logps.shape[0], may_be_empty=False)
         if prior_cu_seqlens is not None and prior_token_logps is not None:
             count = prior_token_logps.shape[0]
             check_borders("prior_cu_seqlens", prior_cu_seqlens, count, may_be_empty=True)
-    sequences = (token_logps, cu_seqlens, prior_token_logps, prior_cu_seqlens)
-    kernel = loss_named(loss_type).kernel
-    if kernel is not None and native.use_native(impl, token_logps.device):
+    if kernel is not None and use_native:
         return _plain(native.pair_losses(*sequences, options, kernel))
     return _plain(reference.pair_losses(*sequences, options))
 
@@ -235,10 +243,12 @@ def _pair_loss_backward(
     grad_loss: Tensor, mean_grads: Tensor, cu_seqlens: Tensor, num_tokens: int
 ) -> Tensor:
     """grad_token = grad_loss[pair] * d loss / d mean[sequence] / tokens in the sequence."""
-    index = reference.sequence_of_token(cu_seqlens, num_tokens)
-    # double: one division and one rounding, as in the forward pass
-    scale = grad_loss.double().repeat_interleave(2) * mean_grads.double() / cu_seqlens.diff()
-    return scale[index].to(mean_grads.dtype)
+    # float64: one division and one rounding, as in the forward pass
+    grads, means = in_float64(grad_loss), in_float64(mean_grads)
+    borders = cu_seqlens.to(grads.device)
+    scale = grads.repeat_interleave(2) * means / borders.diff()
+    index = reference.sequence_of_token(borders, num_tokens)
+    return scale[index].to(mean_grads.dtype).to(mean_grads.device)
 
 
 @_pair_loss_backward.register_fake

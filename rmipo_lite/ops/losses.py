@@ -6,7 +6,8 @@ need of it here, so a new loss is one more entry, and one more case in `csrc/pai
 to have a kernel. A name that isn't here is an error everywhere.
 
 The formulas are computed in float64 whatever comes in: P numbers cost nothing, and float32 would
-add its rounding to a margin that lies in 0.3 to 1.6.
+add its rounding to a margin that lies in 0.3 to 1.6. Where the device has no float64 they are
+computed on the CPU.
 """
 
 import math

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rmipo_lite.ops.devices import no_kernels
 from rmipo_lite.ops.library import notice_fork, status
 from rmipo_lite.ops.losses import PairOptions
 from rmipo_lite.ops.reference import LogitTransform, PairParts
@@ -43,7 +44,7 @@ _warned: set[str] = set()
 def device_flag(device: torch.device) -> Tensor:
     """(1,) int32 on `device`: 1 once a kernel met a target or a border outside its range.
 
-    CPU tensors are checked beforehand and raise instead. On CUDA nothing waits for the device, so
+    CPU tensors are checked beforehand and raise instead. On a GPU nothing waits for the device, so
     the trainer reads this once per optimizer step, together with the loss, and zeroes it.
     """
     if device not in _flags:
@@ -64,11 +65,18 @@ def check_impl(op: str, impl: str) -> None:
 def use_native(impl: str, device: torch.device) -> bool:
     """Whether the kernels do the work; warns once where auto has to do without them.
 
+    Where there are none to be had, as on Apple's GPUs, auto says nothing.
+
     Raises:
         RuntimeError: impl is native and there are none.
     """
     notice_fork()
     if impl == "torch":
+        return False
+    absent = no_kernels(device.type)
+    if absent is not None:
+        if impl == "native":
+            raise RuntimeError(f"there is no native extension for {device.type}: {absent}")
         return False
     found = status(device.type)
     if not found.available:

@@ -7,11 +7,12 @@ where the longest pair would not fit without.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from transformers import PretrainedConfig
 
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import RMiPOConfig
@@ -19,14 +20,28 @@ from rmipo_lite.model.backbone import can_checkpoint, device_of
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import head_buffer_bytes
 from rmipo_lite.planning.device import free_bytes
-from rmipo_lite.planning.footprint import Activations, activations_of, optimizer_width, setup_of
+from rmipo_lite.planning.footprint import (
+    Activations,
+    Setup,
+    activations_of,
+    optimizer_width,
+    score_bytes,
+    setup_of,
+)
 
 # On the CPU larger micro-steps stop paying once the matrix products are long enough.
 _MOST_ON_CPU = 4096
 _LEAST, _MOST = 512, 32768
 # Of the free memory; the rest is for fragmentation and what other programs will want.
 _ACTIVATIONS_SHARE = 0.6
-_CUDA_TEXTS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_TEXTS = (
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "HIP error: out of memory", "HIPBLAS_STATUS_ALLOC_FAILED",
+    "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY",  # Intel's
+    "MPS backend out of memory", "Invalid buffer size",  # Apple's; the latter of one tensor
+)  # fmt: skip
+# Kinds of device whose attention keeps no scores for the backward pass.
+_FUSED_ATTENTION = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> Micro
     """
     device = device_of(model)
     return choose_budget(
-        lambda checkpointing: activations(model, args, checkpointing),
+        lambda checkpointing: activations(model, args, checkpointing, longest),
         free=free_bytes(device) - fixed_bytes(model, args),
         longest=longest,
         args=args,
@@ -80,10 +95,23 @@ def choose_budget(
     return MicroStepPlan(min(max(fits, _LEAST), _MOST if on_cuda else _MOST_ON_CPU), checkpointing)
 
 
-def activations(model: nn.Module, args: RMiPOConfig, checkpointing: bool) -> Activations:
-    """What a loaded model's micro-steps take."""
-    setup = setup_of(model, args.dtype)
-    return activations_of(causal_lm(model).config, setup, checkpointing)
+def activations(
+    model: nn.Module, args: RMiPOConfig, checkpointing: bool, longest: int = 0
+) -> Activations:
+    """What a loaded model's micro-steps take; `longest` as for `plan_micro_steps`."""
+    config, setup = causal_lm(model).config, setup_of(model, args.dtype)
+    return activations_on(device_of(model).type, config, setup, checkpointing, longest)
+
+
+def activations_on(
+    device_type: str, config: PretrainedConfig, setup: Setup, checkpointing: bool, longest: int
+) -> Activations:
+    """The same for a model that need not be there, on a kind of device."""
+    found = activations_of(config, setup, checkpointing)
+    if device_type in _FUSED_ATTENTION:
+        return found
+    scores = score_bytes(config, longest, checkpointing)
+    return replace(found, per_token=found.per_token + scores)
 
 
 def fixed_bytes(model: nn.Module, args: RMiPOConfig) -> int:
@@ -104,4 +132,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     if "CUDNN_STATUS_NOT_SUPPORTED" in text:  # accelerate counts it; a smaller step won't cure it
         return False
-    return should_reduce_batch_size(error) or any(words in text for words in _CUDA_TEXTS)
+    return should_reduce_batch_size(error) or any(words in text for words in _TEXTS)

@@ -1,80 +1,102 @@
 """What memory there is, what a process holds, and the peak over a stretch of work.
 
-Of a card it is torch's allocator that is asked; on the CPU the process's resident set, whose peak
-is the kernel's own high-water mark, reset before.
+Of a card it is torch's allocator that is asked; on the CPU the process's resident set. Apple's GPUs
+share the machine's memory, of which the system recommends them a part.
 """
 
-import ctypes
 import gc
-from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from rmipo_lite.system import memory
 
-def start_peak(device: torch.device) -> int | None:
-    """Begin to watch the peak; bytes in use now, None where it can't be watched."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator merely keeps is not in use
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        return _status("VmRSS")
-    except (OSError, AttributeError):  # no such file here, or not ours to write
-        return None
+_CARDS = ("cuda", "xpu")  # whose modules of torch have the same functions
 
 
-def end_peak(device: torch.device) -> int | None:
-    """The most bytes in use since `start_peak`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return _status("VmHWM")
-    except OSError:
-        return None
+class PeakMemory:
+    """Watches the memory in use from its making on.
+
+    Attributes:
+        before: bytes in use at the start.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        self._device, self._known = device, 0
+        if device.type in _CARDS:
+            card = _module(device)
+            card.reset_peak_memory_stats(device)
+            self.before = card.memory_allocated(device)
+            return
+        if device.type == "mps":
+            # There is no peak to ask for: the pool's size is one, since it shrinks only here.
+            torch.mps.empty_cache()
+            self.before = torch.mps.driver_allocated_memory()
+            return
+        if not memory.reset_peak():
+            # The peak of the process's life: a stretch that stays below it has none to tell.
+            self._known = memory.lifetime_peak() or 0
+        self.before = memory.held_bytes()
+
+    def growth(self) -> int | None:
+        """The most bytes in use beyond what was at the start; None where it can't be told."""
+        if self._device.type in _CARDS:
+            return int(_module(self._device).max_memory_allocated(self._device) - self.before)
+        if self._device.type == "mps":
+            return torch.mps.driver_allocated_memory() - self.before
+        peak = memory.lifetime_peak()
+        return peak - self.before if peak is not None and peak > self._known else None
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def memory_in_use(device: torch.device) -> tuple[int, int] | None:
+def memory_in_use(device: torch.device) -> tuple[int, int]:
     """(bytes this process holds, bytes there are): a card's reserved ones, or the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
-    try:
-        return _status("VmRSS"), psutil.virtual_memory().total
-    except OSError:
-        return None
+    if device.type in _CARDS:
+        return _module(device).memory_reserved(device), total_bytes(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory(), total_bytes(device)
+    return memory.held_bytes(), psutil.virtual_memory().total
+
+
+def name_of(device: torch.device) -> str:
+    """What a GPU is called by its maker."""
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
+    return str(_module(device).get_device_name(device))
+
+
+def total_bytes(device: torch.device) -> int:
+    """The memory of a GPU; of an Apple one, what the system recommends it to take at most."""
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    return int(_module(device).mem_get_info(device)[1])
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that a run may still take on a device."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        used = torch.cuda.memory_allocated(device)
+    if device.type in _CARDS:
+        free, total = _module(device).mem_get_info(device)
+        used = _module(device).memory_allocated(device)
         # What torch's allocator holds and doesn't use is free to us; a share of the card that the
         # process was limited to (set_per_process_memory_fraction) is all there is.
-        share = torch.cuda.memory.get_per_process_memory_fraction(device)
-        return max(0, min(free + torch.cuda.memory_reserved(device), int(share * total)) - used)
+        reserved = _module(device).memory_reserved(device)
+        return max(0, min(free + reserved, int(_share(device) * total)) - used)
     available = int(psutil.virtual_memory().available)
-    left = _left_in_container(Path("/sys/fs/cgroup"))
+    if device.type == "mps":
+        # What torch's pool holds is available no more, and what of it is unused is free to us.
+        pool = torch.mps.driver_allocated_memory()
+        room = min(available, total_bytes(device) - pool)
+        return max(0, room + pool - torch.mps.current_allocated_memory())
+    left = memory.left_in_container()
     return available if left is None else min(available, left)
 
 
-def _left_in_container(folder: Path) -> int | None:
-    """Bytes left under a container's limit (cgroup v2); None where there is no limit.
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
 
-    Cached file pages count as used there, and are given up when memory is wanted.
-    """
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        lines = (folder / "memory.stat").read_text().split("\n")
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-    cached = next((int(line.split()[1]) for line in lines if line.startswith("file ")), 0)
-    return max(0, limit - used + cached)
+
+def _share(device: torch.device) -> float:
+    """Of a card's memory, what this process was limited to."""
+    limit = getattr(_module(device).memory, "get_per_process_memory_fraction", None)
+    return 1.0 if limit is None else float(limit(device))

@@ -23,18 +23,13 @@ from rmipo_lite.model import names
 from rmipo_lite.model.loading import load_config
 from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, named_errors
 from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
+from rmipo_lite.ops.devices import accelerator, has_native_bf16
 from rmipo_lite.planning import quantization
-from rmipo_lite.planning.budget import choose_budget
+from rmipo_lite.planning.budget import activations_on, choose_budget
 from rmipo_lite.planning.cards import COMMON, Card, find_card
-from rmipo_lite.planning.device import free_bytes
+from rmipo_lite.planning.device import free_bytes, name_of, total_bytes
 from rmipo_lite.planning.estimation_view import Estimate, Fit
-from rmipo_lite.planning.footprint import (
-    Setup,
-    Weights,
-    activations_of,
-    optimizer_width,
-    weights_of,
-)
+from rmipo_lite.planning.footprint import Activations, Setup, Weights, optimizer_width, weights_of
 from rmipo_lite.planning.workload import Workload, shortened, workload
 from rmipo_lite.tokens.options import options_for
 
@@ -46,6 +41,8 @@ _CONTEXT_BYTES = 2**29
 _CARD_UTILISATION, _CPU_UTILISATION = 0.4, 0.7
 # Of a card's memory, what tensors may take: the rest is the allocator's fragments.
 _USABLE = 0.95
+# The head in plain PyTorch: a chunk's logits, and as much for every step to their derivative.
+_PLAIN_HEAD_BYTES = 5 * 4 * 2**25
 _SHORTER = (1024, 768, 512, 384, 256, 128)
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -141,10 +138,27 @@ def _adapter_of(
     return attach.default_lora()
 
 
+@dataclass(frozen=True)
+class _OwnCard(Card):
+    """A GPU of this machine that is none of CUDA's."""
+
+    kind: str = "mps"
+
+
+def _kind(card: Card) -> str:
+    """The type of the card's device."""
+    if isinstance(card, _OwnCard):
+        return card.kind
+    return CPU if card.name == CPU else "cuda"
+
+
 def _card_of(gpu: str | float | None) -> Card:
-    if gpu is None and torch.cuda.is_available():
+    kind = accelerator() if gpu is None else None
+    if kind == "cuda":
         real = torch.cuda.get_device_properties(torch.cuda.current_device())
         capability = real.major + real.minor / 10
+        if torch.version.hip:  # AMD counts otherwise
+            capability = 8.0 if has_native_bf16(kind) else 7.0
         try:
             known = find_card(real.name)
         except ValueError:  # a card that isn't in the table has no known speed
@@ -152,6 +166,10 @@ def _card_of(gpu: str | float | None) -> Card:
         return replace(
             known, memory=real.total_memory, cache=real.L2_cache_size, capability=capability
         )
+    if kind is not None:
+        device, bf16 = torch.device(kind), has_native_bf16(kind)
+        memory = total_bytes(device)
+        return _OwnCard(name_of(device), memory, None, None, 0, 8.0 if bf16 else 0.0, kind)
     if gpu is None or str(gpu).lower() == CPU:
         return Card(CPU, free_bytes(torch.device(CPU)), None, None, 0, 0.0)
     return find_card(gpu)
@@ -175,7 +193,8 @@ class _Case:
         return fit if fit.fits else replace(fit, way_out=self._way_out(card, setup))
 
     def _setup(self, card: Card) -> Setup:
-        dtype = torch.float32 if card.name == CPU else torch.float16
+        on_cuda = _kind(card) == "cuda"
+        dtype = torch.float16 if on_cuda else torch.float32
         if card.has_bf16:
             dtype = torch.bfloat16
         if self.precision["bf16"]:
@@ -183,7 +202,7 @@ class _Case:
         elif self.precision["fp16"]:
             dtype = torch.float16
         setup = Setup(dtype, self.adapter)
-        if self.quantization == "auto" and card.name != CPU:
+        if self.quantization == "auto" and on_cuda:
             weights = weights_of(self.shape, setup).loaded_bytes(setup)
             free = card.memory - _CONTEXT_BYTES
             return replace(setup, quantized=quantization.wants_4bit(weights, free))
@@ -194,13 +213,13 @@ class _Case:
         parts = self._parts(card, setup, weights)
         taken = sum(parts.values())
         plan = choose_budget(
-            lambda checkpointing: activations_of(self.shape, setup, checkpointing),
+            lambda checkpointing: self._activations(card, setup, checkpointing, work),
             free=card.memory - taken,
             longest=work.longest,
             args=args,
-            on_cuda=card.name != CPU,
+            on_cuda=_kind(card) == "cuda",
         )
-        activations = activations_of(self.shape, setup, plan.checkpointing)
+        activations = self._activations(card, setup, plan.checkpointing, work)
         least = int(taken + activations.bytes_of(work.longest))
         tokens = max(work.longest, min(plan.max_tokens, work.step))
         room = _USABLE * card.memory - taken
@@ -219,28 +238,36 @@ class _Case:
             counted=activations.counted,
         )
 
+    def _activations(
+        self, card: Card, setup: Setup, checkpointing: bool, work: Workload
+    ) -> Activations:
+        return activations_on(_kind(card), self.shape, setup, checkpointing, work.longest)
+
     def _parts(self, card: Card, setup: Setup, weights: Weights) -> dict[str, int]:
         """Bytes that are there whatever the tokens."""
         width = optimizer_width(str(getattr(self.args.optim, "value", self.args.optim)))
         vocab_size = int(self.shape.get_text_config().vocab_size)
-        on_cpu = card.name == CPU
+        if (kind := _kind(card)) == "cuda":
+            head = card_buffer_bytes(vocab_size, card.cache, card.memory)
+        else:
+            head = CPU_BUFFER_BYTES if kind == CPU else _PLAIN_HEAD_BYTES
         return {
             "weights": weights.loaded_bytes(setup),
             "adapter": weights.adapter_bytes(setup),
             "gradients": weights.gradient_bytes(setup),
             "optimizer": width * weights.trained,
-            "head": CPU_BUFFER_BYTES
-            if on_cpu
-            else card_buffer_bytes(vocab_size, card.cache, card.memory),
+            "head": head,
             "dequantisation": weights.dequantised_bytes(setup),
-            "context": 0 if on_cpu else _CONTEXT_BYTES,
+            "context": 0 if kind == CPU else _CONTEXT_BYTES,
         }
 
     def _way_out(self, card: Card, setup: Setup) -> dict[str, Any] | None:
         """The least that has to be changed for it to fit; None where nothing helps."""
         found: dict[str, Any] = {}
-        if not setup.quantized and card.name != CPU:
+        if not setup.quantized and _kind(card) == "cuda":
             setup, found = replace(setup, quantized=True), {"quantization": "4bit"}
+        elif isinstance(card, _OwnCard) and setup.dtype == torch.float32:
+            setup, found = replace(setup, dtype=torch.bfloat16), {"bf16": True}
         args = self.args
         if not args.wants_checkpointing and not args.checkpointing_is_open:
             args, found = copy.copy(args), {**found, "gradient_checkpointing": True}

@@ -167,6 +167,17 @@ def activations_of(config: PretrainedConfig, setup: Setup, checkpointing: bool) 
     return _remembered("activations", config, setup, checkpointing, _count_activations)
 
 
+def score_bytes(config: PretrainedConfig, longest: int, checkpointing: bool) -> float:
+    """Bytes a token more where attention keeps the score of every key, of at most `longest`.
+
+    In float32, one of every layer that keeps its activations and two in the layer at work.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or text.hidden_size // 64
+    layers = 1 if checkpointing else int(text.num_hidden_layers)
+    return 4.0 * int(heads) * longest * (layers + 2)
+
+
 def _count_activations(config: PretrainedConfig, setup: Setup, checkpointing: bool) -> Activations:
     layers = int(config.get_text_config().num_hidden_layers)
     few, more = (2, 3) if layers > 3 else (layers, layers)

@@ -26,7 +26,8 @@ def quantization_for(
 ) -> BitsAndBytesConfig | None:
     """Resolve the `quantization` argument of `train()`.
 
-    "auto" takes 4-bit on CUDA when the weights would take more than 60 % of the free memory.
+    "auto" takes 4-bit on CUDA when the weights would take more than 60 % of the free memory, and
+    nowhere else: what bitsandbytes has for other devices is not tested here.
 
     Raises:
         ValueError: neither auto, none, 4bit nor a BitsAndBytesConfig.
@@ -69,7 +70,7 @@ def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:
 
 
 def _too_large(name: str, args: RMiPOConfig) -> bool:
-    if not torch.cuda.is_available() or args.use_cpu:
+    if args.device.type != "cuda":
         return False
     config = load_config(name)
     setup = Setup(args.dtype, peft_config=None)

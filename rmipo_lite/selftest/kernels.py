@@ -30,7 +30,8 @@ _SHAPES = ((0, 7), (1, 1), (17, 97), (300, 2049), (3, 151_936))  # rows, vocabul
 
 def no_gpu() -> str | None:
     """Why nothing can run on a card, or None."""
-    return None if torch.cuda.is_available() else "no NVIDIA GPU on this machine"
+    has_one = torch.cuda.is_available() and not torch.version.hip
+    return None if has_one else "no NVIDIA GPU on this machine"
 
 
 def against_float64(device: str, _folder: Path, seed: int) -> Iterator[Case]:

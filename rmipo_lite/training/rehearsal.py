@@ -22,7 +22,7 @@ from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.model import batch
 from rmipo_lite.model.backbone import device_of
 from rmipo_lite.output.console import duration, size
-from rmipo_lite.planning.device import end_peak, start_peak
+from rmipo_lite.planning.device import PeakMemory
 from rmipo_lite.planning.footprint import optimizer_width
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
@@ -148,8 +148,9 @@ def _run_once(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> None:
     trainer.model.train()
     try:
         trainer.pair_step.train(pairs, trainer.accelerator.backward)
-        if trainer.model.device.type == "cuda":
-            torch.cuda.synchronize()
+        device = device_of(trainer.model)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
     finally:
         trainer.model.zero_grad(set_to_none=True)
 
@@ -171,14 +172,14 @@ def _measure(
     device = device_of(trainer.model)
     # A tiny step first: what is loaded at first use is no step's.
     _run_once(trainer, [min(longest, key=batch.packed_length)])
-    before = start_peak(device)
+    memory = PeakMemory(device)
     _run_once(trainer, longest)
     seconds = sum(_timed(trainer, pairs) for pairs in ordinary) / len(ordinary)
-    peak = end_peak(device)
-    if before is None or peak is None:
+    growth = memory.growth()
+    if growth is None:
         return seconds, None
-    growth = _CPU_GROWTH if device.type == "cpu" else 1.0
-    return seconds, int((peak - before) * growth) + _moment_bytes(trainer)
+    spread = _CPU_GROWTH if device.type == "cpu" else 1.0
+    return seconds, int(growth * spread) + _moment_bytes(trainer)
 
 
 def _moment_bytes(trainer: RMiPOTrainer) -> int:

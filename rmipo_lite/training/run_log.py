@@ -162,7 +162,7 @@ def _numbers(parts: Sequence[PairValues]) -> list[dict[str, float | None]]:
     """The values of every pair; None where a PMI is undefined, since JSON has no NaN."""
     values = pair_values.concat(parts)
     names = list(PairValues.__dataclass_fields__)
-    table = torch.stack([getattr(values, name).double() for name in names], dim=1).tolist()
+    table = torch.stack([getattr(values, name) for name in names], dim=1).tolist()
     return [
         {
             name: number if number == number else None

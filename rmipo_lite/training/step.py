@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.model.head import read_head
 from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.ops import device_flag
+from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.budget import is_out_of_memory, plan_micro_steps
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -117,8 +119,7 @@ class PairStep:
         cache: CachedPriors = {}
         for part, (token_logps, cu_seqlens) in self._in_parts(pairs, self._live_prior):
             borders = cu_seqlens.tolist()
-            sums = token_logps.double().cumsum(0)
-            totals = [0.0, *sums.tolist()]
+            totals = [0.0, *in_float64(token_logps).cumsum(0).tolist()]
             means = [
                 (totals[end] - totals[start]) / (end - start) if end > start else math.nan
                 for start, end in pairwise(borders)
@@ -178,8 +179,7 @@ class PairStep:
             torch.OutOfMemoryError: neither is possible.
         """
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache()
         tokens = batch.micro_step_tokens(failed, self.packing)
         if len(failed) > 1:
             self.max_tokens = min(self.max_tokens, tokens) // 2
@@ -280,8 +280,8 @@ class PairStep:
         """Whether loss and gradient norm are; the one wait for the device in the whole step.
 
         Raises:
-            ValueError: a CUDA kernel met a target outside the vocabulary. (On the CPU the operator
-                itself refuses it.)
+            ValueError: a GPU met a target outside the vocabulary. (On the CPU the operator itself
+                refuses it.)
         """
         device = outcome.loss.device
         checks = [torch.isfinite(outcome.loss)]
@@ -290,10 +290,10 @@ class PairStep:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             if grads:
                 checks.append(torch.isfinite(nn.utils.get_total_norm(grads)))
-        if device.type == "cuda":
+        if device.type != "cpu":
             checks.append(device_flag(device).eq(0).squeeze())
         results = torch.stack(checks).tolist()
-        if device.type == "cuda" and not results[-1]:
+        if device.type != "cpu" and not results[-1]:
             device_flag(device).zero_()
             raise ValueError(
                 "a pair of this step has a token id outside the model's vocabulary; the tokenizer "

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import subprocess
-import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import (
+    child,
     gpu_models,
     head,
     inputs,
@@ -171,6 +170,40 @@ def test_a_quick_benchmark_from_the_command_line(
         assert isinstance(row.value, float) or row.value.startswith("absent: ")
 
 
+def test_a_missing_kernel_is_heard_and_the_peers_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(*_: object) -> Iterator[Record]:
+        warnings.warn("rmipo_lite: plain PyTorch does the work on cpu", stacklevel=1)
+        warnings.warn("a peer's", stacklevel=1)
+        yield Record("head", "ours", "V=1 N=2", "fp32", "time", "s", 0.1)
+
+    monkeypatch.setattr(run, "_rows", rows)
+    with pytest.warns(UserWarning, match="plain PyTorch") as heard:
+        run.run("head", tmp_path)
+    assert len(heard) == 1
+
+
+def test_so_is_what_a_child_says_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "speaker.py").write_text(
+        "import warnings\n"
+        "warnings.warn('rmipo' '_lite: plain PyTorch does the work')\n"  # its line is shown too
+        "warnings.warn('a peer of ours')\n"
+        "print('Packed batches are off for this model: why')\n"
+        "print('loading')\n"
+        "print([1, 2])\n"
+    )
+    answer = child.ask("speaker", None, "speaking", 60, {"PYTHONPATH": str(tmp_path)})
+    assert answer == [1, 2]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[-2:] for line in said] == [
+        ["rmipo_lite", "plain PyTorch does the work"],
+        ["Packed batches are off for this model", "why"],
+    ]
+
+
 def test_preparing_the_demo_pairs_is_measured() -> None:
     rows = list(run._rows("data", True, None, None))
     speeds = {row.impl: row.value for row in rows if row.metric == "rows per second"}
@@ -237,35 +270,6 @@ def test_a_gpu_is_wanted_where_one_is_measured(tmp_path: Path) -> None:
         main(["gpu", "--output_dir", str(tmp_path)])
 
 
-def test_the_tests_that_a_gpu_runs_are_there() -> None:
-    """Some lines of the script run on a card alone, where a wrong path would cost its time."""
-    named = re.findall(r"tests/\S+\.py", (ROOT / "benchmarks" / "gpu_check.sh").read_text())
-    assert len(named) >= 5
-    assert [name for name in named if not (ROOT / name).is_file()] == []
-
-
-@pytest.mark.slow
-def test_everything_for_a_gpu_is_rehearsed_without_one(tmp_path: Path) -> None:
-    """Time on a card is scarce: the script must be right the first time."""
-    script = ROOT / "benchmarks" / "gpu_check.sh"
-    done = subprocess.run(
-        ["bash", script, tmp_path / "out", "--rehearse"],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "PATH": _own_path()},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    assert len(summary) >= 6
-    assert all(line.rstrip().endswith(" ok") for line in summary)
-    rows = records.read(tmp_path / "out" / "gpu.csv")
-    assert {row.op for row in rows} == {"gpu", "gpu step"}
-    assert len(list((tmp_path / "out").iterdir())) <= 8
-
-
-def _own_path() -> str:
-    """The search path with this Python's own folder first: the script calls `python`."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
-
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -317,6 +321,28 @@ def test_the_report_writes_table_and_plot(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert (folder / report.PLOT).stat().st_size > 10_000
+
+
+def test_a_cards_rows_leave_the_table_as_it_is(tmp_path: Path) -> None:
+    step = Record("step", "ours", "V=32000 2 pairs", "fp32", "time over floor", "ratio", 1.5)
+    card = {"device": "NVIDIA H200", "date": "2999-01-01"}
+    records.write(tmp_path / "benchmarks" / "step.csv", [step])
+    page = tmp_path / report.PAGE
+    page.parent.mkdir()
+    page.write_text(f"{BEGIN}\n{END}\n")
+    before = report.write(tmp_path / "benchmarks", page)
+    shape = "Llama-3-8B 200/300/274"
+    rows = [
+        Record("gpu", "unchunked floor", "N=1 H=1 V=1", "bf16", "time", "s", 1.0, **card),
+        Record(
+            "gpu step", "ours simpo", f"{shape}, packed, 9 tokens", "", "time", "s", 1.0, **card
+        ),
+        Record("gpu step", "ours simpo", shape, "", "time", "s", "absent: no time left", **card),
+    ]
+    records.write(tmp_path / "benchmarks" / "gpu.csv", rows)
+    assert records.read(tmp_path / "benchmarks" / "gpu.csv") == rows
+    assert report.write(tmp_path / "benchmarks", page) == before
+    assert "1.50" in before
 
 
 def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:

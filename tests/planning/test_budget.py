@@ -89,16 +89,6 @@ def test_what_the_cpu_allocator_raises_counts() -> None:
     assert is_out_of_memory(caught.value)
 
 
-def test_a_container_gives_up_its_cached_files(tmp_path: Path) -> None:
-    assert device._left_in_container(tmp_path) is None
-    (tmp_path / "memory.max").write_text("32000\n")
-    (tmp_path / "memory.current").write_text("30000\n")
-    (tmp_path / "memory.stat").write_text("anon 6000\nfile 24000\nfile_mapped 7\n")
-    assert device._left_in_container(tmp_path) == 26000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert device._left_in_container(tmp_path) is None
-
-
 def test_a_model_that_cannot_checkpoint_is_not_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,47 @@
+"""Kinds of device: which one a run takes, and what of arithmetic it has in hardware."""
+
+import torch
+from torch import Tensor
+
+# AMD's architectures with bfloat16 products: CDNA, and RDNA 3 and newer.
+_BF16_ON_AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+
+def accelerator() -> str | None:
+    """The kind of GPU that a run takes, as transformers' Trainer chooses; None: the CPU."""
+    found = {"mps": torch.mps, "xpu": torch.xpu, "cuda": torch.cuda}
+    return next((kind for kind, module in found.items() if module.is_available()), None)
+
+
+def has_native_bf16(kind: str) -> bool:
+    """Whether a kind of GPU, as it is here, has bfloat16 products in hardware.
+
+    Of Apple's, which emulate it up to M2, none counts: what bf16 costs there isn't measured.
+    """
+    if kind == "xpu":
+        return torch.xpu.is_bf16_supported(including_emulation=False)
+    if kind != "cuda":
+        return False
+    if torch.version.hip:  # where a capability is no NVIDIA's, and torch counts emulation
+        return torch.cuda.get_device_properties().gcnArchName.startswith(_BF16_ON_AMD)
+    # torch.cuda.is_bf16_supported() counts emulation (Turing) too, which is slower than fp16.
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's GPUs don't, nor do some of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """The same numbers in float64: on their device, or on the CPU where it has none."""
+    return (x if has_float64(x.device) else x.cpu()).double()
+
+
+def no_kernels(kind: str) -> str | None:
+    """Why no kernels were written for a kind of device; None where they were."""
+    if kind == "cpu" or (kind == "cuda" and not torch.version.hip):
+        return None
+    return "the kernels are for CPUs and NVIDIA's GPUs alone"
