@@ -33,6 +33,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", type=Path, help="data: folder of a tokenizer (default: the demo's)"
     )
+    parser.add_argument(
+        "--part",
+        choices=("head", "step", "peers"),
+        help="gpu: this alone, of the head, whole steps, and the head against other packages",
+    )
+    parser.add_argument("--seconds", type=float, help="gpu: for the whole steps together")
     return parser
 
 
@@ -54,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs=given.pairs,
         tokenizer=given.tokenizer,
         model=given.model,
+        part=given.part,
+        seconds=given.seconds,
     )
     say(f"Rows are in {path}")
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.peers import Absent
+from rmipo_lite.output.console import say
+
+_WARNINGS = ("-W", "ignore", "-W", "always:rmipo_lite")  # not the peers', but ours
+_OURS = ("rmipo_lite: ", "Packed batches are off")
 
 
 def ask(
@@ -20,15 +24,20 @@ def ask(
 ) -> Any:
     """What `python -m module QUESTION`, both in JSON, prints in its last line.
 
+    What it says of our kernels, and that packed batches are off, is said here too.
+
     Raises:
         Absent: it answers a text: why it can't run here.
         RuntimeError: it failed at `what`; the last line of its error.
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, json.dumps(question)],
+        [sys.executable, *_WARNINGS, "-m", module, json.dumps(question)],
         cwd=ROOT, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=limit_s, check=False,
     )  # fmt: skip
+    for line in (done.stderr + done.stdout).splitlines():
+        if any(words in line for words in _OURS):
+            say(line)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{what}: {lines[-1]}")

@@ -27,7 +27,7 @@ from benchmarks.records import Record
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import MODEL
 from rmipo_lite.output.console import watched_bars
-from rmipo_lite.planning.device import end_peak, start_peak
+from rmipo_lite.planning.device import PeakMemory
 from rmipo_lite.planning.estimation import estimate
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
@@ -147,12 +147,12 @@ def _measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
     pairs = _pairs(case, steps)
     # What is loaded at first use is no run's.
     _train(str(MODEL), tokenizer, [TokenizedPair(0, [5, 6], [7, 8], [9])] * 2, folder / "a", {}, 1)
-    base = start_peak(_CPU)
+    memory = PeakMemory(_CPU)
     seconds = _train(str(folder), tokenizer, pairs, folder / "b", case.options, steps)
-    peak = end_peak(_CPU)
-    if base is None or peak is None:
+    growth = memory.growth()
+    if growth is None:
         raise RuntimeError("this system doesn't tell a process's peak memory")
-    return {PEAK: float(peak - base), STEP_TIME: seconds / steps}
+    return {PEAK: float(growth), STEP_TIME: seconds / steps}
 
 
 def _train(

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from rmipo_lite.model.loading import protect_4bit_on_cpu
 
 _SCALE = 0.02  # of random weights
+# Of a head of its own: logits as flat as need be, whose log-probs rounding can't throw far off.
+_HEAD_SCALE = 0.005
 
 
 class ModelShape(NamedTuple):
@@ -113,13 +115,13 @@ def _quantize(layers: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 def _draw(model: nn.Module, device: torch.device) -> None:
     """Give every weight that is still on the meta device a value: norms ones, biases zeros."""
-    for module in model.modules():
+    for place, module in model.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.device.type != "meta":
                 continue
             values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
             if weight.dim() > 1:
-                values.normal_(0, _SCALE)
+                values.normal_(0, _HEAD_SCALE if place == "lm_head" else _SCALE)
             else:
                 values.fill_(0.0 if name == "bias" else 1.0)
             module.register_parameter(name, nn.Parameter(values, requires_grad=False))

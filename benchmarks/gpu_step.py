@@ -2,11 +2,15 @@
 
 Eight pairs a step, LoRA r=16, AdamW; random weights in the shapes of known models. Each contender
 runs in a process of its own, since reserved memory is a process's. Ours is `RMiPOTrainer` as a user
-runs it, with its automatic budget. Of trl it is the loss of its CPOTrainer under SimPO, backward
-and the optimizer's step, without what its Trainer adds, in the largest micro-batch that fits and
-with or without checkpointing, whatever is fastest: more than its defaults would give.
+runs it, with its automatic budget and the kernels or nothing; "ours simpo" is the same trainer with
+SimPO's loss, which has no prior pass: the work that trl does. Of trl it is the loss of its
+CPOTrainer under SimPO, backward and the optimizer's step, without what its Trainer adds, in the
+largest micro-batch that fits and with or without checkpointing, whatever is fastest: more than its
+defaults would give.
 
-`rehearse` runs a tiny model on the CPU, which measures nothing.
+A case of ours that fails or runs padded fails the benchmark, after every row is out.
+
+`rehearse` runs a tiny model, which measures nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +49,7 @@ from rmipo_lite.training.trainer import RMiPOTrainer
 
 SHORT, LONG = Lengths(200, 300, 274), Lengths(800, 1248, 1248)
 BOTH = (SHORT, LONG)
+TRL, LOSSES = "trl SimPO", {"ours": "rmipo", "ours simpo": "simpo"}
 
 
 class Case(NamedTuple):
@@ -58,21 +64,23 @@ class Case(NamedTuple):
 # What matters most first: the time may not be enough for all.
 CASES = (
     Case("ours", "Llama-3-8B", BOTH),
-    Case("trl SimPO", "Llama-3-8B", BOTH),
+    Case(TRL, "Llama-3-8B", BOTH),
+    Case("ours simpo", "Llama-3-8B", BOTH),
     Case("ours", "Llama-3-8B", (SHORT,), 8),
     Case("ours", "Llama-3-8B", (LONG,), 12),
     Case("ours", "Qwen2.5-0.5B", BOTH),
-    Case("trl SimPO", "Qwen2.5-0.5B", BOTH),
+    Case(TRL, "Qwen2.5-0.5B", BOTH),
+    Case("ours simpo", "Qwen2.5-0.5B", BOTH),
     Case("ours", "Qwen2.5-3B", BOTH),
-    Case("trl SimPO", "Qwen2.5-3B", BOTH),
+    Case(TRL, "Qwen2.5-3B", BOTH),
     Case("ours", "Llama-3-8B", (LONG,), 16),
     Case("ours", "Qwen2.5-3B", (LONG,), 8),
 )
-REHEARSAL = tuple(Case(impl, "rehearsal", (Lengths(5, 7, 6),)) for impl in ("ours", "trl SimPO"))
+REHEARSAL = tuple(Case(impl, "rehearsal", (Lengths(5, 7, 6),)) for impl in (*LOSSES, TRL))
 PAIRS, WARM, STEPS = 8, 1, 3  # pairs of a step, steps before the clock, steps on it
-BUDGET_S = 260.0  # after which no further case is begun
+BUDGET_S = 300.0  # of all cases together
 _CONTEXT_GB = 0.5  # of a card, that the driver takes before anything runs
-_LIMIT_S = 120  # of one case
+_LIMIT_S, _LEAST_S = 120.0, 20.0  # of one case: its most, and without which none is begun
 
 
 class Measured(NamedTuple):
@@ -82,30 +90,40 @@ class Measured(NamedTuple):
     reserved: int  # peak, bytes
     note: str  # how it ran: micro-step, checkpointing
     estimated: int = 0  # bytes that `estimate` counts for our run, the driver's context left out
+    padded: bool = False  # ours without its packed rows
 
 
-def bench(rehearse: bool = False) -> Iterator[Record]:
-    """Seconds, pairs per second and peak reserved memory of every case, and ours over trl's."""
+def bench(rehearse: bool = False, seconds: float = BUDGET_S) -> Iterator[Record]:
+    """Seconds, pairs per second and peak reserved memory of every case, and ours over trl's.
+
+    Raises:
+        RuntimeError: after the last row, where a case of ours failed or ran padded.
+    """
     _forget_peak(torch.device("cpu" if rehearse else "cuda"))  # what this process held is theirs
-    start = time.monotonic()
+    end = time.monotonic() + seconds
     found: dict[tuple[str, str, Lengths], Measured] = {}
+    faults = []
     for case in REHEARSAL if rehearse else CASES:
         try:
-            if time.monotonic() - start > BUDGET_S:
-                raise Absent("no time left")
-            measured = _in_child(case)
+            measured = _in_child(case, min(_LIMIT_S, end - time.monotonic()))
         except (Absent, subprocess.TimeoutExpired, RuntimeError) as reason:
+            if case.impl in LOSSES and not isinstance(reason, Absent):
+                faults.append(str(reason))
             for length in case.lengths:
                 value = f"absent: {reason}"[:200]
                 yield Record("gpu step", case.impl, _shape(case, length), "", "time", "s", value)
             continue
         for length, one in zip(case.lengths, measured, strict=True):
             yield from _rows(case.impl, f"{_shape(case, length)}, {one.note}", one)
+            if one.padded:
+                faults.append(f"{case.impl} on {_shape(case, length)} ran padded")
             if case.card is None:
                 found[case.impl, case.model, length] = one
-        if case.impl != "ours":
-            for length in case.lengths:
-                yield from _ratio(case, length, found)
+        for length in case.lengths if case.card is None else ():
+            for impl in LOSSES if case.impl == TRL else (case.impl,):
+                yield from _ratio(impl, case, length, found)
+    if faults:
+        raise RuntimeError(f"{len(faults)} of our cases are not what they should be: {faults}")
 
 
 def _shape(case: Case, length: Lengths) -> str:
@@ -128,10 +146,10 @@ def _rows(impl: str, shape: str, case: Measured) -> Iterator[Record]:
 
 
 def _ratio(
-    case: Case, length: Lengths, found: dict[tuple[str, str, Lengths], Measured]
+    impl: str, case: Case, length: Lengths, found: dict[tuple[str, str, Lengths], Measured]
 ) -> Iterator[Record]:
-    ours = found.get(("ours", case.model, length))
-    theirs = found.get((case.impl, case.model, length))
+    ours = found.get((impl, case.model, length))
+    theirs = found.get((TRL, case.model, length))
     if ours is None or theirs is None or not theirs.seconds:
         return
     medians = [summarize(one.seconds).median for one in (ours, theirs)]
@@ -139,12 +157,13 @@ def _ratio(
         ("pairs per second over trl's", medians[1] / medians[0]),
         ("peak reserved over trl's", ours.reserved / max(theirs.reserved, 1)),
     ):
-        yield Record("gpu step", "ours", _shape(case, length), "", metric, "ratio", value)
+        yield Record("gpu step", impl, _shape(case, length), "", metric, "ratio", value)
 
 
-def _in_child(case: Case) -> list[Measured]:
-    cases = ask(__name__, case, f"{case.impl} on {case.model}", _LIMIT_S)
-    return [Measured(*one) for one in cases]
+def _in_child(case: Case, limit_s: float) -> list[Measured]:
+    if limit_s < _LEAST_S:
+        raise Absent("no time left")
+    return [Measured(*one) for one in ask(__name__, case, f"{case.impl} on {case.model}", limit_s)]
 
 
 # ---- in the child -----------------------------------------------------------------------------
@@ -159,7 +178,7 @@ def _measure(
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((card - _CONTEXT_GB) * 1e9 / total)
     try:
-        run = _trl if impl == "trl SimPO" else _ours
+        run = _trl if impl == TRL else partial(_ours, loss_type=LOSSES[impl])
         measured = []
         for length in lengths:
             _forget_peak(device)  # and the model before
@@ -203,13 +222,17 @@ class _Clock(TrainerCallback):
         self.seconds.append(self._wait() - self.start)
 
 
-def _ours(model: nn.Module, length: Lengths, device: torch.device) -> Measured:
+def _ours(
+    model: nn.Module, length: Lengths, device: torch.device, loss_type: str = "rmipo"
+) -> Measured:
     clock = _Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = RMiPOTrainer(
             model,  # type: ignore[arg-type]
             RMiPOConfig(
                 folder,
+                loss_type=loss_type,
+                kernel_impl="native",
                 per_device_train_batch_size=PAIRS,
                 num_train_epochs=WARM + STEPS,
                 save_strategy="no",
@@ -226,7 +249,8 @@ def _ours(model: nn.Module, length: Lengths, device: torch.device) -> Measured:
         step = trainer.pair_step
     way = "packed" if step.packing else "padded"
     note = f"{way}, {step.max_tokens} tokens{', checkpointing' if step.checkpointing else ''}"
-    return Measured(clock.seconds[WARM:], _peak(device), note, _estimated(model, length))
+    estimated = _estimated(model, length)
+    return Measured(clock.seconds[WARM:], _peak(device), note, estimated, not step.packing)
 
 
 def _estimated(model: nn.Module, length: Lengths) -> int:

@@ -19,7 +19,7 @@ from benchmarks.peers import Absent
 from benchmarks.records import Record
 from benchmarks.rounds import Run, Summary, ratios, summarize
 from rmipo_lite.ops import linear_logps
-from rmipo_lite.planning.device import end_peak, start_peak
+from rmipo_lite.planning.device import PeakMemory
 
 CASES = ((32000, "fp32"), (131072, "bf16"))
 DRAWS = 6
@@ -106,12 +106,12 @@ def _head_peak(vocab_size: int, dtype: torch.dtype, tokens: int) -> int:
 
 def _peak_of(run: Run) -> int:
     """Bytes by which the resident set rose above its size before the run, at most."""
-    base = start_peak(_CPU)
+    memory = PeakMemory(_CPU)
     run()
-    peak = end_peak(_CPU)
-    if base is None or peak is None:
+    growth = memory.growth()
+    if growth is None:
         raise RuntimeError("this system doesn't tell a process's peak memory")
-    return peak - base
+    return growth
 
 
 if __name__ == "__main__":

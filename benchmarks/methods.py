@@ -12,7 +12,6 @@ import contextlib
 import io
 import itertools
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +26,7 @@ from rmipo_lite import demo, run
 from rmipo_lite.demo.scoring import sample_answers, score_answers
 from rmipo_lite.demo.task import held_out_questions
 from rmipo_lite.results.result import TrainResult
+from rmipo_lite.system.processes import cores
 
 STEPS = 90
 LEARNING_RATES = (1e-3, 3e-3)
@@ -67,9 +67,8 @@ def bench(
 ) -> Iterator[Record]:
     """Every case in a process of its own with one thread, as many at once as there are cores."""
     cases = [Case(*case) for case in itertools.product(PAIRS, rates, seeds)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(
-        max_workers=min(len(cases), cores or 1),
+        max_workers=min(len(cases), cores()),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),

@@ -24,7 +24,7 @@ def device_name() -> str:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return " ".join(line.split(":", 1)[1].split())
     except OSError:
@@ -70,7 +70,7 @@ def write(path: Path, records: Iterable[Record]) -> None:
     kept = {_key(record): record for record in (read(path) if path.exists() else [])}
     kept |= {_key(record): record for record in records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
         writer.writeheader()
         for record in kept.values():
@@ -81,7 +81,7 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 def read(path: Path) -> list[Record]:
     """The rows of a CSV."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows: list[dict[str, Any]] = [
             {k: _parse(k, v) for k, v in row.items()} for row in csv.DictReader(file)
         ]

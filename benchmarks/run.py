@@ -35,11 +35,14 @@ def run(
     pairs: Path | None = None,
     tokenizer: Path | None = None,
     model: Path | None = None,
+    part: str | None = None,
+    seconds: float | None = None,
 ) -> Path:
     """Measure, print every row as it comes, and write them to `folder`/<what>.csv.
 
     `quick` takes one small shape and one round, to see that everything runs, and writes to
-    `folder`/quick: it is no measurement.
+    `folder`/quick: it is no measurement. Of "gpu", `part` is "head", "step" or "peers" alone, and
+    `seconds` is what its whole steps may take together.
     """
     if what == "gpu":
         if not quick and not torch.cuda.is_available():
@@ -52,7 +55,8 @@ def run(
     path = (folder / "quick" if quick else folder) / f"{what}.csv"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers'
-        for row in _rows(what, quick, pairs, tokenizer, model):
+        warnings.filterwarnings("always", "rmipo_lite: ")  # ours: the kernels are missing
+        for row in _rows(what, quick, pairs, tokenizer, model, part, seconds):
             say(line(row))
             records.write(path, [row])  # each at once: time on a card may end before the rows do
     if what == "step" and not quick and not _keeps_memory():
@@ -81,7 +85,13 @@ def _keeps_memory() -> bool:
 
 
 def _rows(
-    what: str, quick: bool, pairs: Path | None, tokenizer: Path | None, model: Path | None = None
+    what: str,
+    quick: bool,
+    pairs: Path | None,
+    tokenizer: Path | None,
+    model: Path | None = None,
+    part: str | None = None,
+    seconds: float | None = None,
 ) -> Iterator[Record]:
     from benchmarks import data, estimates, gpu_head, gpu_step, head, memory, merge, methods, step
 
@@ -94,7 +104,12 @@ def _rows(
     if what == "head":
         return head.bench_quick() if quick else chain(head.bench(), head.bench_growth())
     if what == "gpu":
-        return chain(gpu_head.bench(rehearse=quick), gpu_step.bench(rehearse=quick))
+        parts = {
+            "head": gpu_head.bench(quick),
+            "step": gpu_step.bench(quick, seconds or gpu_step.BUDGET_S),
+            "peers": gpu_head.bench_peers(quick),
+        }
+        return chain.from_iterable(parts.values()) if part is None else parts[part]
     if what == "methods":
         return methods.bench(3, (1e-3,), (0,)) if quick else methods.bench()
     if what == "merge":

@@ -244,8 +244,8 @@ def test_4_bits_are_never_chosen_and_refused_where_bitsandbytes_has_none(
     monkeypatch.setattr(quantization, "free_bytes", lambda _: 0)
     args = RMiPOConfig(str(tmp_path))
     assert quantization.quantization_for("never loaded", args, "auto") is None
-    monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cpu", "cuda"})
-    with pytest.raises(ValueError, match=r"no 4-bit weights for 'mps', only for cpu, cuda; take"):
+    monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cpu", "cuda", "mps"})
+    with pytest.raises(ValueError, match=r"no 4-bit weights on 'mps', only on cpu, cuda .*; take"):
         loading.load_model("never loaded", args, BitsAndBytesConfig(load_in_4bit=True))
 
 
