@@ -129,6 +129,14 @@ def _check_head(
         for place in range(start, min(start + _HEAD_TOKENS, end))
     ]
     theirs = _model_logits(model, inputs, inputs.logit_rows[firsts])
+    if theirs.isnan().any():
+        way_out = "its weights are damaged, or not those of its config"
+        if theirs.dtype == torch.float16:
+            way_out = "its numbers leave that range; take bf16=True or, for float32, fp16=False"
+        raise UnsupportedModelError(
+            f"model: {type(causal_lm(model)).__name__} itself gives NaN for these pairs in "
+            f"{theirs.dtype}: {way_out}"
+        )
     ours = _our_logits(head, hidden[firsts])
     layer = causal_lm(model).get_output_embeddings()
     of_4_bits = {d for part in layer.modules() if (d := getattr(part, "compute_dtype", None))}

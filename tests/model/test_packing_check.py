@@ -82,7 +82,7 @@ HEAD_FAULTS = {
     "softcap": _changed(lambda logits: 30 * torch.tanh(logits / 30)),
     "bias": _changed(_biased),
     "narrower": _changed(lambda logits: logits[..., :-1]),
-    "not finite": _changed(lambda logits: logits.index_fill(-1, torch.tensor([7]), torch.nan)),
+    "not finite": _changed(lambda logits: logits.index_fill(-1, torch.tensor([7]), torch.inf)),
     "row": _wrong_row,
 }
 
@@ -96,6 +96,16 @@ def test_a_fault_of_the_head_is_found(
     model = _with_logits(largest, dtype)
     HEAD_FAULTS[fault](model, monkeypatch)
     with pytest.raises(UnsupportedModelError, match="logits differ by"):
+        _problem(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"), [(torch.float16, "take bf16=True"), (torch.float32, "weights are damaged")]
+)
+def test_a_model_that_gives_nan_by_itself_is_told_so(dtype: torch.dtype, told: str) -> None:
+    model = _with_logits(9, dtype)
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(UnsupportedModelError, match=f"itself gives NaN .* in {dtype}: .*{told}"):
         _problem(model)
 
 
