@@ -69,17 +69,17 @@ RMIPO_INLINE const A* widened(const T* x, const T* bias, int64_t start, int64_t 
     return x + start;
   } else {
     // A pass for each part: a choice inside one loop would keep the vectoriser out.
-#pragma omp simd
+    RMIPO_SIMD
     for (int64_t i = 0; i < count; ++i) wide[i] = load(x[start + i]);
     if constexpr (!kPlain) {
       if (bias != nullptr) {
-#pragma omp simd
+        RMIPO_SIMD
         for (int64_t i = 0; i < count; ++i) wide[i] += load(bias[start + i]);
       }
-#pragma omp simd
+      RMIPO_SIMD
       for (int64_t i = 0; i < count; ++i) wide[i] *= t.scale;
       if (t.softcap > A(0)) {
-#pragma omp simd
+        RMIPO_SIMD
         for (int64_t i = 0; i < count; ++i) wide[i] = rmipo::soft(wide[i], t.softcap);
       }
     }
@@ -112,7 +112,7 @@ RMIPO_INLINE double exponentials(T* x, const T* bias, int64_t n, Transform<A> t,
     A* e = terms;
     if constexpr (kWrite && std::is_same_v<T, A>) e = x + start;
     A sum = 0;
-#pragma omp simd reduction(+ : sum)
+    RMIPO_SIMD_SUM(sum)
     for (int64_t i = 0; i < count; ++i) {
       const A term = exp_negative(z[i] - most);
       sum += term;
@@ -120,7 +120,7 @@ RMIPO_INLINE double exponentials(T* x, const T* bias, int64_t n, Transform<A> t,
     }
     if constexpr (kWrite && !kPlain) {
       if (t.softcap > A(0)) {
-#pragma omp simd
+        RMIPO_SIMD
         for (int64_t i = 0; i < count; ++i) {
           const A bent = z[i] / t.softcap;
           e[i] *= A(1) - bent * bent;
@@ -128,7 +128,7 @@ RMIPO_INLINE double exponentials(T* x, const T* bias, int64_t n, Transform<A> t,
       }
     }
     if constexpr (kWrite && !std::is_same_v<T, A>) {
-#pragma omp simd
+      RMIPO_SIMD
       for (int64_t i = 0; i < count; ++i) store(x + start + i, e[i]);
     }
     total += static_cast<double>(sum);

@@ -25,15 +25,15 @@ using rmipo::soft;
 template <typename A>
 RMIPO_INLINE A transform_and_max(A* x, const A* bias, int64_t n, Transform<A> t) {
   if (bias != nullptr) {
-#pragma omp simd
+    RMIPO_SIMD
     for (int64_t v = 0; v < n; ++v) x[v] += bias[v];
   }
   if (t.scale != A(1)) {
-#pragma omp simd
+    RMIPO_SIMD
     for (int64_t v = 0; v < n; ++v) x[v] *= t.scale;
   }
   if (t.softcap > A(0)) {
-#pragma omp simd
+    RMIPO_SIMD
     for (int64_t v = 0; v < n; ++v) x[v] = soft(x[v], t.softcap);
   }
   A largest = -std::numeric_limits<A>::infinity();
@@ -50,7 +50,7 @@ RMIPO_INLINE double sum_exp(const A* x, int64_t n, A largest) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = start + kBlock < n ? start + kBlock : n;
     A sum = 0;
-#pragma omp simd reduction(+ : sum)
+    RMIPO_SIMD_SUM(sum)
     for (int64_t v = start; v < end; ++v) sum += exp_negative(x[v] - largest);
     total += static_cast<double>(sum);
   }
@@ -60,11 +60,11 @@ RMIPO_INLINE double sum_exp(const A* x, int64_t n, A largest) {
 template <typename A>
 RMIPO_INLINE void write_grads(A* x, int64_t n, A largest, A factor, Transform<A> t) {
   if (t.softcap > A(0)) {
-#pragma omp simd
+    RMIPO_SIMD
     for (int64_t v = 0; v < n; ++v) x[v] = exp_negative(x[v] - largest) * factor * t.slope(x[v]);
   } else {
     const A scaled = factor * t.scale;
-#pragma omp simd
+    RMIPO_SIMD
     for (int64_t v = 0; v < n; ++v) x[v] = exp_negative(x[v] - largest) * scaled;
   }
 }

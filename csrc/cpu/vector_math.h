@@ -30,11 +30,21 @@
 #else
 #define RMIPO_INLINE __attribute__((always_inline)) inline
 #endif
-// Over the loop that takes a maximum; MSVC has the reductions of OpenMP 2.0, which knows none.
+// Over a loop that is to be vectorised, adds up `sum`, or takes a maximum. MSVC knows them under
+// /openmp:experimental, but for the maximum: it has the reductions of OpenMP 2.0.
 #if defined(_MSC_VER) && !defined(__clang__)
+#ifdef _OPENMP
+#define RMIPO_SIMD __pragma(omp simd)
+#define RMIPO_SIMD_SUM(sum) __pragma(omp simd reduction(+ : sum))
+#else
+#define RMIPO_SIMD
+#define RMIPO_SIMD_SUM(sum)
+#endif
 #define RMIPO_SIMD_MAX(most)
 #else
 #define RMIPO_PRAGMA(text) _Pragma(#text)
+#define RMIPO_SIMD RMIPO_PRAGMA(omp simd)
+#define RMIPO_SIMD_SUM(sum) RMIPO_PRAGMA(omp simd reduction(+ : sum))
 #define RMIPO_SIMD_MAX(most) RMIPO_PRAGMA(omp simd reduction(max : most))
 #endif
 

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import threading
+import time
 from collections.abc import Iterator
 
 import jinja2
@@ -16,10 +17,15 @@ from rmipo_lite.system import memory
 
 RENDER_SECONDS = 20.0  # for one batch of conversations
 RENDER_BYTES = 4 * 2**30  # address space, beside what the process has when it begins
+_LOOK_S = 0.02  # between two looks at clock and memory
 
 
 class _TookTooLong(BaseException):
     """Not an Exception, so that no handler inside a template's functions swallows it."""
+
+
+class _TookTooMuch(BaseException):
+    """The same of memory."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -44,39 +50,46 @@ def refuse_powers(template: str) -> None:
 
 @contextlib.contextmanager
 def render_limits() -> Iterator[None]:
-    """Raise ValueError where the block takes more than RENDER_SECONDS or RENDER_BYTES."""
+    """Raise ValueError where the block takes more than RENDER_SECONDS or RENDER_BYTES.
+
+    Where a process's memory can't be limited (Windows, macOS), one instruction may take more.
+    """
     problem = "the template is broken or hostile"
     try:
-        with memory.limit(RENDER_BYTES), _time_limit(RENDER_SECONDS):
+        with memory.limit(RENDER_BYTES), _watched(RENDER_SECONDS, RENDER_BYTES):
             yield
     except _TookTooLong:
         raise ValueError(
             f"chat_template: rendering took more than {RENDER_SECONDS:g} s; {problem}"
         ) from None
-    except MemoryError:
+    except (MemoryError, _TookTooMuch):
         raise ValueError(
             f"chat_template: rendering took more than {RENDER_BYTES / 2**30:.3g} GiB; {problem}"
         ) from None
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TookTooLong in this thread after `seconds`; Python code only, any thread or system."""
-    thread, lock, done = threading.get_ident(), threading.Lock(), False
+def _watched(seconds: float, size: int) -> Iterator[None]:
+    """Raise in this thread what it took too much of; between instructions, any thread or system."""
+    thread, lock, done = threading.get_ident(), threading.Lock(), threading.Event()
+    deadline, most = time.monotonic() + seconds, memory.held_bytes() + size
 
-    def interrupt() -> None:
+    def watch() -> None:
+        kind: type[BaseException] | None = None
+        while kind is None and not done.wait(_LOOK_S):
+            if time.monotonic() > deadline:
+                kind = _TookTooLong
+            elif not memory.CAN_LIMIT and memory.held_bytes() > most:
+                kind = _TookTooMuch
         with lock:
-            if not done:
+            if not done.is_set():
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(thread), ctypes.py_object(_TookTooLong)
+                    ctypes.c_ulong(thread), ctypes.py_object(kind)
                 )
 
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         with lock:
-            done = True
-        timer.cancel()
+            done.set()

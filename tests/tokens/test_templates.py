@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,18 @@ def test_a_template_that_eats_memory_ends(
     with pytest.raises(ValueError, match=r"took more than 0\.5 GiB"):
         run([chat()], tokenizer, bomb + SIMPLE)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_where_memory_cannot_be_limited_it_is_watched(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CAN_LIMIT", False)
+    monkeypatch.setattr(memory, "limit", contextlib.nullcontext)
+    monkeypatch.setattr(template_limits, "RENDER_BYTES", 2**26)
+    start, more = "namespace(x=[])", "n.x + ['a' * 99999 ~ i]"
+    grows = f"{{% set n = {start} %}}{{% for i in range(9000) %}}{{% set n.x = {more} %}}"
+    with pytest.raises(ValueError, match=r"took more than 0\.0625 GiB"):
+        run([chat()], tokenizer, grows + "{% endfor %}" + SIMPLE)
 
 
 def test_a_template_that_is_no_jinja_is_called_that(tokenizer: Any) -> None:
