@@ -116,12 +116,13 @@ def _details(device: Any) -> str:
 def _precision() -> str:
     import torch
 
-    from rmipo_lite.ops.devices import accelerator, has_native_bf16
+    from rmipo_lite.ops.devices import accelerator, has_native_bf16, unused_gpu
 
     kind = accelerator()
     if kind is None:
-        built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else None
-        why = f"{built}, but finds no usable GPU" if built else "a CPU build of torch"
+        why = unused_gpu() or "a CPU build of torch"
+        if torch.version.cuda:
+            why = f"torch was built for CUDA {torch.version.cuda}, but finds no usable GPU"
         return f"fp32 on the CPU ({why})"
     if has_native_bf16(kind):
         return "bf16 (the GPU has it in hardware)"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from rmipo_lite import environment
 from rmipo_lite.planning import device as device_memory
+from rmipo_lite.selftest.parts import tiny_trainer
 
 GIB = 2**30
 
@@ -23,6 +25,22 @@ def _play(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, **properties: o
     monkeypatch.setattr(
         card.memory, "get_per_process_memory_fraction", lambda _: 1.0, raising=False
     )
+
+
+@pytest.mark.parametrize("built_for", [None, "13.0"])
+def test_a_card_that_this_torch_cannot_use_is_told(
+    built_for: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr("rmipo_lite.ops.devices.accelerator", lambda: None)
+    monkeypatch.setattr("shutil.which", lambda name, **_: f"/bin/{name}")
+    told = "torch was built without CUDA" if built_for is None else "finds no usable GPU"
+    assert told in environment.info().precision
+    for use_cpu in (False, True):
+        tiny_trainer(tmp_path, use_cpu=use_cpu)
+        said = "WARNING: there is an NVIDIA driver" in capsys.readouterr().out
+        assert said == (built_for is None and not use_cpu)
 
 
 def test_amds_card_is_named_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Kinds of device: which one a run takes, and what of arithmetic it has in hardware."""
 
+import shutil
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,16 @@ def accelerator() -> str | None:
     """The kind of GPU that a run takes, as transformers' Trainer chooses; None: the CPU."""
     found = {"mps": torch.mps, "xpu": torch.xpu, "cuda": torch.cuda}
     return next((kind for kind, module in found.items() if module.is_available()), None)
+
+
+def unused_gpu() -> str | None:
+    """Where an NVIDIA driver is here and this torch is a CPU build, as pip's is on Windows: why."""
+    if accelerator() or torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
+        return None
+    return (
+        "there is an NVIDIA driver, but this torch was built without CUDA, so the CPU does the "
+        "work; install torch from PyTorch's own CUDA index"
+    )
 
 
 def has_native_bf16(kind: str) -> bool:

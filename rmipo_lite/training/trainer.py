@@ -34,6 +34,7 @@ from rmipo_lite.model import loading, names, upstream
 from rmipo_lite.model.backbone import disable_dropout
 from rmipo_lite.model.batch import packed_length
 from rmipo_lite.model.generation import other_ends, savable_generation_config
+from rmipo_lite.ops.devices import unused_gpu
 from rmipo_lite.output.console import say
 from rmipo_lite.tokens.ending import scored_end
 from rmipo_lite.tokens.options import prior_bos_id
@@ -124,6 +125,9 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
         refuse_other_options(args)
         refuse_other_callbacks(callbacks)
         refuse_several_devices(args)
+        unused = None if args.use_cpu else unused_gpu()
+        if unused:
+            say(f"WARNING: {unused}")
         if processing_class is None:
             processing_class = loading.load_tokenizer(names.name_of(model))
         if not isinstance(model, str) and quantization_config is not None:
