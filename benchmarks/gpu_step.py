@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.cuda.memory import get_per_process_memory_fraction
 from transformers import TrainerCallback
 
 from benchmarks import peers
@@ -249,8 +250,13 @@ def _ours(
         step = trainer.pair_step
     way = "packed" if step.packing else "padded"
     note = f"{way}, {step.max_tokens} tokens{', checkpointing' if step.checkpointing else ''}"
-    estimated = _estimated(model, length)
+    # What is counted is for a whole card, not for the share of it that plays a smaller one.
+    estimated = _estimated(model, length) if _has_whole_card(device) else 0
     return Measured(clock.seconds[WARM:], _peak(device), note, estimated, not step.packing)
+
+
+def _has_whole_card(device: torch.device) -> bool:
+    return not (device.type == "cuda" and get_per_process_memory_fraction(device) < 1)
 
 
 def _estimated(model: nn.Module, length: Lengths) -> int:

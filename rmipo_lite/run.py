@@ -29,6 +29,7 @@ from rmipo_lite.output.console import say, show
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
+from rmipo_lite.system.files import is_empty
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
@@ -321,7 +322,7 @@ def _output_folder(
 ) -> Path:
     if output_dir is not None:
         folder = writable_folder(output_dir)
-        if resume is False and folder.is_dir() and any(folder.iterdir()):
+        if resume is False and folder.is_dir() and not is_empty(folder):
             raise FileExistsError(
                 f"output_dir: {folder} isn't empty, and another run is never written over; name "
                 "a new folder, or pass resume=True to go on with that run"

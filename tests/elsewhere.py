@@ -1,8 +1,8 @@
 """The tests as if on another system: `SYSTEM=win32 pytest -p tests.elsewhere`, or `darwin`.
 
 No such machine is needed. The package's own modules, and nothing else, see a Python that says it is
-there and lacks what it lacks there. On Windows files follow its rules too: what is open, by a
-handle or as mapped memory, can't be renamed, replaced or deleted, and a rename doesn't replace; the
+there and lacks what it lacks there. On Windows files follow its rules too: what is open can't be
+renamed, replaced or deleted, what is mapped can be renamed alone, and a rename doesn't replace; the
 console takes cp1252; a process is begun anew and never forked; and there is no compiler, so plain
 PyTorch does the work. What a test starts as a program of its own runs as it does here.
 
@@ -190,26 +190,37 @@ class Finder(importlib.abc.MetaPathFinder):
 # ---- files as Windows has them ------------------------------------------------------------------
 
 
-def is_held(path: Any) -> bool:
-    """Whether this process has a file open or mapped, or a file below a folder."""
-    wanted = os.path.realpath(path)
-    within = wanted + os.sep
+def is_open(path: Any) -> bool:
+    """Whether this process has a file open, or a file below a folder: it can't be renamed."""
+    links = []
     for handle in Path("/proc/self/fd").iterdir():
         try:
-            link = os.readlink(handle)
+            links.append(os.readlink(handle))
         except OSError:  # the one that lists them
             continue
-        if link == wanted or link.startswith(within):
-            return True
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(line.endswith(wanted) or within in line for line in lines)
+    return any(_is_within(link, path) for link in links)
+
+
+def is_mapped(path: Any) -> bool:
+    """Whether a file, or one below a folder, is memory: it can be renamed and nothing else."""
+    text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    mapped = {line.split(maxsplit=5)[-1] for line in text.splitlines()}
+    return any(_is_within(name, path) for name in mapped)
+
+
+def _is_within(name: str, path: Any) -> bool:
+    wanted = os.path.realpath(path)
+    return name == wanted or name.startswith(wanted + os.sep)
 
 
 def _guarded(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+    moves = name in ("rename", "replace")
+
     def call(path: Any, *rest: Any, **options: Any) -> Any:
-        for each in (path, *rest[:1]) if name in ("rename", "replace") else (path,):
-            if isinstance(each, (str, os.PathLike)) and is_held(each):
-                raise PermissionError(13, "it is open in a process", os.fspath(each))
+        names = [each for each in (path, *rest[:moves]) if isinstance(each, str | os.PathLike)]
+        gone = names[moves:]  # what will be there no more: a target, or what is deleted
+        if any(map(is_open, names)) or any(map(is_mapped, gone)):
+            raise PermissionError(13, "it is open in a process", os.fspath(names[-1]))
         if name == "rename" and os.path.lexists(rest[0]) and os.fspath(rest[0]) != os.fspath(path):
             raise FileExistsError(17, "it exists", os.fspath(rest[0]))
         return real(path, *rest, **options)

@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 GIB = 2**30
 _device_of = torch._C.TensorBase.device.__get__
 # A copy from one device to the other is theirs, and an index may be on the CPU.
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 _BETWEEN_DEVICES = ("aten::copy_", "aten::_to_copy", "aten::index")
 
 
@@ -66,6 +67,8 @@ class _Operators(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         if any(is_here) and mixed and name not in _BETWEEN_DEVICES and not in_backward:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+        if any(is_here) and name in _PRODUCTS:
+            _refuse_faulty_product(_tensors(args), name == "aten::addmm_", kwargs.get("out"))
         own = torch._library.custom_ops.OPDEFS.get(name)
         if own is not None:  # its body is Python, whose calls and operators are to be seen too
             with self, torch._C._EnableTorchFunction(), _Calls(self._gpu):
@@ -77,6 +80,15 @@ class _Operators(TorchDispatchMode):
             for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
                 self._gpu.take(tensor)
         return out
+
+
+def _refuse_faulty_product(args: list[Tensor], in_place: bool, out: Tensor | None) -> None:
+    """What torch up to 2.13 gets wrong on some chips or systems, without a word."""
+    if args[-1].shape[-2] > 32766:
+        raise RuntimeError("a product that sums over so many numbers runs past its end")
+    out = args[0] if in_place else out
+    if out is not None and (out.storage_offset() or not out.is_contiguous()):
+        raise RuntimeError("a product into a slice is lost")
 
 
 def _tensors(values: Any) -> list[Tensor]:

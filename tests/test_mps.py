@@ -18,7 +18,7 @@ from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.inspection import pair_scores
-from rmipo_lite.model import loading
+from rmipo_lite.model import attention, loading
 from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.ops import linear_logps, native, pair_loss
 from rmipo_lite.planning import budget, device, estimation, quantization
@@ -155,7 +155,10 @@ def _everything(step: PairStep, folder: Path) -> dict[str, Any]:
         {"gradient_checkpointing": True},
     ],
 )
-def test_a_step_has_the_cpus_numbers(options: dict, tmp_path: Path, mps: None) -> None:
+def test_a_step_has_the_cpus_numbers(
+    options: dict, tmp_path: Path, mps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_WITHOUT_FUSED", ("cpu", "mps"))
     found = []
     for place in ("cpu", "mps"):
         step = _step(_adapted(place), tmp_path / place, use_cpu=place == "cpu", **options)
@@ -190,6 +193,7 @@ def test_two_models_are_compared(mps: None) -> None:
 
 def test_a_whole_run(tmp_path: Path, mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, evaluated, saved, answered, and gone on with: the weights are the CPU's."""
+    monkeypatch.setattr(attention, "_WITHOUT_FUSED", ("cpu", "mps"))
     options: dict[str, Any] = {"kernel_impl": "torch", "save_steps": 1, "sample_prompts": 0}
     options |= {"eval_completions": 1, "max_tokens_per_microstep": 1000}
 

@@ -8,7 +8,8 @@ or doesn't match it, isn't a checkpoint. Deleting renames away first, for the sa
 Hidden names, all holding the writer's process id: `.tmp-checkpoint-N-pid` is being written,
 `.old-checkpoint-N-pid` is the predecessor of the same step during the swap (and is put back if
 the swap never finished), `.trash-checkpoint-N-pid` is being deleted. `.tmp-save-pid` holds loose
-files (the final adapter) on their way into the folder.
+files (the final adapter) on their way into the folder, `.old-save-pid` on Windows those that were
+there (put back if the new ones never came).
 """
 
 import hashlib
@@ -24,7 +25,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rmipo_lite.system.files import check_replaceable, is_reserved, move, sync_folder
+from rmipo_lite.output.console import say
+from rmipo_lite.system.files import is_reserved, move, put_back, put_in_place, sync_folder
 from rmipo_lite.system.processes import is_running
 
 MANIFEST = "manifest.json"
@@ -198,7 +200,9 @@ def _in_use(path: Path, pid: int) -> bool:
     """
     if pid == os.getpid():
         return False  # this process writes one checkpoint at a time: what it left is a leftover
-    return is_running(pid) and time.time() - path.stat().st_ctime < _FRESH_SECONDS
+    stats = [each.stat() for each in (path, *path.rglob("*"))]
+    newest = max(max(stat.st_ctime, stat.st_mtime) for stat in stats)
+    return is_running(pid) and time.time() - newest < _FRESH_SECONDS
 
 
 def recover(output_dir: Path) -> None:
@@ -210,7 +214,9 @@ def recover(output_dir: Path) -> None:
         if name is None or not path.is_dir() or _in_use(path, int(name[3])):
             continue
         target = output_dir / name[2]
-        if name[1] == "old" and not target.exists():
+        if (name[1], name[2]) == ("old", "save"):
+            put_back(path, output_dir)
+        elif name[1] == "old" and not target.exists():
             move(path, target)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -228,6 +234,7 @@ def _publish(staged: Path, target: Path) -> None:
     old = target.with_name(f".old-{target.name}-{os.getpid()}")
     if target.exists():
         move(target, old)
+        os.utime(old)  # it is in use: a rename doesn't say so everywhere
     move(staged, target)
     sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -247,12 +254,7 @@ def files_put_in_place(folder: Path) -> Iterator[Path]:
         yield staged
         for path in _files(staged):
             sync_file(path)
-        for path in _files(staged):  # all before the first: none or all of them are new
-            check_replaceable(folder / path.relative_to(staged))
-        for path in _files(staged):
-            target = folder / path.relative_to(staged)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            move(path, target)
+        put_in_place(staged, folder, aside=folder / f".old-save-{os.getpid()}")
         sync_folder(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -304,7 +306,11 @@ def rotate(output_dir: Path, *, run_id: str, limit: int | None, keep: set[Path])
             continue
     kept = {p.resolve() for p in keep}
     removable = [p for p in own if p.resolve() not in kept]
-    gone = removable[: max(0, len(own) - limit)]
-    for path in gone:
-        remove(path)
+    gone: list[Path] = []
+    for path in removable[: max(0, len(own) - limit)]:
+        try:
+            remove(path)
+            gone.append(path)
+        except OSError as error:  # the new one is whole; this one goes with the next save
+            say(f"{path.name} could not be deleted: {error}")
     return gone

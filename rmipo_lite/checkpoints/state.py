@@ -87,5 +87,7 @@ def load_state(folder: Path, name: str) -> Any:
     """
     structure = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     tensor_file = folder / f"{name}.safetensors"
-    tensors = load_file(tensor_file) if tensor_file.is_file() else {}
+    # Copies: what is mapped keeps Windows from deleting the file for as long as it is used.
+    mapped = load_file(tensor_file) if tensor_file.is_file() else {}
+    tensors = {key: tensor.clone() for key, tensor in mapped.items()}
     return _decode(structure, tensors)

@@ -187,7 +187,8 @@ def _files_of(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     endings = (*SUFFIXES, *(suffix + ".gz" for suffix in SUFFIXES))
-    return sorted(file for file in place.iterdir() if file.name.lower().endswith(endings))
+    named = [file for file in place.iterdir() if file.name.lower().endswith(endings)]
+    return sorted(file for file in named if not file.name.startswith("."))  # `._x` of a Mac
 
 
 def _splits_of_files(files: list[Path]) -> dict[str, list[Path]]:

@@ -30,6 +30,7 @@ ATTENTION_NAME = "rmipo_packed"
 # Keywords by which models ask for attention that this function does not do. Ignoring one of them
 # would be a wrong result; raising sends the run to the padded path.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+_WITHOUT_FUSED = ("mps",)  # kinds of device; see `_eager`
 
 
 def segment_attention(
@@ -85,8 +86,8 @@ def segment_attention(
             first = at[segment.prefix_start]
             k = torch.cat([keys[first][:, :, : segment.prefix_len], k], dim=2)
             v = torch.cat([values[first][:, :, : segment.prefix_len], v], dim=2)
-        if softcap is not None:
-            pieces.append(_softcapped(q, k, v, mask, scaling, softcap, dropout))
+        if softcap is not None or query.device.type in _WITHOUT_FUSED:
+            pieces.append(_eager(q, k, v, mask, scaling, softcap, dropout))
         else:
             # No mask means plain causal, which the fast kernels know by themselves.
             pieces.append(
@@ -117,18 +118,24 @@ def _mask(
     return cached
 
 
-def _softcapped(
+def _eager(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    softcap: float,
+    softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attention with softcap * tanh(scores / softcap), which the fused kernels don't have."""
+    """Attention step by step.
+
+    For softcap * tanh(scores / softcap), which the fused kernels don't have, and on Apple's GPUs,
+    whose fused kernel for a few queries was wrong with masks and strides in several versions.
+    """
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / softcap) * softcap
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         length = q.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()

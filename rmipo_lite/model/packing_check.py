@@ -39,14 +39,20 @@ _HALF_MEAN_TOLERANCE = 0.03
 # layers do the rest. Packed rows stay below what it gives (0.7 to 1.0 of it, 2 to 32 layers); a
 # position off by one in all of a response, the smallest fault, is 2.1 times it in Gemma 3 270M.
 _NUDGED, _NOISE_FACTOR = 0.01, 1.5
+_TF32_STEP = 2.0**-10
 
 # Of a logit and the root mean square of its row. Three roundings lie between the model's and ours
 # at most: of the product, of LoRA's sum (or of the scale), of the softcap; together two steps.
 _LOGIT_TOLERANCE, _LOGIT_STEPS = 1e-4, 2
 _LEAST_LOGIT = 1e-3  # what is smaller changes no probability
 
+# Of the kernels' gradients and the largest of them: a 16-bit derivative is rounded, and what it
+# makes is rounded again. Rows that are compared where the CPU is the measure.
+_GRADIENT_STEPS, _DEVICE_ROWS = 4, 600
+
 _HEAD_TOKENS = 8  # of a sequence, whose logits are compared
 _MAX_TOKENS = 256  # of a side: the check stays a fraction of a step
+_MOST_PADDED = 2048  # tokens of all rows: memory for more may not be there
 _ENOUGH_TOKENS = 64  # that are scored: a mean over fewer is itself mostly noise
 
 # What a model raises that can't read packed rows. Not what the machine says, nor a fault of ours.
@@ -81,11 +87,10 @@ def packing_problem(
             return _told(error)
         logps = head.token_logps(hidden, padded.target_ids, impl)
         packed_logps = head.token_logps(packed_hidden, padded.target_ids, impl)
-        difference, limit = _difference(head, padded, packed_logps, logps)
-        if difference <= limit:
+        if _is_close(head, padded, packed_logps, logps):
             return None
         nudged = head.token_logps(_nudged_hidden(model, padded), padded.target_ids, impl)
-        noise, _ = _difference(head, padded, nudged, logps)
+    difference, noise = (_mean(padded, other, logps) for other in (packed_logps, nudged))
     if difference <= _NOISE_FACTOR * noise:
         return None
     return (
@@ -100,7 +105,9 @@ def _sample(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     chosen = [by_length[0]]
     for pair in by_length[len(by_length) // 2 :]:
         chosen.append(pair)
-        if sum(sum(batch.scored_lengths(pair)) for pair in chosen) >= _ENOUGH_TOKENS:
+        scored = sum(sum(batch.scored_lengths(pair)) for pair in chosen)
+        widest = max(min(batch.packed_length(pair), 2 * _MAX_TOKENS) for pair in chosen)
+        if scored >= _ENOUGH_TOKENS or 2 * len(chosen) * widest >= _MOST_PADDED:
             break
     return [
         replace(
@@ -186,36 +193,73 @@ def _logit_difference(theirs: Tensor, ours: Tensor) -> float:
 def _check_kernels(
     head: ModelHead, hidden: Tensor, target_ids: Tensor, impl: Impl, largest_logit: float
 ) -> None:
-    """The operator against plain PyTorch in float32: a kernel that is broken on this device."""
-    if impl == "torch":
+    """The operator and its gradient against plain PyTorch: what is broken on this device.
+
+    Against the CPU's where torch's own products may be wrong, of more rows than a chunk has, since
+    the faults known are of later chunks.
+    """
+    is_trusted = hidden.device.type in ("cpu", "cuda")
+    if is_trusted and impl == "torch":
         return
-    exact = head.token_logps(hidden, target_ids, "torch")
-    error = float((head.token_logps(hidden, target_ids, impl) - exact).abs().max())
+    if not is_trusted:
+        times = -(-_DEVICE_ROWS // len(hidden))
+        hidden, target_ids = hidden.repeat(times, 1), target_ids.repeat(times)
+    other = hidden.device if is_trusted else torch.device("cpu")
+    logps, gradient = _with_gradient(head, hidden, target_ids, hidden.device, impl)
+    exact, exact_gradient = _with_gradient(head, hidden, target_ids, other, "torch")
+    step = torch.finfo(hidden.dtype).eps
     limit = _FULL_TOLERANCE
-    if hidden.dtype == torch.bfloat16 and not hidden.is_cuda:  # a CPU may round its products
-        limit += largest_logit * torch.finfo(torch.bfloat16).eps
-    if not error <= limit:
+    if hidden.dtype != torch.float32 and not hidden.is_cuda:  # where products may be rounded
+        limit += largest_logit * step
+    off = float((logps - exact).abs().max())
+    size = float(exact_gradient.abs().max()) + _LEAST_LOGIT
+    gradient_off = float((gradient - exact_gradient).abs().max()) / size
+    if not (off <= limit and gradient_off <= _FULL_TOLERANCE + _GRADIENT_STEPS * step):
+        way_out = "kernel_impl='torch' goes without the kernels" if is_trusted else "use_cpu=True"
         raise RuntimeError(
-            f"linear_logps: the compiled kernels are {error:.3g} nats off plain PyTorch on this "
-            f"{hidden.device.type}; kernel_impl='torch' goes without them"
+            f"linear_logps: on this {hidden.device.type} log-probs are {off:.3g} nats and "
+            f"gradients {gradient_off:.2%} off plain PyTorch's on the {other.type}; {way_out}"
         )
+
+
+def _with_gradient(
+    head: ModelHead, hidden: Tensor, target_ids: Tensor, device: torch.device, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and the gradient of hidden, float32 on the CPU."""
+    bias = None if head.bias is None else head.bias.detach().to(device)
+    moved = replace(head, weight=head.weight.detach().to(device), bias=bias)
+    with torch.enable_grad():
+        leaf = hidden.detach().to(device, moved.weight.dtype).requires_grad_()
+        logps = moved.token_logps(leaf, target_ids.to(device), impl)
+        (gradient,) = torch.autograd.grad(logps.sum(), leaf)
+    return logps.detach().float().cpu(), gradient.float().cpu()
 
 
 # ---- packed against padded ------------------------------------------------------------------
 
 
-def _difference(head: ModelHead, inputs: ModelInput, a: Tensor, b: Tensor) -> tuple[float, float]:
-    """How far token log-probs are apart, and how far rounding may have them; nats. NaN stays.
+def _is_close(head: ModelHead, inputs: ModelInput, a: Tensor, b: Tensor) -> bool:
+    """Whether token log-probs are within what rounding gives in most models. NaN isn't."""
+    if head.weight.dtype in (torch.bfloat16, torch.float16):
+        return _mean(inputs, a, b) <= _HALF_MEAN_TOLERANCE
+    return float((a - b).abs().max()) <= _FULL_TOLERANCE
 
-    In half precision the mean of the worse side: packed, the two are read in different ways.
-    """
+
+def _mean(inputs: ModelInput, a: Tensor, b: Tensor) -> float:
+    """The mean difference, nats, of the worse side: packed, the two are read in different ways."""
     error = (a - b).abs().cpu().double()  # Apple's GPUs have no float64
-    if head.weight.dtype not in (torch.bfloat16, torch.float16):
-        return float(error.max()), _FULL_TOLERANCE
     side = sequence_of_token(inputs.cu_seqlens.cpu(), len(error)) % 2
     sums = error.new_zeros(2).index_add_(0, side, error)
-    means = sums / side.bincount(minlength=2).clamp(min=1)
-    return float(means.max()), _HALF_MEAN_TOLERANCE
+    return float((sums / side.bincount(minlength=2).clamp(min=1)).max())
+
+
+def _rounding_step(model: nn.Module, output: Tensor) -> float:
+    """Of the coarsest arithmetic at work, which the embeddings' own need not be."""
+    of_4_bits = {d for part in model.modules() if (d := getattr(part, "compute_dtype", None))}
+    dtypes = {output.dtype, *of_4_bits, *(p.dtype for p in model.parameters())}
+    steps = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
+    is_tf32 = output.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return max(*steps, _TF32_STEP if is_tf32 else 0.0)
 
 
 def _nudged_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
@@ -224,7 +268,7 @@ def _nudged_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
 
     def nudge(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         chosen = torch.rand(output.shape, generator=generator).to(output.device) < _NUDGED
-        return torch.where(chosen, output * (1 + torch.finfo(output.dtype).eps), output)
+        return torch.where(chosen, output * (1 + _rounding_step(model, output)), output)
 
     handle = causal_lm(model).get_input_embeddings().register_forward_hook(nudge)
     try:
@@ -234,10 +278,10 @@ def _nudged_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether memory, device or kernel failed: RuntimeErrors of a kind of their own, or by text."""
-    if not isinstance(error, RuntimeError):
-        return False
-    return type(error) is not RuntimeError or any(text in str(error) for text in _OF_THE_MACHINE)
+    """Whether memory or device failed, by the error's kind or its text."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, RecursionError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_THE_MACHINE)
 
 
 def _told(error: Exception) -> str:

@@ -31,9 +31,15 @@ _CARD_BYTES = 16 * 10**8
 _CARD_SHARE, _LARGE_CARD_SHARE, _LARGE_CARD_BYTES = 1 / 40, 1 / 30, 22 * 2**30
 _CARD_ROWS = (128, 2048)
 _LEAST_CACHED_ROWS = 256
+_CACHE_SHARE = 1 / 3  # the weight goes through the same cache
 CPU_BUFFER_BYTES = 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
 # Rows of the weight that are cast at a time on the CPU: 16 MiB in float32 at H = 512.
 _BLOCK_ELEMENTS = 2**22
+# Devices whose products are right whatever they read and write. Those of Apple's GPUs are not: up
+# to torch 2.13 a result that goes into a slice can be lost, and on older chips a sum over 32,767
+# numbers and more runs past the end.
+_WRITES_SLICES = ("cpu", "cuda")
+_MOST_SUMMED = 2**14
 
 
 def card_rows(row_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
@@ -44,7 +50,7 @@ def card_rows(row_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
         cache_bytes, memory_bytes: of the card's second-level cache and memory.
     """
     smallest, largest = _CARD_ROWS
-    cached = cache_bytes // row_bytes // smallest * smallest
+    cached = int(_CACHE_SHARE * cache_bytes) // row_bytes // smallest * smallest
     if cached >= _LEAST_CACHED_ROWS:
         return min(cached, largest)
     share = _CARD_SHARE if memory_bytes < _LARGE_CARD_BYTES else _LARGE_CARD_SHARE
@@ -69,12 +75,14 @@ def _row_itemsize(weight: Tensor) -> int:
     return weight.dtype.itemsize if weight.dtype.itemsize >= 4 else 6
 
 
-def head_buffer_bytes(weight: Tensor) -> int:
+def head_buffer_bytes(weight: Tensor, use_native: bool) -> int:
     """Bytes that `linear_logps` takes beside its arguments and its results.
 
-    For a frozen head, the kernels and a pass with gradients; plain PyTorch and a trained head take
-    more, on a card a pass without gradients less.
+    For a frozen head and a pass with gradients; a trained head takes more, on a card a pass without
+    gradients less.
     """
+    if not use_native:  # plain PyTorch keeps a chunk's logits and up to four more of their size
+        return chunk_rows(weight) * weight.shape[0] * 5 * max(4, weight.dtype.itemsize)
     if weight.device.type == "cpu":
         return CPU_BUFFER_BYTES
     return chunk_rows(weight) * weight.shape[0] * _row_itemsize(weight)
@@ -99,7 +107,9 @@ class HeadProducts:
         self.chunks = even_slices(hidden.shape[0], chunk_rows(weight))
         rows = max((c.stop - c.start for c in self.chunks), default=0)
         self.buffer = hidden.new_empty((rows, weight.shape[0]), dtype=self.exact)
+        self.slices = hidden.device.type in _WRITES_SLICES
         block = max(1, _BLOCK_ELEMENTS // max(hidden.shape[1], 1)) if self.cast else len(weight)
+        block = block if self.slices else min(block, _MOST_SUMMED)
         self.blocks = [slice(i, min(i + block, len(weight))) for i in range(0, len(weight), block)]
 
     @cached_property
@@ -120,7 +130,11 @@ class HeadProducts:
             return torch.mm(hidden, self.weight.T, out_dtype=self.exact, out=out)
         hidden = hidden.to(self.exact)
         for block in self.blocks:
-            torch.mm(hidden, self.weight[block].to(self.exact).T, out=out[:, block])
+            weight = self.weight[block].to(self.exact).T
+            if self.slices:
+                torch.mm(hidden, weight, out=out[:, block])
+            else:
+                out[:, block] = torch.mm(hidden, weight)
         return out
 
     def times_weight(self, grads: Tensor, out: Tensor) -> None:
@@ -130,7 +144,11 @@ class HeadProducts:
             return
         out.zero_()
         for block in self.blocks:
-            out.addmm_(grads[:, block], self.weight[block].to(self.exact))
+            weight = self.weight[block].to(self.exact)
+            if self.slices:
+                out.addmm_(grads[:, block], weight)
+            else:
+                out += torch.mm(grads[:, block].contiguous(), weight)
 
     def add_weight_grad(self, grads: Tensor, rows: slice, target_ids: Tensor, out: Tensor) -> None:
         """Out (V, H) += grads.T @ hidden, in float32, over the rows that aren't ignored.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmipo_lite.output.table import escaped
+from rmipo_lite.system.files import is_reserved
 from rmipo_lite.version import __version__
 
 _STYLE = """
@@ -39,8 +40,14 @@ def html_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) ->
 
 
 def write_report(path: str | Path, page: str) -> Path:
-    """Write the page; the folder is made when missing."""
+    """Write the page; the folder is made when missing.
+
+    Raises:
+        ValueError: Windows keeps this name for itself.
+    """
     target = Path(path)
+    if is_reserved(target):
+        raise ValueError(f"path: wanted a file to write to, got {str(target)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target

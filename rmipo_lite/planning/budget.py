@@ -19,6 +19,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.backbone import can_checkpoint, device_of
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import head_buffer_bytes
+from rmipo_lite.ops.native import use_native
 from rmipo_lite.planning.device import free_bytes
 from rmipo_lite.planning.footprint import (
     Activations,
@@ -120,7 +121,9 @@ def fixed_bytes(model: nn.Module, args: RMiPOConfig) -> int:
     trained = sum(
         p.numel() * (p.element_size() + width) for p in model.parameters() if p.requires_grad
     )
-    return trained + head_buffer_bytes(read_head(model).weight)
+    weight = read_head(model).weight
+    native = use_native(args.kernel_impl, weight.device)
+    return trained + head_buffer_bytes(weight, native)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ not that nothing needs tuning and not that the result beats other methods.
 
 import html
 import json
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -14,6 +15,7 @@ from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.redaction import redact, redact_text
 from rmipo_lite.results.record import RunRecord
+from rmipo_lite.system.files import looks_like_path
 
 _CLAIMS = """\
 The figures above belong to this run: one seed, one dataset, one held-out set. Nothing here shows
@@ -83,7 +85,7 @@ def _front(result: RunRecord, is_merged: bool) -> tuple[list[str], str]:
     front = [f"library_name: {'peft' if is_adapter else 'transformers'}", "tags:"]
     lora = ["- lora"] if is_adapter and _is_lora(result.model) else []
     front += ["- preference-optimization", *lora, "- rmipo_lite"]
-    if base:
+    if base and not looks_like_path(base) and not Path(base).exists():  # hubs refuse a path
         front.insert(0, f"base_model: {json.dumps(base)}")  # which YAML reads, whatever is in it
     if is_adapter:
         return front, f"# Adapter for {named}"

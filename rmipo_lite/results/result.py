@@ -31,6 +31,7 @@ from rmipo_lite.results.agreement import agreement
 from rmipo_lite.results.comparison import Comparison
 from rmipo_lite.results.model_card import metric_rows, model_card
 from rmipo_lite.results.record import RunRecord
+from rmipo_lite.system.files import is_empty
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +162,7 @@ class TrainResult(RunRecord):
                 dtype; nothing is changed.
         """
         target = None if folder is None else Path(folder)
-        if target is not None and target.is_dir() and any(target.iterdir()):
+        if target is not None and target.is_dir() and not is_empty(target):
             raise FileExistsError(f"folder: {target} isn't empty; name a new one")
         if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
             raise TypeError(f"dtype: wanted a floating torch.dtype or None, got {dtype!r}")

@@ -37,7 +37,7 @@ def selftest(
         raise ValueError(f"selftest: no check {unknown[0]} here; there are {known}")
     tell = say if show else lambda text: None
     outcomes = []
-    place = Path.cwd() if os.access(".", os.W_OK) else None
+    place = Path.cwd() if _can_write(Path.cwd()) else None
     with tempfile.TemporaryDirectory(
         prefix=".rmipo-selftest-", dir=place, ignore_cleanup_errors=True
     ) as folder:
@@ -49,6 +49,17 @@ def selftest(
                 tell(line)
     tell(f"{total_line(outcomes)}  ({duration(sum(outcome.seconds for outcome in outcomes))})")
     return outcomes
+
+
+def _can_write(folder: Path) -> bool:
+    """By trying: on Windows os.access knows the read-only mark alone."""
+    probe = folder / f".rmipo-selftest-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def _lines(outcome: Outcome, seed: int, debug: bool) -> list[str]:

@@ -2,12 +2,14 @@
 
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 # Tries of a rename on Windows, whose virus scanner holds a fresh file for a moment; seconds.
 _WAITS = (0.01, 0.03, 0.1, 0.3, 1.0) if sys.platform == "win32" else ()
+_OF_FILE_MANAGERS = (".ds_store", "desktop.ini", "thumbs.db")
 # A device's name with any ending, a character, or an end that a name can't have there.
 _FORBIDDEN = re.compile(
     r"^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)"
@@ -41,23 +43,54 @@ def move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def check_replaceable(file: Path) -> None:
-    """Refuse a file that can't be replaced because somebody holds it open, as Windows has it.
+def put_in_place(source: Path, folder: Path, *, aside: Path) -> None:
+    """Move the files below one folder to their places below another, all or none of them.
+
+    On Windows a file can be held mapped by the model that was loaded from it: it can be renamed,
+    but not replaced. So there what stands in the places goes aside first, and comes back if
+    anything fails; `put_back` does that after a kill.
 
     Raises:
-        PermissionError: it is held open, by whom can't be told.
+        OSError: what is in the way; nothing has changed.
     """
-    if not file.exists():
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    targets = [folder / path.relative_to(source) for path in files]
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform != "win32":
+        for path, target in zip(files, targets, strict=True):
+            move(path, target)
         return
+    placed: list[Path] = []
     try:
-        move(file, file)
-    except PermissionError as error:
-        raise PermissionError(
-            error.errno,
-            "it can't be replaced while a program holds it open, for instance a model that was "
-            "loaded from it",
-            str(file),
-        ) from error
+        for target in filter(Path.exists, targets):
+            kept = aside / target.relative_to(folder)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            move(target, kept)
+        for path, target in zip(files, targets, strict=True):
+            move(path, target)
+            placed.append(target)
+    except OSError:
+        for target in placed:
+            target.unlink()
+        put_back(aside, folder)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(aside: Path, folder: Path) -> None:
+    """Move what `put_in_place` put aside to its places, where nothing else has come."""
+    for path in [path for path in aside.rglob("*") if path.is_file()]:
+        target = folder / path.relative_to(aside)
+        if not target.exists():
+            move(path, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a file manager leaves in it."""
+    return all(path.name.lower() in _OF_FILE_MANAGERS for path in folder.iterdir())
 
 
 def is_reserved(path: Path) -> bool:

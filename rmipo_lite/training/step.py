@@ -343,6 +343,7 @@ def make_step(
 
     Raises:
         UnsupportedModelError: our head disagrees with the model's own logits.
+        RuntimeError: the kernels, or this device's products, are wrong.
     """
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(i for i in ids if i is not None)

@@ -47,6 +47,7 @@ def _folder(path: Path, names: list[str]) -> Path:
         (["train/part-0.jsonl", "test/part-0.jsonl"], ["train/part-0.jsonl"], "[train]"),
         (["data/Training/a.jsonl", "data/val/a.jsonl"], ["data/Training/a.jsonl"], "[train]"),
         (["a.jsonl", "test/b.jsonl"], ["a.jsonl"], ""),
+        (["._train.jsonl", "train.jsonl"], ["train.jsonl"], "[train]"),  # as a Mac leaves them
     ],
 )
 def test_the_split_that_names_tell(

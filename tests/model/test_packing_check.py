@@ -183,9 +183,25 @@ def test_broken_kernels_are_found(
         return right(head, hidden, ids, impl) - (error if impl == "native" else 0)
 
     monkeypatch.setattr(ModelHead, "token_logps", wrong)
-    with pytest.raises(RuntimeError, match=f"{error} nats off plain PyTorch on this cpu"):
+    with pytest.raises(RuntimeError, match=f"log-probs are {error} nats and .* off plain"):
         _problem(tiny_model().to(dtype), "native")
     assert _problem(tiny_model().to(dtype), "torch") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_of_a_wrong_gradient_are_found(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ModelHead.token_logps
+
+    def wrong(head: ModelHead, hidden: Tensor, ids: Tensor, impl: native.Impl) -> Tensor:
+        if impl != "native":
+            return right(head, hidden, ids, impl)
+        return right(head, 0.9 * hidden + 0.1 * hidden.detach(), ids, impl)  # the same values
+
+    monkeypatch.setattr(ModelHead, "token_logps", wrong)
+    with pytest.raises(RuntimeError, match=r"gradients (9\.|10\.)\d+% off plain"):
+        _problem(tiny_model().to(dtype), "native")
 
 
 # ---- packed against padded ------------------------------------------------------------------
@@ -222,6 +238,37 @@ def test_a_models_own_rounding_leaves_packing_on(
     share: float, layers: int, dtype: torch.dtype
 ) -> None:
     assert _problem(_deep_model(layers, dtype, share)) is None
+
+
+class _RoundsInside(nn.Linear):
+    """As bitsandbytes' layers under weights that peft has prepared: float32 outside alone."""
+
+    compute_dtype = torch.bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = [part.to(self.compute_dtype) for part in (x, self.weight)]
+        return nn.functional.linear(*low).to(x.dtype)
+
+
+def _rounding_inside(layers: int) -> nn.Module:
+    model = _deep_model(layers, torch.float32)
+    step, generator = torch.finfo(torch.bfloat16).eps, torch.Generator().manual_seed(1)
+
+    def rounds(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        moved = torch.rand(args[0].shape, generator=generator) < 0.01
+        return (torch.where(moved, args[0] * (1 + step), args[0]),)
+
+    for layer in model.model.layers:
+        for linear in (m for m in layer.modules() if type(m) is nn.Linear):
+            linear.__class__ = _RoundsInside
+        layer.self_attn.o_proj.register_forward_pre_hook(rounds)
+    return model
+
+
+def test_a_head_in_float32_over_16_bits_leaves_packing_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _problem(_rounding_inside(8)) is None
+    _edited(_one_further, monkeypatch)
+    assert "differ from the padded ones" in str(_problem(_rounding_inside(8)))
 
 
 def test_the_rounding_is_measured_only_where_the_forms_differ() -> None:
@@ -308,6 +355,12 @@ def test_short_responses_are_checked_on_more_pairs() -> None:
     assert len(packing_check._sample(PAIRS[:1])) == 2
 
 
+def test_no_more_pairs_are_checked_than_memory_is_sure_to_hold() -> None:
+    long = [TokenizedPair(row, [1] * 900, [7], [8]) for row in range(99)]
+    inputs = batch.policy_input(packing_check._sample(long), packing=False)
+    assert 512 < inputs.input_ids.numel() <= 2048
+
+
 # ---- what a model says that can't -----------------------------------------------------------
 
 
@@ -332,7 +385,6 @@ def _failing(error: BaseException | None = None) -> nn.Module:
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        NotImplementedError("Could not run 'aten::x' with arguments from the 'CUDA' backend"),
         RecursionError("maximum recursion depth exceeded"),
         MemoryError(),
         AssertionError("ours"),
@@ -355,6 +407,7 @@ def test_what_is_no_fault_of_the_model_passes_through(error: BaseException) -> N
         KeyError("rope"),
         IndexError("index out of range in self"),
         AttributeError(),
+        NotImplementedError("this attention reads no packed rows"),
     ],
     ids=lambda error: type(error).__name__,
 )

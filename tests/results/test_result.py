@@ -219,6 +219,24 @@ def test_model_card_says_what_was_done_and_no_more(result: TrainResult) -> None:
     assert "learning_rate: 1e-05" in card
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("org/base", True), (r"C:\models\base", False), ("/models/base", False)]
+)
+def test_a_hub_is_told_of_no_path(result: TrainResult, name: str, told: bool) -> None:
+    """It refuses a card whose base is one, and a path says who somebody is."""
+    result.model.get_base_model().config._name_or_path = name
+    result.model.get_base_model().name_or_path = name
+    assert (f"base_model: {json.dumps(name)}" in model_card(result)) is told
+
+
+def test_no_page_is_written_to_a_device(
+    result: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmipo_lite.output.page.is_reserved", lambda path: path.stem == "aux")
+    with pytest.raises(ValueError, match="wanted a file to write to, got 'aux.html'"):
+        result.report("aux.html")
+
+
 # ---- pictures and pages ---------------------------------------------------------------------
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -42,29 +44,105 @@ def test_a_rename_waits_for_a_virus_scanner(
         files.move(tmp_path / "b", tmp_path / "a")
 
 
-def test_where_one_file_is_held_open_none_is_replaced(
-    windows: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder that holds what an earlier run saved, and a file of the user's."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name in ("config", "weights", "notes"):
+        (folder / name).write_text("old", encoding="utf-8")
+    return folder
+
+
+def _put_in_place(folder: Path) -> dict[str, str]:
+    try:
+        with sealed_folder.files_put_in_place(folder) as staged:
+            for name in ("added", "config", "weights"):
+                (staged / name).write_text("new", encoding="utf-8")
+    finally:
+        left = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    return left
+
+
+def _refusing(monkeypatch: pytest.MonkeyPatch, refused: Callable[[Path, Path], bool]) -> None:
     real = os.replace
 
     def replace(source: Any, target: Any) -> None:
-        if Path(target) == tmp_path / "weights":
-            raise PermissionError(13, "held")
+        if refused(Path(source), Path(target)):
+            raise PermissionError(13, "held", str(target))
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+
+
+def test_a_mapped_file_goes_aside_for_the_new_one(
+    windows: None, monkeypatch: pytest.MonkeyPatch, saved: Path
+) -> None:
+    """As a model loaded from this folder maps it: it can be renamed, and not replaced."""
+    _refusing(monkeypatch, lambda _, target: target == saved / "weights" and target.exists())
+    new = dict.fromkeys(("added", "config", "weights"), "new")
+    assert _put_in_place(saved) == {"notes": "old"} | new
+
+
+@pytest.mark.parametrize("refused", ["config", "weights"])
+def test_where_one_file_cannot_be_moved_none_is_new(
+    windows: None, monkeypatch: pytest.MonkeyPatch, saved: Path, refused: str
+) -> None:
+    """An open file can't be renamed at all; and at whatever point a move fails."""
+    _refusing(monkeypatch, lambda source, _: source == saved / refused)
+    with pytest.raises(PermissionError):
+        _put_in_place(saved)
+    monkeypatch.undo()
+    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
+    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+
+
+def test_where_a_new_file_cannot_come_the_old_ones_come_back(
+    windows: None, monkeypatch: pytest.MonkeyPatch, saved: Path
+) -> None:
+    _refusing(monkeypatch, lambda source, _: source.parent.name.startswith(".tmp")
+              and source.name == "weights")  # fmt: skip
+    with pytest.raises(PermissionError):
+        _put_in_place(saved)
+    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
+    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+
+
+def test_what_a_kill_left_aside_is_put_back(saved: Path) -> None:
+    """A process died between putting files aside and bringing the new ones."""
+    aside = saved / f".old-save-{2**22 + 1}"
+    aside.mkdir()
     for name in ("config", "weights"):
-        (tmp_path / name).write_text("old", encoding="utf-8")
-    with pytest.raises(PermissionError, match=r"a program holds it open.*weights"):
-        _put_in_place(tmp_path)
-    found = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
-    assert found == {"config": "old", "weights": "old"}
+        (saved / name).rename(aside / name)
+    (saved / "config").write_text("newer", encoding="utf-8")
+    sealed_folder.recover(saved)
+    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
+    assert kept == {"config": "newer", "weights": "old", "notes": "old"}
 
 
-def _put_in_place(folder: Path) -> None:
-    with sealed_folder.files_put_in_place(folder) as staged:
-        for name in ("config", "weights"):
-            (staged / name).write_text("new", encoding="utf-8")
+def test_a_save_that_takes_long_is_still_in_use(tmp_path: Path) -> None:
+    """The folder is old by its own times, as Windows tells them; what is written in it is not."""
+    staged = tmp_path / f".tmp-checkpoint-5-{os.getppid()}"
+    staged.mkdir()
+    (staged / "model.safetensors").write_bytes(b"written a moment ago")
+    os.utime(staged, (1, 1))
+    real = os.stat_result
+
+    def stat(path: Path, **options: Any) -> Any:
+        found = os.stat(path, **options)
+        return real((*found[:9], found.st_mtime)) if path == staged else found
+
+    with mock.patch.object(Path, "stat", stat):
+        sealed_folder.recover(tmp_path)
+    assert staged.is_dir()
+
+
+def test_what_a_file_manager_leaves_is_nothing(tmp_path: Path) -> None:
+    for name in (".DS_Store", "desktop.ini", "Thumbs.db"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    assert files.is_empty(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert not files.is_empty(tmp_path)
 
 
 @pytest.mark.parametrize(
