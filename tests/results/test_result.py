@@ -233,7 +233,7 @@ def test_no_page_is_written_to_a_device(
     result: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rmipo_lite.output.page.is_reserved", lambda path: path.stem == "aux")
-    with pytest.raises(ValueError, match="wanted a file to write to, got 'aux.html'"):
+    with pytest.raises(ValueError, match=r"wanted a file to write to, got 'aux\.html'"):
         result.report("aux.html")
 
 
