@@ -1,4 +1,6 @@
-"""The tests as if on another system: `SYSTEM=win32 python -m pytest -p tests.elsewhere`, or `darwin`.
+"""The tests as if on another system (win32, darwin).
+
+    SYSTEM=win32 python -m pytest -p tests.elsewhere
 
 No such machine is needed. The package's own modules, and nothing else, see a Python that says it is
 there and lacks what it lacks there. On Windows files follow its rules too: what is open can't be
