@@ -230,12 +230,15 @@ def _guarded(real: Callable[..., Any], name: str) -> Callable[..., Any]:
     return call
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Put everything in place before a test module is imported."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Put everything in place before a conftest imports the package."""
     if "rmipo_lite" in sys.modules:
         raise pytest.UsageError("tests.elsewhere came too late; give it with -p")
     sys.meta_path.insert(0, Finder())
-    config.addinivalue_line("filterwarnings", "ignore:rmipo_lite. plain PyTorch does the work")
+    early_config.addinivalue_line(
+        "filterwarnings", "ignore:rmipo_lite. plain PyTorch does the work"
+    )
     if SYSTEM == "win32":
         shutil._use_fd_functions = False  # type: ignore[attr-defined]
         for name in ("rename", "replace", "unlink", "remove", "rmdir"):
