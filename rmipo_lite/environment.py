@@ -69,11 +69,7 @@ def versions() -> dict[str, str]:
 
 def _backend(device_type: str) -> str:
     from rmipo_lite.ops import library
-    from rmipo_lite.ops.devices import no_kernels
 
-    absent = no_kernels(device_type)
-    if absent is not None:
-        return f"PyTorch reference: {absent}"
     status = library.status(device_type)
     if not status.available:
         return f"PyTorch reference: {status.reason}"

@@ -95,7 +95,7 @@ def test_what_asks_for_kernels_is_told_that_there_are_none(mps: None) -> None:
     with pytest.raises(RuntimeError, match="no native extension for mps: the kernels are for CPUs"):
         linear_logps(hidden, weight, ids, impl="native")
     logps, borders = _moved(-torch.rand(2), torch.tensor([0, 1, 2], dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="no native extension for mps"):
+    with pytest.raises(RuntimeError, match="native extension for mps is missing: the kernels"):
         pair_loss(logps, borders, loss_type="simpo", impl="native")
 
 
@@ -158,7 +158,7 @@ def _everything(step: PairStep, folder: Path) -> dict[str, Any]:
 def test_a_step_has_the_cpus_numbers(
     options: dict, tmp_path: Path, mps: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_WITHOUT_FUSED", ("cpu", "mps"))
+    monkeypatch.setattr(attention, "is_trusted", lambda kind: False)
     found = []
     for place in ("cpu", "mps"):
         step = _step(_adapted(place), tmp_path / place, use_cpu=place == "cpu", **options)
@@ -193,7 +193,7 @@ def test_two_models_are_compared(mps: None) -> None:
 
 def test_a_whole_run(tmp_path: Path, mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, evaluated, saved, answered, and gone on with: the weights are the CPU's."""
-    monkeypatch.setattr(attention, "_WITHOUT_FUSED", ("cpu", "mps"))
+    monkeypatch.setattr(attention, "is_trusted", lambda kind: False)
     options: dict[str, Any] = {"kernel_impl": "torch", "save_steps": 1, "sample_prompts": 0}
     options |= {"eval_completions": 1, "max_tokens_per_microstep": 1000}
 

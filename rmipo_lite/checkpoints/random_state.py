@@ -3,11 +3,12 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+
+from rmipo_lite.ops.devices import gpus
 
 
 def random_state() -> dict[str, Any]:
@@ -18,7 +19,7 @@ def random_state() -> dict[str, Any]:
         "numpy": np.random.get_state(),  # noqa: NPY002
         "torch": torch.get_rng_state(),
     }
-    for name, module in _devices().items():
+    for name, module in gpus().items():
         state[name] = [module.get_rng_state(index) for index in range(module.device_count())]
     return state
 
@@ -31,15 +32,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    for name, module in _devices().items():
+    for name, module in gpus().items():
         for index, device_state in enumerate(state.get(name, [])[: module.device_count()]):
             module.set_rng_state(device_state, index)
-
-
-def _devices() -> dict[str, ModuleType]:
-    """torch's module of every kind of GPU that is here."""
-    found = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
-    return {name: module for name, module in found.items() if module.is_available()}
 
 
 @contextmanager

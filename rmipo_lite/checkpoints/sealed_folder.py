@@ -26,7 +26,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rmipo_lite.output.console import say
-from rmipo_lite.system.files import is_reserved, move, put_back, put_in_place, sync_folder
+from rmipo_lite.system.files import (
+    files_below,
+    is_reserved,
+    move,
+    put_back,
+    put_in_place,
+    sync_folder,
+)
 from rmipo_lite.system.processes import is_running
 
 MANIFEST = "manifest.json"
@@ -59,7 +66,7 @@ def sync_file(path: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return [path for path in files_below(folder) if path.name != MANIFEST]
 
 
 def _sha256(path: Path) -> str:
@@ -214,12 +221,11 @@ def recover(output_dir: Path) -> None:
         if name is None or not path.is_dir() or _in_use(path, int(name[3])):
             continue
         target = output_dir / name[2]
-        if (name[1], name[2]) == ("old", "save"):
+        if name[1] == "old" and name[2] == "save":
             put_back(path, output_dir)
         elif name[1] == "old" and not target.exists():
             move(path, target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # what is left of it
 
 
 def remove(checkpoint: Path) -> None:

@@ -24,13 +24,13 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from rmipo_lite.model.batch import SegmentPlan
 from rmipo_lite.model.varlen_attention import fits, varlen_attention
+from rmipo_lite.ops.devices import is_trusted
 
 ATTENTION_NAME = "rmipo_packed"
 
 # Keywords by which models ask for attention that this function does not do. Ignoring one of them
 # would be a wrong result; raising sends the run to the padded path.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
-_WITHOUT_FUSED = ("mps",)  # kinds of device; see `_eager`
 
 
 def segment_attention(
@@ -86,7 +86,7 @@ def segment_attention(
             first = at[segment.prefix_start]
             k = torch.cat([keys[first][:, :, : segment.prefix_len], k], dim=2)
             v = torch.cat([values[first][:, :, : segment.prefix_len], v], dim=2)
-        if softcap is not None or query.device.type in _WITHOUT_FUSED:
+        if softcap is not None or not is_trusted(query.device.type):
             pieces.append(_eager(q, k, v, mask, scaling, softcap, dropout))
         else:
             # No mask means plain causal, which the fast kernels know by themselves.
@@ -129,8 +129,8 @@ def _eager(
 ) -> Tensor:
     """Attention step by step.
 
-    For softcap * tanh(scores / softcap), which the fused kernels don't have, and on Apple's GPUs,
-    whose fused kernel for a few queries was wrong with masks and strides in several versions.
+    For softcap * tanh(scores / softcap), which the fused kernels don't have, and where these aren't
+    trusted.
     """
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(q, k.transpose(2, 3)) * scale

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from rmipo_lite.model.batch import SegmentPlan
+from rmipo_lite.ops.devices import is_nvidia
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Trained too on every card: heads of 193 to 224 go through the backward kernel for 256, which has a
@@ -63,7 +64,7 @@ def fits(
 def _has_flash(device: torch.device) -> bool:
     return (
         torch.backends.cuda.is_flash_attention_available()
-        and not torch.version.hip  # whose capability counts otherwise
+        and is_nvidia(device.type)  # AMD's capability counts otherwise
         and torch.cuda.get_device_capability(device)[0] >= _OLDEST
     )
 

@@ -1,6 +1,7 @@
 """Kinds of device: which one a run takes, and what of arithmetic it has in hardware."""
 
 import shutil
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -9,10 +10,30 @@ from torch import Tensor
 _BF16_ON_AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 
+def gpus() -> dict[str, ModuleType]:
+    """torch's module of every kind of GPU that is here, in transformers' order of choice."""
+    known = {"mps": torch.mps, "xpu": torch.xpu, "cuda": torch.cuda}
+    return {kind: module for kind, module in known.items() if module.is_available()}
+
+
 def accelerator() -> str | None:
     """The kind of GPU that a run takes, as transformers' Trainer chooses; None: the CPU."""
-    found = {"mps": torch.mps, "xpu": torch.xpu, "cuda": torch.cuda}
-    return next((kind for kind, module in found.items() if module.is_available()), None)
+    return next(iter(gpus()), None)
+
+
+def is_nvidia(kind: str) -> bool:
+    """Whether a kind of device is NVIDIA's; AMD's has the same name in torch."""
+    return kind == "cuda" and not torch.version.hip
+
+
+def is_trusted(kind: str) -> bool:
+    """Whether torch's products and fused attention are right there, whatever they read and write.
+
+    Those of Apple's GPUs are not: up to torch 2.13 a product into a slice can be lost, on older
+    chips a sum over 32,767 numbers and more runs past the end, and attention of a few queries was
+    wrong with masks and strides. Of Intel's it isn't known. "meta" has none to be wrong.
+    """
+    return kind in ("cpu", "cuda", "meta")
 
 
 def unused_gpu() -> str | None:
@@ -54,6 +75,6 @@ def in_float64(x: Tensor) -> Tensor:
 
 def no_kernels(kind: str) -> str | None:
     """Why no kernels were written for a kind of device; None where they were."""
-    if kind == "cpu" or (kind == "cuda" and not torch.version.hip):
+    if kind == "cpu" or is_nvidia(kind):
         return None
     return "the kernels are for CPUs and NVIDIA's GPUs alone"

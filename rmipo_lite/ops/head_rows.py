@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native, reference
+from rmipo_lite.ops.devices import is_nvidia, is_trusted
 from rmipo_lite.ops.head_blocks import CPU_BLOCK_BYTES, even_slices
 from rmipo_lite.ops.reference import IGNORED, LogitTransform, accumulate_dtype
 
@@ -35,11 +36,10 @@ _CACHE_SHARE = 1 / 3  # the weight goes through the same cache
 CPU_BUFFER_BYTES = 2 * CPU_BLOCK_BYTES  # a block of logits, and of the weight where it is cast
 # Rows of the weight that are cast at a time on the CPU: 16 MiB in float32 at H = 512.
 _BLOCK_ELEMENTS = 2**22
-# Devices whose products are right whatever they read and write. Those of Apple's GPUs are not: up
-# to torch 2.13 a result that goes into a slice can be lost, and on older chips a sum over 32,767
-# numbers and more runs past the end.
-_WRITES_SLICES = ("cpu", "cuda")
-_MOST_SUMMED = 2**14
+_MOST_SUMMED = 2**14  # where long sums aren't trusted
+# Plain PyTorch keeps a chunk's logits and up to four more of their size on the way to a derivative.
+_PLAIN_COPIES = 5
+PLAIN_BUFFER_BYTES = _PLAIN_COPIES * 4 * _CHUNK_LOGITS  # in float32, elsewhere than on CUDA
 
 
 def card_rows(row_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
@@ -81,8 +81,9 @@ def head_buffer_bytes(weight: Tensor, use_native: bool) -> int:
     For a frozen head and a pass with gradients; a trained head takes more, on a card a pass without
     gradients less.
     """
-    if not use_native:  # plain PyTorch keeps a chunk's logits and up to four more of their size
-        return chunk_rows(weight) * weight.shape[0] * 5 * max(4, weight.dtype.itemsize)
+    if not use_native:
+        chunk = chunk_rows(weight) * weight.shape[0] * max(4, weight.dtype.itemsize)
+        return _PLAIN_COPIES * chunk
     if weight.device.type == "cpu":
         return CPU_BUFFER_BYTES
     return chunk_rows(weight) * weight.shape[0] * _row_itemsize(weight)
@@ -102,12 +103,12 @@ class HeadProducts:
         self.exact = accumulate_dtype(hidden.dtype)
         low_precision = hidden.dtype != self.exact
         # ROCm's torch refuses the product of 16-bit numbers with a float32 result.
-        self.mixed = low_precision and hidden.is_cuda and not torch.version.hip
+        self.mixed = low_precision and is_nvidia(hidden.device.type)
         self.cast = low_precision and not self.mixed
         self.chunks = even_slices(hidden.shape[0], chunk_rows(weight))
         rows = max((c.stop - c.start for c in self.chunks), default=0)
         self.buffer = hidden.new_empty((rows, weight.shape[0]), dtype=self.exact)
-        self.slices = hidden.device.type in _WRITES_SLICES
+        self.slices = is_trusted(hidden.device.type)
         block = max(1, _BLOCK_ELEMENTS // max(hidden.shape[1], 1)) if self.cast else len(weight)
         block = block if self.slices else min(block, _MOST_SUMMED)
         self.blocks = [slice(i, min(i + block, len(weight))) for i in range(0, len(weight), block)]

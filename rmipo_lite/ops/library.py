@@ -92,8 +92,9 @@ def cache_dir() -> Path:
 
 def _load(device_type: str) -> BackendStatus:
     try:
-        if no_kernels(device_type):
-            raise build.BuildError(f"there is nothing for {device_type}: {no_kernels(device_type)}")
+        absent = no_kernels(device_type)
+        if absent:
+            raise build.BuildError(absent)
         if device_type == "cuda" and not torch.cuda.is_available():
             raise build.BuildError("torch sees no CUDA device")
         prebuilt = _PACKAGE / build.library_name(device_type)

@@ -73,16 +73,11 @@ def use_native(impl: str, device: torch.device) -> bool:
     notice_fork()
     if impl == "torch":
         return False
-    absent = no_kernels(device.type)
-    if absent is not None:
-        if impl == "native":
-            raise RuntimeError(f"there is no native extension for {device.type}: {absent}")
-        return False
     found = status(device.type)
     if not found.available:
         if impl == "native":
             raise RuntimeError(f"the native extension for {device.type} is missing: {found.reason}")
-        if device.type not in _warned:
+        if device.type not in _warned and no_kernels(device.type) is None:
             _warned.add(device.type)
             warnings.warn(
                 f"rmipo_lite: plain PyTorch does the work on {device.type}, since the native "

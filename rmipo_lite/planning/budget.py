@@ -19,6 +19,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.backbone import can_checkpoint, device_of
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import head_buffer_bytes
+from rmipo_lite.ops.devices import is_trusted
 from rmipo_lite.ops.native import use_native
 from rmipo_lite.planning.device import free_bytes
 from rmipo_lite.planning.footprint import (
@@ -41,8 +42,6 @@ _TEXTS = (
     "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "UR_RESULT_ERROR_OUT_OF_HOST_MEMORY",  # Intel's
     "MPS backend out of memory", "Invalid buffer size",  # Apple's; the latter of one tensor
 )  # fmt: skip
-# Kinds of device whose attention keeps no scores for the backward pass.
-_FUSED_ATTENTION = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def activations_on(
 ) -> Activations:
     """The same for a model that need not be there, on a kind of device."""
     found = activations_of(config, setup, checkpointing)
-    if device_type in _FUSED_ATTENTION:
+    if is_trusted(device_type):  # fused attention, which keeps no scores for the backward pass
         return found
     scores = score_bytes(config, longest, checkpointing)
     return replace(found, per_token=found.per_token + scores)

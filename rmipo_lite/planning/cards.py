@@ -26,7 +26,8 @@ class Card:
         tflops: dense 16-bit products with float32 accumulation, 10^12 operations a second.
         bandwidth: of its memory, 10^9 bytes a second.
         cache: second-level cache, bytes.
-        capability: compute capability, as 8.6.
+        capability: compute capability, as 8.6; of other makers' 8 where bfloat16 is in hardware.
+        kind: torch's type of the device.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Card:
     bandwidth: float | None
     cache: int
     capability: float
+    kind: str = "cuda"
 
     @property
     def has_bf16(self) -> bool:

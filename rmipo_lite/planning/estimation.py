@@ -22,7 +22,7 @@ from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model import names
 from rmipo_lite.model.loading import load_config
 from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, named_errors
-from rmipo_lite.ops import CPU_BUFFER_BYTES, card_buffer_bytes
+from rmipo_lite.ops import CPU_BUFFER_BYTES, PLAIN_BUFFER_BYTES, card_buffer_bytes
 from rmipo_lite.ops.devices import accelerator, has_native_bf16
 from rmipo_lite.planning import quantization
 from rmipo_lite.planning.budget import activations_on, choose_budget
@@ -41,8 +41,6 @@ _CONTEXT_BYTES = 2**29
 _CARD_UTILISATION, _CPU_UTILISATION = 0.4, 0.7
 # Of a card's memory, what tensors may take: the rest is the allocator's fragments.
 _USABLE = 0.95
-# The head in plain PyTorch: a chunk's logits, and as much for every step to their derivative.
-_PLAIN_HEAD_BYTES = 5 * 4 * 2**25
 _SHORTER = (1024, 768, 512, 384, 256, 128)
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -138,20 +136,6 @@ def _adapter_of(
     return attach.default_lora()
 
 
-@dataclass(frozen=True)
-class _OwnCard(Card):
-    """A GPU of this machine that is none of CUDA's."""
-
-    kind: str = "mps"
-
-
-def _kind(card: Card) -> str:
-    """The type of the card's device."""
-    if isinstance(card, _OwnCard):
-        return card.kind
-    return CPU if card.name == CPU else "cuda"
-
-
 def _card_of(gpu: str | float | None) -> Card:
     kind = accelerator() if gpu is None else None
     if kind == "cuda":
@@ -169,9 +153,9 @@ def _card_of(gpu: str | float | None) -> Card:
     if kind is not None:
         device, bf16 = torch.device(kind), has_native_bf16(kind)
         memory = total_bytes(device)
-        return _OwnCard(name_of(device), memory, None, None, 0, 8.0 if bf16 else 0.0, kind)
+        return Card(name_of(device), memory, None, None, 0, 8.0 if bf16 else 0.0, kind)
     if gpu is None or str(gpu).lower() == CPU:
-        return Card(CPU, free_bytes(torch.device(CPU)), None, None, 0, 0.0)
+        return Card(CPU, free_bytes(torch.device(CPU)), None, None, 0, 0.0, CPU)
     return find_card(gpu)
 
 
@@ -193,7 +177,7 @@ class _Case:
         return fit if fit.fits else replace(fit, way_out=self._way_out(card, setup))
 
     def _setup(self, card: Card) -> Setup:
-        on_cuda = _kind(card) == "cuda"
+        on_cuda = card.kind == "cuda"
         dtype = torch.float16 if on_cuda else torch.float32
         if card.has_bf16:
             dtype = torch.bfloat16
@@ -217,7 +201,7 @@ class _Case:
             free=card.memory - taken,
             longest=work.longest,
             args=args,
-            on_cuda=_kind(card) == "cuda",
+            on_cuda=card.kind == "cuda",
         )
         activations = self._activations(card, setup, plan.checkpointing, work)
         least = int(taken + activations.bytes_of(work.longest))
@@ -241,16 +225,16 @@ class _Case:
     def _activations(
         self, card: Card, setup: Setup, checkpointing: bool, work: Workload
     ) -> Activations:
-        return activations_on(_kind(card), self.shape, setup, checkpointing, work.longest)
+        return activations_on(card.kind, self.shape, setup, checkpointing, work.longest)
 
     def _parts(self, card: Card, setup: Setup, weights: Weights) -> dict[str, int]:
         """Bytes that are there whatever the tokens."""
         width = optimizer_width(str(getattr(self.args.optim, "value", self.args.optim)))
         vocab_size = int(self.shape.get_text_config().vocab_size)
-        if (kind := _kind(card)) == "cuda":
+        if card.kind == "cuda":
             head = card_buffer_bytes(vocab_size, card.cache, card.memory)
         else:
-            head = CPU_BUFFER_BYTES if kind == CPU else _PLAIN_HEAD_BYTES
+            head = CPU_BUFFER_BYTES if card.kind == CPU else PLAIN_BUFFER_BYTES
         return {
             "weights": weights.loaded_bytes(setup),
             "adapter": weights.adapter_bytes(setup),
@@ -258,15 +242,15 @@ class _Case:
             "optimizer": width * weights.trained,
             "head": head,
             "dequantisation": weights.dequantised_bytes(setup),
-            "context": 0 if kind == CPU else _CONTEXT_BYTES,
+            "context": 0 if card.kind == CPU else _CONTEXT_BYTES,
         }
 
     def _way_out(self, card: Card, setup: Setup) -> dict[str, Any] | None:
         """The least that has to be changed for it to fit; None where nothing helps."""
         found: dict[str, Any] = {}
-        if not setup.quantized and _kind(card) == "cuda":
+        if not setup.quantized and card.kind == "cuda":
             setup, found = replace(setup, quantized=True), {"quantization": "4bit"}
-        elif isinstance(card, _OwnCard) and setup.dtype == torch.float32:
+        elif card.kind not in (CPU, "cuda") and setup.dtype == torch.float32:
             setup, found = replace(setup, dtype=torch.bfloat16), {"bf16": True}
         args = self.args
         if not args.wants_checkpointing and not args.checkpointing_is_open:

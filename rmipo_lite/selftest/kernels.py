@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import linear_logps, pair_loss, status
-from rmipo_lite.ops.devices import accelerator, has_float64
+from rmipo_lite.ops.devices import accelerator, has_float64, is_nvidia
 from rmipo_lite.ops.reference import IGNORED
 from rmipo_lite.selftest.check import Case, Check, Lost, expect
 from rmipo_lite.selftest.parts import (
@@ -33,7 +33,7 @@ _LARGE = (600, 40_000)  # several chunks, and longer sums than some GPUs get rig
 
 def no_gpu() -> str | None:
     """Why nothing can run on an NVIDIA GPU, or None."""
-    has_one = torch.cuda.is_available() and not torch.version.hip
+    has_one = torch.cuda.is_available() and is_nvidia("cuda")
     return None if has_one else "no NVIDIA GPU on this machine"
 
 

@@ -43,6 +43,11 @@ def move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder and in those inside it, in order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def put_in_place(source: Path, folder: Path, *, aside: Path) -> None:
     """Move the files below one folder to their places below another, all or none of them.
 
@@ -53,7 +58,7 @@ def put_in_place(source: Path, folder: Path, *, aside: Path) -> None:
     Raises:
         OSError: what is in the way; nothing has changed.
     """
-    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    files = files_below(source)
     targets = [folder / path.relative_to(source) for path in files]
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +86,10 @@ def put_in_place(source: Path, folder: Path, *, aside: Path) -> None:
 
 def put_back(aside: Path, folder: Path) -> None:
     """Move what `put_in_place` put aside to its places, where nothing else has come."""
-    for path in [path for path in aside.rglob("*") if path.is_file()]:
+    for path in files_below(aside):
         target = folder / path.relative_to(aside)
         if not target.exists():
             move(path, target)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_empty(folder: Path) -> bool:
