@@ -87,6 +87,7 @@ OF_KERNELS = (
     "ops/test_loss.py", "ops/test_native.py", "test_setup.py", "numbers/test_numerics.py",
     "users/test_building.py", "selftest/test_faults.py",
     "test_gpu_head.py::", "test_step.py::test_out_of_memory", "::test_broken_kernels",
+    "::test_kernels_of_a_wrong_gradient",
     "::test_so_is_what_a_child_says",
 )  # fmt: skip
 LACKING = set(NO_NAME[SYSTEM].split())

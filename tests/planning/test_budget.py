@@ -58,12 +58,18 @@ def test_checkpointing_only_where_the_longest_pair_needs_it(
     assert plan_micro_steps(model, _args(tmp_path, gradient_checkpointing=True), 5).checkpointing
 
 
-def test_what_is_trained_takes_gradient_and_moments(tmp_path: Path) -> None:
+def test_what_is_trained_takes_gradient_and_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "use_native", lambda impl, device: impl != "torch")
     model = tiny_model()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for optimizer, width in (("adamw_torch", 8), ("adamw_8bit", 2), ("sgd", 0)):
         args = _args(tmp_path, optim=optimizer)
         assert budget.fixed_bytes(model, args) == trained * (4 + width) + CPU_BUFFER_BYTES
+    # Without the kernels a chunk's 256 rows of logits, in five copies.
+    plain = budget.fixed_bytes(model, _args(tmp_path, optim="sgd", kernel_impl="torch"))
+    assert plain == trained * 4 + 5 * 4 * 256 * model.config.vocab_size
 
 
 @pytest.mark.parametrize(
