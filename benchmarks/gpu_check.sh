@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/gpu_check.sh OUT first    # builds the CUDA kernels; CUDA tests; the head's times
 #     bash benchmarks/gpu_check.sh OUT second   # scorecard, peers, whole steps; compute-sanitizer last
-#     bash benchmarks/gpu_check.sh OUT first --rehearse   # its lines without one, in 3 times the time
+#     bash benchmarks/gpu_check.sh OUT first --rehearse   # its lines without one, in twice the time
 #
 # Needs torch with CUDA, nvcc, the package's dependencies and pytest; trl, liger-kernel and
 # cut-cross-entropy where they are to be measured too. What a machine with Python 3.12 lacks of them
@@ -28,7 +28,7 @@ export PYTHONPATH="$root$site${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 export RMIPO_LITE_CACHE="${RMIPO_LITE_CACHE:-$root/build/gpu_cache}"
 if [ "${3:-}" = --rehearse ]; then
-  device=cpu mark="not cuda and not slow and not notebook and not benchmark" quick=--quick slow=3
+  device=cpu mark="not cuda and not slow and not notebook and not benchmark" quick=--quick slow=2
   csv="$out/quick/gpu.csv" tests="" tools="0 1"
 else
   device=cuda mark=cuda quick="" slow=1 csv="$out/gpu.csv"
