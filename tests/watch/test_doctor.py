@@ -59,6 +59,7 @@ def test_a_run_that_runs_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert "the chosen response is the longer one in 100%" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_labels_swapped_and_nothing_learnt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,8 +15,8 @@ from rmipo_lite.training import restore
     ("fault", "index", "message"),
     [
         ("_drop_hooks", 3, "model"),
-        ("kept_random_state", 0, "random"),
-        ("_restore_environment", 0, "environment"),
+        pytest.param("kept_random_state", 0, "random", marks=pytest.mark.slow),
+        pytest.param("_restore_environment", 0, "environment", marks=pytest.mark.slow),
         ("_restore_modules", 2, "model"),
     ],
 )

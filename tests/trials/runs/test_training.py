@@ -30,6 +30,7 @@ def test_a_weight_that_is_not_checked_is_lost(try_check, monkeypatch: pytest.Mon
     assert "went on with a weight" in try_check(2, 3).losses[0].message
 
 
+@pytest.mark.slow
 def test_random_numbers_that_do_not_come_back_are_lost(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,6 +38,7 @@ def test_random_numbers_that_do_not_come_back_are_lost(
     assert try_check(5, 6).losses[0].message == "the weights differ"
 
 
+@pytest.mark.slow
 def test_micro_steps_of_equal_weight_are_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over micro-steps of their means, which is wrong where they differ in size."""
     real = PairStep._forward
