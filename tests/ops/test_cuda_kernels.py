@@ -199,9 +199,8 @@ def test_pairs_against_the_reference(
         torch.testing.assert_close(part, wanted, equal_nan=True, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_a_sanitizer_sees_no_fault(sanitizer: str, tmp_path: Path) -> None:
     """In the place of compute-sanitizer's memcheck and racecheck."""
     program = compiled(
