@@ -53,7 +53,7 @@ def put_in_place(source: Path, folder: Path, *, aside: Path) -> None:
 
     On Windows a file can be held mapped by the model that was loaded from it: it can be renamed,
     but not replaced. So there what stands in the places goes aside first, and comes back if
-    anything fails; `put_back` does that after a kill.
+    anything fails; `put_back` does that after a kill, or where it could not come back at once.
 
     Raises:
         OSError: what is in the way; nothing has changed.
@@ -73,15 +73,15 @@ def put_in_place(source: Path, folder: Path, *, aside: Path) -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             move(target, kept)
         for path, target in zip(files, targets, strict=True):
-            move(path, target)
             placed.append(target)
-    except OSError:
+            move(path, target)
+    except BaseException:  # Ctrl-C too
         for target in placed:
-            target.unlink()
+            target.unlink(missing_ok=True)
         put_back(aside, folder)
-        raise
-    finally:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def put_back(aside: Path, folder: Path) -> None:

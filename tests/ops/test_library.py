@@ -192,7 +192,7 @@ def test_a_cache_that_cannot_be_made(no_prebuilt, monkeypatch, tmp_path: Path) -
 
 
 def test_a_device_without_kernels_says_so() -> None:
-    assert library.status("mps").reason == ("the kernels are for CPUs and NVIDIA's GPUs alone")
+    assert library.status("mps").reason == "the kernels are for CPUs and NVIDIA's GPUs alone"
 
 
 def hold(path: Path) -> subprocess.Popen[str]:

@@ -54,11 +54,15 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
+def _save(folder: Path) -> None:
+    with sealed_folder.files_put_in_place(folder) as staged:
+        for name in ("added", "config", "weights"):
+            (staged / name).write_text("new", encoding="utf-8")
+
+
 def _put_in_place(folder: Path) -> dict[str, str]:
     try:
-        with sealed_folder.files_put_in_place(folder) as staged:
-            for name in ("added", "config", "weights"):
-                (staged / name).write_text("new", encoding="utf-8")
+        _save(folder)
     finally:
         left = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
     return left
@@ -104,6 +108,38 @@ def test_where_a_new_file_cannot_come_the_old_ones_come_back(
               and source.name == "weights")  # fmt: skip
     with pytest.raises(PermissionError):
         _put_in_place(saved)
+    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
+    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+
+
+def test_ctrl_c_between_two_files_brings_the_old_ones_back(
+    windows: None, monkeypatch: pytest.MonkeyPatch, saved: Path
+) -> None:
+    move = files.move
+
+    def interrupted(source: Path, target: Path) -> None:
+        move(source, target)
+        if source.parent.name.startswith(".tmp") and source.name == "config":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _put_in_place(saved)
+    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
+    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+
+
+def test_what_cannot_come_back_at_once_stays_aside_and_comes_back_later(
+    windows: None, monkeypatch: pytest.MonkeyPatch, saved: Path
+) -> None:
+    """New weights can't come, and something holds the old ones where they lie aside."""
+    _refusing(monkeypatch, lambda source, _: source.name == "weights" and source.parent != saved)
+    with pytest.raises(PermissionError):
+        _save(saved)
+    monkeypatch.undo()
+    (aside,) = saved.glob(".old-save-*")
+    aside.rename(saved / f".old-save-{2**22 + 1}")  # of a process that is gone
+    sealed_folder.recover(saved)
     kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
     assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
 

@@ -136,8 +136,12 @@ class _Stop(TrainerCallback):
             control.should_training_stop = True
 
 
+_QUICK = [(1, "live"), (2, "cached"), (3, "live"), (5, "cached")]
+_SLOW = [(1, "cached"), (2, "live"), (3, "cached"), (5, "live")]
+
+
 @pytest.mark.parametrize(
-    ("stop", "prior"), [(1, "live"), (2, "cached"), (3, "live"), (5, "cached")]
+    ("stop", "prior"), [*_QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW)]
 )
 def test_resume_is_bit_for_bit(stop: int, prior: str, tmp_path: Path, tokenizer: Any) -> None:
     """Within and across epochs (2 steps each), with a short last batch."""
