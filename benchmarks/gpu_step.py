@@ -233,6 +233,10 @@ def _ours(
             RMiPOConfig(
                 folder,
                 loss_type=loss_type,
+                length_balance="off",
+                end_anchor=0.0,
+                sft_weight=0.0,
+                learning_rate=1e-5,
                 kernel_impl="native",
                 per_device_train_batch_size=PAIRS,
                 num_train_epochs=WARM + STEPS,

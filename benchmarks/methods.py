@@ -46,6 +46,9 @@ _OPTIONS: dict[str, Any] = {
     "save_strategy": "no",
     "logging_steps": 5,
     "per_device_train_batch_size": 32,
+    "length_balance": "off",
+    "end_anchor": 0.0,
+    "sft_weight": 0.0,
 }
 
 

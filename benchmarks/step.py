@@ -40,6 +40,7 @@ def autocast(dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
 
 def pair_step(model: nn.Module, dtype: torch.dtype, folder: str, **options: Any) -> PairStep:
     """Our step as the trainer makes it."""
+    options = {"sft_weight": 0.0, **options}  # nobody else's loss has the term
     args = RMiPOConfig(folder, use_cpu=True, bf16=dtype == torch.bfloat16, **options)
     return PairStep(model, args, max_tokens=10**9, packing=True, autocast=autocast(dtype))
 

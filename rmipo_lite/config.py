@@ -26,6 +26,7 @@ PriorMode = Literal["live", "cached"]
 PriorContext = Literal["none", "bos"]
 TokenizationMode = Literal["separate", "authors"]
 TruncationMode = Literal["keep_end", "keep_start"]
+LengthBalanceMode = Literal["auto", "off"]
 
 # What other packages and programs call options of ours, for errors.
 _OTHER_NAMES = {
@@ -78,9 +79,21 @@ class RMiPOConfig(TrainingArguments):
         0.0, f"{losses_with(smoothable=True)}: assumed share of swapped labels, in [0, 0.5)."
     )
     sft_weight: float = _option(
-        0.0,
+        0.5,
         "Weight of the mean negative log-probability per chosen token (nats per token, mean over "
-        "all chosen tokens of the optimizer step), >= 0.",
+        "all chosen tokens of the optimizer step), >= 0: it keeps the wording whole and holds the "
+        "chosen side up, which a preference loss doesn't see. 0: the preference loss alone.",
+    )
+    length_balance: LengthBalanceMode = _option(
+        "auto",
+        "auto: pairs that length alone explains weigh less, so that length no longer tells chosen "
+        "from rejected (weights from the token counts, where the chosen side tends to be the "
+        "longer one); off: all pairs weigh alike, for data where longer is rightly preferred.",
+    )
+    end_anchor: float = _option(
+        0.1,
+        "Weight of the likelihood of where the chosen response ends, per nat of a response, >= 0: "
+        "the end is learnt from it rather than as a by-product of the lengths. 0: off.",
     )
     prior: PriorMode = _option(
         "live",
@@ -162,7 +175,12 @@ class RMiPOConfig(TrainingArguments):
     )
 
     # transformers' own options with another default
-    learning_rate: float = _option(1e-5, "Peak learning rate of the adapter (AdamW).")
+    learning_rate: Literal["auto"] | float = _option(  # type: ignore[assignment]
+        "auto",
+        "Peak learning rate (AdamW); auto: a search before the first step raises it until the "
+        "pairs' own responses fall apart; the run's rates then add up to the search's "
+        "(docs/claims.md).",
+    )
     num_train_epochs: float = _option(1.0, "Passes over the pairs.")
     per_device_train_batch_size: int = _option(32, "Pairs in a dataloader batch.")
     per_device_eval_batch_size: int = _option(32, "Pairs in an evaluation batch.")
@@ -248,7 +266,9 @@ class RMiPOConfig(TrainingArguments):
         except ValueError as error:
             problem = str(error)
         _refuse(problem)
-        _require(0 <= self.sft_weight < float("inf"), "sft_weight", ">= 0", self.sft_weight)
+        for name in ("sft_weight", "end_anchor"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), name, ">= 0", value)
 
     def _check_data(self) -> None:
         for name in ("max_length", "max_prompt_length", "dataset_num_proc"):

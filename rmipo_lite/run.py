@@ -187,6 +187,7 @@ def _result(
         findings=trainer.doctor.findings,
         start=trainer.start,
         weights_step=trainer.weights_step,
+        learning_rate=trainer.learning_rate,
     )
 
 

@@ -13,7 +13,7 @@ from rmipo_lite.config import RMiPOConfig, own_option_names
 def test_defaults_of_the_design(tmp_path: Path) -> None:
     args = RMiPOConfig(str(tmp_path))
     assert (args.loss_type, args.beta, args.gamma_min, args.gamma_max) == ("rmipo", 2.0, 0.3, 1.6)
-    assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (1e-5, 1.0, 0.1)
+    assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == ("auto", 1.0, 0.1)
     assert args.lr_scheduler_type == "cosine"
     assert args.pairs_per_step == 32
     assert args.max_length == 1024

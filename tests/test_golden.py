@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
-from rmipo_lite.training.step import PairStep, StepOutcome
+from rmipo_lite.training.pair_values import StepOutcome
+from rmipo_lite.training.step import PairStep
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 
@@ -78,6 +79,7 @@ def _options(variant: str) -> dict[str, Any]:
     return {
         "loss_type": loss_type,
         "gamma_scaled_by_beta": True,
+        "sft_weight": 0.0,
         # Theirs is inside beta, ours outside.
         "simpo_gamma": beta * ratio,
         **named,
@@ -229,6 +231,8 @@ def test_recorded_runs_through_the_trainer(run: str, tmp_path: Path) -> None:
         gradient_accumulation_steps=2,
         learning_rate=recorded["lr"],
         warmup_steps=2,
+        length_balance="off",
+        end_anchor=0.0,
         max_steps=20,
         logging_steps=1,
         save_strategy="no",

@@ -98,6 +98,9 @@ class SafeCheckpointing(TrainerBeside):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave; called before the training loop is set up."""
 
+    def before_training(self) -> None:
+        """What a subclass does ahead of the loop, with Ctrl-C and the display at work already."""
+
     # -- resuming ---------------------------------------------------------------------------
 
     def train(
@@ -127,6 +130,7 @@ class SafeCheckpointing(TrainerBeside):
                 # GracefulInterrupt and ProgressDisplay: what they hold ends with the call
                 if isinstance(callback, contextlib.AbstractContextManager):
                     stack.enter_context(callback)
+            self.before_training()
             return super().train(  # type: ignore[misc]
                 resume_from_checkpoint=None if folder is None else str(folder),
                 trial=trial,

@@ -5,4 +5,13 @@
 
 from rmipo_lite.data.rows import load_rows
 
-__all__ = ["columns", "files", "holdout", "load_rows", "normalise", "report", "rows"]
+__all__ = [
+    "columns",
+    "files",
+    "holdout",
+    "length_balance",
+    "load_rows",
+    "normalise",
+    "report",
+    "rows",
+]

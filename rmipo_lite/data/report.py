@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rmipo_lite.data.length_balance import LengthBalance
 from rmipo_lite.output.table import html_table, labelled
 
 ROWS_SHOWN = 5  # row numbers that are printed for each reason; the report holds all of them
@@ -80,6 +81,7 @@ class DataReport:
     truncated_prompts: int = 0
     truncated_responses: int = 0
     chosen_longer_pairs: int = 0
+    length_balance: LengthBalance | None = None  # None where no pair was tokenised
     special_token_rows: int = 0  # user text that holds the text of a control token
     template_stripped: int = 0  # answers whose outer whitespace the chat template removed
     template_rewritten: int = 0  # answers that the chat template changed otherwise
@@ -142,7 +144,7 @@ class DataReport:
         if self.share_chosen_longer > LENGTH_BIAS_SHARE:
             lines.append(
                 f"the chosen response is longer in {self.share_chosen_longer:.0%} of the pairs: "
-                "training can learn to write long answers, or answers that never end"
+                f"{self._length_advice}"
             )
         if self.special_token_rows:
             lines.append(
@@ -156,6 +158,19 @@ class DataReport:
         if self.template_rewritten:
             lines.append(f"the chat template rewrote {self.template_rewritten} answers")
         return lines + self.notes
+
+    @property
+    def _length_advice(self) -> str:
+        balance = self.length_balance
+        if balance is None or not balance.is_used:
+            return "training can learn to write long answers, or answers that never end"
+        advice = "length_balance='auto' weighs them so that length alone teaches nothing"
+        if balance.is_strong:
+            advice += (
+                f", which leaves {balance.effective:.0%} of the sample; if longer is what is "
+                "meant, length_balance='off' keeps it"
+            )
+        return advice
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values, the shares and warnings included."""
@@ -191,6 +206,8 @@ class DataReport:
             facts.append((f"{name} tokens", figures))
         if self.lengths:
             facts.append(("chosen longer", f"{self.share_chosen_longer:.0%} of the pairs"))
+            if self.length_balance is not None:
+                facts.append(("length balance", str(self.length_balance)))
             facts.append(
                 (
                     "cut",

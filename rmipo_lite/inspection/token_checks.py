@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rmipo_lite.data.length_balance import fit_length_balance
 from rmipo_lite.data.report import LENGTH_BIAS_SHARE, Tally, shortened
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.text_checks import TextFinding
@@ -144,6 +145,9 @@ def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
+_BALANCED = ". length_balance='auto' weighs the pairs so that length alone teaches nothing"
+
+
 def length_bias(
     chosen: NDArray[Any], rejected: NDArray[Any], unit: str
 ) -> tuple[list[tuple[str, str]], TextFinding | None]:
@@ -165,6 +169,9 @@ def length_bias(
     if not differing:
         return facts, None
     facts.append(("the longer wins", f"{longer / differing:.1%} of the pairs of different length"))
+    balance = fit_length_balance(np.maximum(chosen, 1).tolist(), np.maximum(rejected, 1).tolist())
+    if balance is not None:
+        facts.append(("length balance", str(balance)))
     word = "longer" if longer >= shorter else "shorter"
     wins = max(longer, shorter) / differing
     if wins <= LENGTH_BIAS_SHARE or abs(longer - shorter) < _SIGMAS * differing**0.5:
@@ -176,5 +183,6 @@ def length_bias(
     return facts, TextFinding(
         "length_bias",
         f"the {word} response is the chosen one in {wins:.0%} of the pairs of different length",
-        f"Watch the length of the answers: training can learn to write {learnt[word]}",
+        f"Watch the length of the answers: training can learn to write {learnt[word]}"
+        + (_BALANCED if balance is not None and balance.is_used else ""),
     )

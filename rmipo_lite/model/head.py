@@ -1,8 +1,11 @@
 """A model's output layer as our operator needs it: weight, bias, conventions of its logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -12,6 +15,9 @@ from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model.backbone import UnsupportedModelError
 from rmipo_lite.ops import linear_logps
 from rmipo_lite.ops.native import Impl
+
+# Bounds p / (1 - p) in `end_nll`: a model in 16 bits says 1 where it means nearly 1.
+_STEEPEST = 1e3
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,65 @@ class ModelHead:
             logit_scale=self.logit_scale,
             impl=impl,
         )
+
+    def logit_of(self, hidden: Tensor, token_id: int) -> Tensor:
+        """Logit of one token, (N,) fp32, at every hidden row (N, H)."""
+        product = hidden.float() @ self.weight[token_id].float()
+        bias = None if self.bias is None else self.bias[token_id]
+        return self._logit(product, bias)
+
+    def logits_of(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Logit of each row's own token, (N,) fp32, from hidden rows (N, H)."""
+        product = (hidden.float() * self.weight[token_ids].float()).sum(-1)
+        bias = None if self.bias is None else self.bias[token_ids]
+        return self._logit(product, bias)
+
+    def _logit(self, product: Tensor, bias: Tensor | None) -> Tensor:
+        logit = (product if bias is None else product + bias.float()) * self.logit_scale
+        if self.logit_softcap is None:
+            return logit
+        return self.logit_softcap * torch.tanh(logit / self.logit_softcap)
+
+
+def end_nll(
+    head: ModelHead,
+    hidden: Tensor,  # (N, H) rows that predict the scored tokens, in the order C1 R1 C2 R2 ...
+    token_logps: Tensor,  # (N,) nats
+    target_ids: Tensor,  # (N,) int64
+    lengths: Sequence[tuple[int, int]],  # scored tokens of chosen and rejected of each of P pairs
+    end_id: int,
+) -> Tensor:  # (P,)
+    """Where each chosen response ends, as a likelihood of its own: nats per response, (P,).
+
+        - log p(end | at its end) - sum over its other tokens of log (1 - p(end | there))
+
+    A loss of per-token means moves the end token by what the two lengths are, not by what is liked,
+    and in either direction without a limit: answers that never end, or empty ones. This is the
+    hazard of ending, learnt from the chosen responses: its gradient on the end token's logit is
+    p(end) - [the response ends here], so ending too early costs as much as not ending. A response
+    that was cut has no end, and only the second term.
+    """
+    starts = list(accumulate((sum(both) for both in lengths), initial=0))
+    rows = [
+        start + i
+        for start, (chosen, _) in zip(starts, lengths, strict=False)
+        for i in range(chosen)
+    ]
+    pair_of_row = [index for index, (chosen, _) in enumerate(lengths) for _ in range(chosen)]
+    # Counted here and not from borders on the device, which would have to be waited for.
+    index = torch.tensor(rows, dtype=torch.int64).to(hidden.device)
+    hidden, token_logps, target_ids = hidden[index], token_logps[index], target_ids[index]
+    # p(end) from what is known: log p(target) and the two logits' difference.
+    end_logps = token_logps + head.logit_of(hidden, end_id) - head.logits_of(hidden, target_ids)
+    nll = torch.where(target_ids == end_id, -token_logps, _not_ending_nll(end_logps))
+    pairs = torch.tensor(pair_of_row, dtype=torch.int64).to(hidden.device)
+    return nll.new_zeros(len(lengths)).index_add_(0, pairs, nll)
+
+
+def _not_ending_nll(end_logps: Tensor) -> Tensor:
+    """-log(1 - p), whose slope in log p is p / (1 - p), bounded where rounding makes p 1."""
+    p = end_logps.detach().exp().clamp(max=_STEEPEST / (1 + _STEEPEST))
+    return -torch.log1p(-p) + p / (1 - p) * (end_logps - end_logps.detach())
 
 
 def read_head(model: nn.Module) -> ModelHead:

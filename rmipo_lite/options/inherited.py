@@ -40,6 +40,10 @@ def _one_of(names: list[str]) -> Wanted:
 _TRACKERS = {"none", "all", *INTEGRATION_TO_CALLBACK}
 _POSITIVE = _finite("a number > 0", lambda value: value > 0)
 _NOT_NEGATIVE = _finite("a number >= 0", lambda value: value >= 0)
+_RATE = Wanted(
+    "'auto' or a number >= 0",
+    lambda value: value == "auto" or (not isinstance(value, str) and _NOT_NEGATIVE.holds(value)),
+)
 _SHARE = _finite("in [0, 1)", lambda value: 0 <= value < 1)
 _SEED = Wanted("a whole number in [0, 2^32)", lambda value: 0 <= value < 2**32)
 
@@ -49,7 +53,7 @@ CHECKED: dict[str, Wanted] = {
     "per_device_train_batch_size": _whole(1),
     "per_device_eval_batch_size": _whole(1),
     "gradient_accumulation_steps": _whole(1),
-    "learning_rate": _NOT_NEGATIVE,
+    "learning_rate": _RATE,
     "lr_scheduler_type": _one_of([str(kind.value) for kind in SchedulerType]),
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,

@@ -24,7 +24,8 @@ that matters most. A preference loss can teach length as well as quality: look a
 the answers, and at the share that never ends, before using this model."""
 SHOWN_OPTIONS = (
     "loss_type", "beta", "gamma_min", "gamma_max", "gamma_scaled_by_beta", "simpo_gamma",
-    "label_smoothing", "sft_weight", "prior", "prior_context", "learning_rate",
+    "label_smoothing", "sft_weight", "length_balance", "end_anchor",
+    "prior", "prior_context", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "tokenization",
     "packing", "bf16", "fp16", "seed",
@@ -34,9 +35,11 @@ SHOWN_OPTIONS = (
 _FIRST = ("rewards/accuracies", "rewards/margins", "loss")
 
 
-def run_options(args: Any) -> dict[str, Any]:
+def run_options(result: RunRecord) -> dict[str, Any]:
     """The options that describe a run, secrets redacted, in a fixed order."""
-    values = redact(args.to_dict())
+    values = redact(result.args.to_dict())
+    if values["learning_rate"] == "auto" and result.learning_rate is not None:
+        values["learning_rate"] = f"auto: {result.learning_rate:.3g} was found"
     return {name: values[name] for name in SHOWN_OPTIONS if name in values}
 
 
@@ -104,7 +107,7 @@ def model_card(result: RunRecord, merged: str | None = None) -> str:
     stopped = "" if result.stopped_at_step is None else " (stopped early, on request)"
     rows = metric_rows(result)
     table = "\n".join(f"| {_cell(name)} | {before} | {after} |" for name, before, after in rows)
-    options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result.args).items())
+    options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result).items())
     of_step = "" if result.weights_step is None else f", weights of step {result.weights_step}"
     return "\n".join(
         [

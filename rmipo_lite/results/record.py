@@ -37,6 +37,7 @@ class RunRecord:
         held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
         start: the adapter's weights at step 0, by name; None where the model was trained in full.
         weights_step: the step that the weights are of where `load_best_model_at_end` chose it.
+        learning_rate: the peak rate; that which was found where the options say "auto".
     """
 
     model: Any
@@ -55,6 +56,7 @@ class RunRecord:
     held_out_prompts: list[Prompt] = field(default_factory=list)
     start: dict[str, Tensor] | None = None
     weights_step: int | None = None
+    learning_rate: float | None = None
 
     @property
     def base_model_name(self) -> str:
@@ -73,6 +75,8 @@ class RunRecord:
             parts.append("NOT SAVED")
         elif self.stopped_at_step is not None:
             parts.append("saved")
+        if self.args.learning_rate == "auto" and self.learning_rate is not None:
+            parts.append(f"learning rate {self.learning_rate:.2g} (found)")
         for name, label in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
             for key, of_set in held_out.names_of(name, self.metrics):
                 after, before = self.metrics[key], self.metrics_before.get(key)

@@ -45,7 +45,7 @@ def report_html(
         sections.append(("Samples", comparison._repr_html_()))
     sections += [
         ("Data", html_table(("fact", "value"), result.data_report.facts())),
-        ("Options", html_table(("option", "value"), list(run_options(result.args).items()))),
+        ("Options", html_table(("option", "value"), list(run_options(result).items()))),
     ]
     title = f"rmipo_lite run: {short_name(result.base_model_name) or result.output_dir.name}"
     return html_page(title, result.headline, sections)

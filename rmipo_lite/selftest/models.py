@@ -72,7 +72,7 @@ def against_loops(folder: Path, seed: int) -> Iterator[Case]:
     """A step's loss in float64 beside the paper's formulas, one response at a time."""
     for name in ("llama", "mistral", "qwen3", "gpt2"):
         for packing in (True, False):
-            args = RMiPOConfig(str(folder), use_cpu=True)
+            args = RMiPOConfig(str(folder), use_cpu=True, sft_weight=0.0)
             step = PairStep(tiny_model(name).double(), args, 60, packing)
             yield f"{name}, packing {packing}", partial(_beside_loops, step, seed)
 

@@ -105,7 +105,8 @@ def tiny_trainer(
     """A trainer on a tiny Llama: 4 pairs a step, LoRA of rank 4, everything logged."""
     settings: dict[str, Any] = {
         "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no",
-        "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True, **options,
+        "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True,
+        "length_balance": "off", "end_anchor": 0.0, "sft_weight": 0.0, **options,  # the bare method
     }  # fmt: skip
     return RMiPOTrainer(
         tiny_model() if model is None else model,

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from transformers import PreTrainedTokenizerBase
 
 from rmipo_lite.data.columns import COLUMNS
+from rmipo_lite.data.length_balance import fit_length_balance
 from rmipo_lite.data.normalise import Message
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import Row, nothing_left
@@ -129,11 +130,12 @@ def _in_processes(
 
 
 class _Counter:
-    """Moves outcomes into a report, as many at a time as there are; holds three ints a pair."""
+    """Moves outcomes into a report, as many at a time as there are; holds five ints a pair."""
 
     def __init__(self, report: DataReport) -> None:
         self._report = report
         self._lengths = {name: array("q") for name in COLUMNS}
+        self._scored = array("q"), array("q")  # of chosen and rejected, as they are trained on
 
     def add(self, outcomes: Sequence[Outcome]) -> list[TokenizedPair]:
         """Count these outcomes; the pairs that are left of them."""
@@ -144,6 +146,8 @@ class _Counter:
             report.identical_pairs += outcome.identical
             if outcome.pair is not None:
                 pairs.append(outcome.pair)
+                self._scored[0].append(len(outcome.pair.chosen_ids))
+                self._scored[1].append(len(outcome.pair.rejected_ids))
                 self._keep(outcome)
                 continue
             report.kept -= 1
@@ -166,5 +170,6 @@ class _Counter:
             column.append(length)
 
     def finish(self) -> None:
-        """Store the lengths' percentiles."""
+        """Store the lengths' percentiles, and what they say of the labels."""
         self._report.set_lengths(**self._lengths)
+        self._report.length_balance = fit_length_balance(*self._scored)

@@ -7,13 +7,14 @@ the per-pair values. Reading a value waits for the device, so that happens only 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import PairLossOutput
+from rmipo_lite.tokens.pair import TokenizedPair
 
 # One float32 rounding step around gamma_max: exp(0) is exact, the affine map after it may not be.
 _AT_MAX_SLACK = 1e-6
@@ -54,6 +55,19 @@ class PairValues:
             chosen_length=lengths[0::2],
             rejected_length=lengths[1::2],
         )
+
+
+@dataclass
+class StepOutcome:
+    """What one optimizer step did."""
+
+    loss: Tensor  # () mean over the pairs that counted, detached, sft term included
+    values: list[PairValues] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of the pairs in `values`, in their order
+    weights: list[float] = field(default_factory=list)  # of the same pairs, length balance
+    num_tokens: int = 0  # tokens read by the policy and the prior pass
+    num_pairs: int = 0
+    dropped: list[TokenizedPair] = field(default_factory=list)  # not finite, found one by one
 
 
 def concat(parts: Sequence[PairValues]) -> PairValues:

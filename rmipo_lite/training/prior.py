@@ -10,17 +10,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import PairLossOutput, pair_loss
+from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.tokens.pair import TokenizedPair
 
-# A side's cached prior: mean nats per token, or NaN where the response has no scored token.
-CachedPriors = dict[int, tuple[float, float]]  # row of the dataset -> (chosen, rejected)
+# Mean nats per token of both sides, NaN where a response has no scored token.
+SideMeans = dict[int, tuple[float, float]]  # row of the dataset -> (chosen, rejected)
 
 
 def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
@@ -52,7 +53,7 @@ def losses(
 
 
 def cached_prior(
-    rows: Sequence[int], cache: CachedPriors, device: torch.device
+    rows: Sequence[int], cache: SideMeans, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The cached means of these rows in the operator's form: one token per defined sequence."""
     means = [mean for row in rows for mean in cache[row]]
@@ -62,6 +63,21 @@ def cached_prior(
         torch.tensor(defined, dtype=torch.float32, device=device),
         torch.tensor(borders, dtype=torch.int32, device=device),
     )
+
+
+def side_means(
+    pairs: Sequence[TokenizedPair], token_logps: Tensor, cu_seqlens: Tensor
+) -> SideMeans:
+    """The means of these pairs' sequences C1 R1 C2 R2 ..., by row."""
+    totals = [0.0, *in_float64(token_logps).cumsum(0).tolist()]
+    means = [
+        (totals[end] - totals[start]) / (end - start) if end > start else math.nan
+        for start, end in pairwise(cu_seqlens.tolist())
+    ]
+    return {
+        pair.row: (chosen, rejected)
+        for pair, chosen, rejected in zip(pairs, means[0::2], means[1::2], strict=True)
+    }
 
 
 def chosen_token_nll(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from rmipo_lite.output.console import duration, size
 from rmipo_lite.planning.device import PeakMemory
 from rmipo_lite.planning.footprint import optimizer_width
 from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.learning_rate import PAIRS_OF_A_STEP, SEARCH_STEPS
 from rmipo_lite.training.trainer import RMiPOTrainer
 
 _TIMED_STEPS = 2
@@ -51,6 +52,7 @@ class Plan:
         memory: peak above what model and data take, optimizer included.
         disk: what the run's folder holds at most.
         free_disk: what is free there now.
+        searches: whether a learning rate is looked for before the first step.
     """
 
     steps: int
@@ -62,9 +64,12 @@ class Plan:
     free_disk: int
     seconds: float | None = None
     memory: int | None = None
+    searches: bool = False
 
     def __str__(self) -> str:
         parts = [f"Plan: {self.steps} steps of {self.pairs_per_step} pairs"]
+        if self.searches:
+            parts.append(f"some {SEARCH_STEPS} more before them to find the learning rate")
         if self.seconds is not None:
             parts.append(f"about {duration(self.seconds)}")
         parts.append(f"micro-steps of up to {self.micro_step_tokens} tokens")
@@ -97,10 +102,11 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0) -> Plan:
     """What the trainer's run will take; `eval_seconds` is what one evaluation took."""
     args, step = trainer.args, trainer.pair_step
     pairs = cast(list[TokenizedPair], trainer.train_dataset)
-    steps = _steps(trainer, len(pairs))
+    steps = trainer.run_steps()
     size = args.pairs_per_step
     longest = sorted(pairs, key=batch.packed_length, reverse=True)[:size]
     seconds = memory = None
+    searches = trainer.learning_rate is None
     if steps >= _LEAST_STEPS:
         ordinary = [
             random.Random(number).sample(pairs, min(size, len(pairs)))
@@ -110,6 +116,8 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0) -> Plan:
             step_seconds, memory = _measure(trainer, longest, ordinary)
         evaluations = _times(args.eval_strategy, args.eval_steps, trainer, steps)
         seconds = steps * step_seconds + evaluations * eval_seconds
+        if searches:  # each step's pairs, and as many again that are measured
+            seconds += SEARCH_STEPS * step_seconds * 1.5 * min(size, PAIRS_OF_A_STEP) / size
     parts = batch.split_by_budget(longest, step.max_tokens, step.packing)
     disk, folder = _disk(trainer, steps), _nearest_folder(Path(str(args.output_dir)))
     return Plan(
@@ -122,14 +130,8 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0) -> Plan:
         free_disk=shutil.disk_usage(folder).free,
         seconds=seconds,
         memory=memory,
+        searches=searches,
     )
-
-
-def _steps(trainer: RMiPOTrainer, count: int) -> int:
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    return max(1, math.ceil(math.ceil(count / args.pairs_per_step) * args.num_train_epochs))
 
 
 def _times(strategy: object, every: float | None, trainer: RMiPOTrainer, steps: int) -> int:

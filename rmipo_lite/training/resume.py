@@ -42,6 +42,9 @@ _NOT_COMPARED = {
     "activation_checkpointing", "disable_tqdm", "logging_dir", "use_cpu", *_OF_TOKENS,
 }  # fmt: skip
 
+# What a run did before there were these options.
+_BEFORE_THERE_WERE = {"length_balance": "off", "end_anchor": 0.0}
+
 
 def identity(trainer: Any) -> dict[str, Any]:
     """What makes the run what it is, as JSON: name -> value, the telling ones first."""
@@ -195,7 +198,8 @@ class GoingOn(TrainerBeside):
 
     def take_changes(self, state: dict[str, Any]) -> None:
         """Find out what has changed since the checkpoint, and say it."""
-        self.changed = changed_options(state.get("options", {}), options_of(self.args))
+        before = state.get("options", {})
+        self.changed = changed_options({**_BEFORE_THERE_WERE, **before}, options_of(self.args))
         if self.changed:
             lines = (f"{name} {was!r} -> {now!r}" for name, (was, now) in self.changed.items())
             say(f"Going on with other options than before: {', '.join(lines)}")

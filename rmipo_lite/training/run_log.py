@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.length_balance import effective_sample
 from rmipo_lite.output.console import say
 from rmipo_lite.training import pair_values
-from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.training.step import StepOutcome
+from rmipo_lite.training.pair_values import PairValues, StepOutcome
 
 PAIR_VALUES_FILE = "pair_values.jsonl"
 
@@ -70,6 +70,9 @@ class RunLog:
         if not self._window[-1][1].num_pairs:
             logs.pop("grad_norm", None)  # of the last step, which has no gradient
         logs |= pair_values.reduce([part for o in counted for part in o.values], self._args)
+        weights = [weight for outcome in counted for weight in outcome.weights]
+        if any(weight != 1 for weight in weights):
+            logs["rmipo/effective_sample"] = effective_sample(weights)
         logs["num_tokens"] = float(self.num_tokens)
         if self.dropped_pairs:
             logs["rmipo/dropped_pairs"] = float(len(self.dropped_pairs))
@@ -94,10 +97,12 @@ class RunLog:
         if self._pair_file is None:
             return
         lines = [
-            json.dumps({"step": step, "row": row, **numbers}) + "\n"
+            json.dumps({"step": step, "row": row, "weight": weight, **numbers}) + "\n"
             for step, outcome in self._window
             if outcome.num_pairs
-            for row, numbers in zip(outcome.rows, _numbers(outcome.values), strict=True)
+            for row, weight, numbers in zip(
+                outcome.rows, outcome.weights, _numbers(outcome.values), strict=True
+            )
         ]
         try:
             self._pair_file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +133,7 @@ class RunLog:
                     "loss": outcome.loss,
                     "num_pairs": outcome.num_pairs,
                     "rows": outcome.rows,
+                    "weights": outcome.weights,
                     "values": [asdict(part) for part in outcome.values],
                 }
                 for step, outcome in self._window
@@ -150,6 +156,7 @@ class RunLog:
                         for part in entry["values"]
                     ],
                     rows=entry["rows"],
+                    weights=entry.get("weights", [1.0] * len(entry["rows"])),
                     num_pairs=entry["num_pairs"],
                 ),
             )

@@ -10,11 +10,9 @@ again; a single pair that doesn't fit gets checkpointing. Nothing is lost or cou
 """
 
 import gc
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -26,35 +24,34 @@ from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import can_checkpoint, device_of, enable_checkpointing, scored_hidden
+from rmipo_lite.model.backbone import (
+    can_checkpoint,
+    device_of,
+    enable_checkpointing,
+    evaluating,
+    scored_hidden,
+)
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.fused_lora import fused_lora
-from rmipo_lite.model.head import read_head
+from rmipo_lite.model.head import end_nll, read_head
 from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.ops import device_flag
-from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.budget import is_out_of_memory, plan_micro_steps
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.neftune import embedding_noise
-from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.training.prior import CachedPriors, cached_prior, chosen_token_nll, losses
+from rmipo_lite.training.pair_values import PairValues, StepOutcome
+from rmipo_lite.training.prior import (
+    SideMeans,
+    cached_prior,
+    chosen_token_nll,
+    losses,
+    side_means,
+)
 
 T = TypeVar("T")
 Backward = Callable[[Tensor], None]
 PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class StepOutcome:
-    """What one optimizer step did."""
-
-    loss: Tensor  # () mean over the pairs that counted, detached, sft term included
-    values: list[PairValues] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # of the pairs in `values`, in their order
-    num_tokens: int = 0  # tokens read by the policy and the prior pass
-    num_pairs: int = 0
-    dropped: list[TokenizedPair] = field(default_factory=list)  # not finite, found one by one
 
 
 @dataclass
@@ -71,7 +68,9 @@ class PairStep:
     prior_bos_id: int | None = None  # the token before a bare response, prior_context="bos"
     pad_id: int = 0
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
-    prior_cache: CachedPriors | None = None  # prior="cached": used by training steps only
+    prior_cache: SideMeans | None = None  # prior="cached": used by training steps only
+    weights: Mapping[int, float] | None = None  # of pairs by row, in training; None: all alike
+    end_id: int | None = None  # the token that ends an answer, for `end_anchor`
     checkpointing: bool = False  # activations are computed again in the backward pass
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
     _noise_seed: int | None = None  # of the training step in progress, with NEFTune
@@ -114,19 +113,21 @@ class PairStep:
             yield part, values
 
     @torch.no_grad()
-    def prior_means(self, pairs: Sequence[TokenizedPair]) -> CachedPriors:
+    def prior_means(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
         """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
-        cache: CachedPriors = {}
-        for part, (token_logps, cu_seqlens) in self._in_parts(pairs, self._live_prior):
-            borders = cu_seqlens.tolist()
-            totals = [0.0, *in_float64(token_logps).cumsum(0).tolist()]
-            means = [
-                (totals[end] - totals[start]) / (end - start) if end > start else math.nan
-                for start, end in pairwise(borders)
-            ]
-            for i, pair in enumerate(part):
-                cache[pair.row] = (means[2 * i], means[2 * i + 1])
-        return cache
+        return self._side_means(pairs, self._live_prior)
+
+    def _side_means(self, pairs: Sequence[TokenizedPair], score: PriorOf) -> SideMeans:
+        means: SideMeans = {}
+        for part, scored in self._in_parts(pairs, score):
+            means |= side_means(part, *scored)
+        return means
+
+    @torch.no_grad()
+    def response_logps(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
+        """Mean log-prob of both sides of every pair given the prompt; nothing random is drawn."""
+        with evaluating(self.model):
+            return self._side_means(pairs, self._scored)
 
     def enable_checkpointing(self) -> None:
         """Compute activations again in the backward pass from now on."""
@@ -207,6 +208,7 @@ class PairStep:
 
     def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
+        total_weight = sum(self._weights_of(pairs))
         outcome = StepOutcome(
             loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
         )
@@ -215,24 +217,30 @@ class PairStep:
             # The backward pass inside the block: checkpointing runs the forward pass again.
             with self._engaged():
                 values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)
-                micro_loss = pair_losses.sum() / len(pairs)
+                weights = torch.tensor(self._weights_of(part), dtype=pair_losses.dtype)
+                weighted = weights.to(pair_losses.device) * pair_losses
+                micro_loss = weighted.sum() / total_weight
                 if self.args.sft_weight:
                     micro_loss = micro_loss + self.args.sft_weight * chosen_nll / num_chosen
                 backward(micro_loss)
             outcome.loss += micro_loss.detach().to(outcome.loss.dtype)
             outcome.values.append(values)
             outcome.rows += [pair.row for pair in part]
+            outcome.weights += self._weights_of(part)
             outcome.num_tokens += num_tokens
         return outcome
 
     def _forward(
         self, pairs: Sequence[TokenizedPair], prior_of: PriorOf
     ) -> tuple[PairValues, Tensor, Tensor, int]:
-        """(values, loss per pair (P,), summed chosen nll (), tokens read)."""
-        policy = batch.policy_input(pairs, self.packing, self.pad_id)
-        policy = policy.to(device_of(self.model))
+        """(values, loss per pair (P,), summed chosen nll (), tokens read).
+
+        The loss holds the anchor of the end where a gradient is wanted: an evaluation's is bare.
+        """
+        policy, head = self._policy(pairs), read_head(self.model)
         with self._noise(pairs):
-            token_logps = self._score(policy)
+            hidden = self._hidden(policy)
+        token_logps = head.token_logps(hidden, policy.target_ids, self.args.kernel_impl)
         prior = None
         num_tokens = policy.num_tokens
         if self.args.uses_prior:
@@ -240,7 +248,15 @@ class PairStep:
             num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
         out = losses(token_logps, policy.cu_seqlens, prior, self.args)
         nll = chosen_token_nll(token_logps, policy.cu_seqlens)
-        return PairValues.of(out, policy.cu_seqlens), out.loss, nll, num_tokens
+        pair_losses, c = out.loss, self.args.end_anchor
+        if c and self.end_id is not None and torch.is_grad_enabled():
+            lengths = [batch.scored_lengths(pair) for pair in pairs]
+            scored = (hidden, token_logps, policy.target_ids)
+            pair_losses = pair_losses + c * end_nll(head, *scored, lengths, self.end_id)
+        return PairValues.of(out, policy.cu_seqlens), pair_losses, nll, num_tokens
+
+    def _weights_of(self, pairs: Sequence[TokenizedPair]) -> list[float]:
+        return [1.0 if self.weights is None else self.weights[pair.row] for pair in pairs]
 
     def _prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """The prior of a training step: from the cache where there is one."""
@@ -257,11 +273,20 @@ class PairStep:
             return torch.zeros(0, device=inputs.target_ids.device), inputs.cu_seqlens
         return self._score(inputs), inputs.cu_seqlens
 
-    def _score(self, inputs: ModelInput) -> Tensor:  # (N,)
+    def _policy(self, pairs: Sequence[TokenizedPair]) -> ModelInput:
+        return batch.policy_input(pairs, self.packing, self.pad_id).to(device_of(self.model))
+
+    def _scored(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        policy = self._policy(pairs)
+        return self._score(policy), policy.cu_seqlens
+
+    def _hidden(self, inputs: ModelInput) -> Tensor:  # (N, H)
         with self.autocast():
-            hidden = scored_hidden(self.model, inputs)
+            return scored_hidden(self.model, inputs)
+
+    def _score(self, inputs: ModelInput) -> Tensor:  # (N,)
         head = read_head(self.model)
-        return head.token_logps(hidden, inputs.target_ids, self.args.kernel_impl)
+        return head.token_logps(self._hidden(inputs), inputs.target_ids, self.args.kernel_impl)
 
     @contextmanager
     def _engaged(self) -> Iterator[None]:

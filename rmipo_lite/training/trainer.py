@@ -29,6 +29,7 @@ from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.start import trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.length_balance import LengthBalance, fit_length_balance
 from rmipo_lite.data.report import DataReport, name_rows
 from rmipo_lite.model import loading, names, upstream
 from rmipo_lite.model.backbone import disable_dropout
@@ -42,6 +43,8 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.evaluation import PairEvaluation, set_mode
+from rmipo_lite.training.learning_rate import FindsLearningRate, with_own_rate
+from rmipo_lite.training.pair_values import StepOutcome
 from rmipo_lite.training.prior import pairs_digest
 from rmipo_lite.training.refusals import (
     refuse_bad_schedule,
@@ -56,7 +59,7 @@ from rmipo_lite.training.refusals import (
 )
 from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
-from rmipo_lite.training.step import StepOutcome, make_step
+from rmipo_lite.training.step import make_step
 from rmipo_lite.watch.doctor import Doctor
 from rmipo_lite.watch.progress import show_progress
 
@@ -75,7 +78,7 @@ class _LogLastStep(TrainerCallback):
             control.should_log = True
 
 
-class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
+class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation, Trainer):
     """Train a causal language model on preference pairs.
 
     Args:
@@ -160,7 +163,7 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
         use_cache = getattr(base.config, "use_cache", None)
         super().__init__(
             model=loaded,
-            args=whole_step_batches(args),
+            args=with_own_rate(whole_step_batches(args), optimizers[0]),
             data_collator=_collate,
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
@@ -185,9 +188,21 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
             self.model, self.args, train_pairs or [], tokenizer=self._tokenizer,
             prior_bos_id=self._prior_bos_id, autocast=self.accelerator.autocast,
         )  # fmt: skip
+        self.length_balance = self._balance(train_pairs or [])
+        self.pair_step.end_id = scored_end(train_pairs or [])
         self.begin_run()
         refuse_unknown_metric(self)
         refuse_bad_schedule(self)
+
+    def _balance(self, pairs: list[TokenizedPair]) -> LengthBalance | None:
+        """What length says of the labels; where that is undone, the step gets its weights."""
+        lengths = [[len(ids) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
+        chosen, rejected = [both[0] for both in lengths], [both[1] for both in lengths]
+        found = fit_length_balance(chosen, rejected)
+        if found is not None and self.args.length_balance == "auto" and found.is_used:
+            weights = found.weights(chosen, rejected)
+            self.pair_step.weights = {p.row: w for p, w in zip(pairs, weights, strict=True)}
+        return found
 
     def _tokenized(
         self,
@@ -226,6 +241,10 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
             return None
         return int(self.state.best_global_step or 0)
 
+    def before_training(self) -> None:
+        """Find the learning rate, where it is to be found."""
+        self.find_learning_rate()
+
     def begin_run(self) -> None:
         """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
         self.run_log.clear()
@@ -234,6 +253,7 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
         self._priors_are_ready = False
         self._dropped_in_a_row = 0
         self._place = None
+        self.found_rate = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         set_mode(self.optimizer, "eval")  # what is saved is what was evaluated
@@ -348,6 +368,7 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
             "step": int(self.state.global_step),
             **self.run_state(),
             "run_log": self.run_log.state(),
+            "found_rate": self.found_rate,
             "max_tokens_per_microstep": self.pair_step.max_tokens,
             "packing": self.pair_step.packing,
             "checkpointing": self.pair_step.checkpointing,
@@ -364,6 +385,7 @@ class RMiPOTrainer(GoingOn, SafeCheckpointing, PairEvaluation, Trainer):
         wanted = state.get("checkpointing") and self.args.checkpointing_is_open
         if wanted and not self.pair_step.checkpointing:
             self.pair_step.enable_checkpointing()
+        self.found_rate = state.get("found_rate")  # absent in older checkpoints
         cache = state["prior_cache"]
         self._priors_of = state.get("priors_of", "")  # absent in checkpoints of version 0.1.0
         if cache is not None:

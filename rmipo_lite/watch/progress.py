@@ -65,6 +65,11 @@ class ProgressDisplay(TrainerCallback):
         self.run.step = state.global_step
         self._view.update(self.run)
 
+    def search(self, words: str) -> None:
+        """How far the search for a learning rate is, before training; empty at its end."""
+        self.run.search = words
+        self._view.update(self.run)
+
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation goes on: say so, since it can take as long as many steps."""
         self.run.batches += 1

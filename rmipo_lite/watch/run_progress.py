@@ -38,6 +38,7 @@ class RunProgress:
         step, max_steps: optimizer steps done and wanted; 0 of 0 before training starts.
         state: "starting", "training", or how it ended.
         batches: of the evaluation that is under way; 0 where none is.
+        search: how far the search for a learning rate is; empty where none goes on.
         logs: every log line with a training loss, and `held_out` every evaluation, with its step.
         data_dropped: rows that were dropped or refused before training.
         memory: (bytes in use, bytes there), read when a line was logged.
@@ -47,6 +48,7 @@ class RunProgress:
     max_steps: int = 0
     state: str = "starting"
     batches: int = 0
+    search: str = ""
     logs: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
     data_dropped: int = 0
@@ -124,7 +126,7 @@ class RunProgress:
     @property
     def activity(self) -> str:
         """What is being done, in a word or two."""
-        return f"evaluating, batch {self.batches}" if self.batches else self.state
+        return f"evaluating, batch {self.batches}" if self.batches else self.search or self.state
 
     @property
     def headline(self) -> str:

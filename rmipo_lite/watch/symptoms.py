@@ -35,6 +35,8 @@ _OVERSHOT = 2.0
 _ACCURACY_FELL = 0.1
 _LOSS_ROSE = 0.05  # held out, as a share of the loss before training
 _STILL_NATS = 0.005  # a held-out log-prob that moved less has not been trained
+_EMPTY_TOKENS, _EMPTY_SHARE = 4.0, 0.25  # an answer's mean length, and that of the start's
+_BASE_UNENDED = 0.9
 _REPETITION_ROSE, _UNENDED_ROSE, _LENGTH_ROSE = 0.2, 0.3, 1.5
 
 
@@ -59,6 +61,7 @@ class Chart:
         report: the data's, None where rows came tokenised.
         ends: the token that ends an answer in training, and those that the model itself stops at,
             where they differ.
+        learning_rate: the schedule's peak; 0 before there is one.
     """
 
     args: RMiPOConfig
@@ -68,6 +71,7 @@ class Chart:
     max_steps: int = 0
     report: DataReport | None = None
     ends: tuple[str, str] | None = None
+    learning_rate: float = 0.0
 
     @property
     def step(self) -> int:
@@ -102,11 +106,22 @@ def chosen_longer(chart: Chart) -> Seen | None:
     report = chart.report
     if report is None or report.share_chosen_longer <= LENGTH_BIAS_SHARE:
         return None
+    seen = f"the chosen response is the longer one in {report.share_chosen_longer:.0%} of the pairs"
+    balance = report.length_balance
+    if balance is not None and balance.is_used and chart.args.length_balance == "auto":
+        if not balance.is_strong:
+            return None
+        return Seen(
+            f"{seen}, and weighing that down leaves {balance.effective:.0%} of the sample",
+            "Length explains most of these labels. If longer answers are what is meant, train with "
+            "length_balance='off', and watch the answers' length",
+            level="note",
+        )
     return Seen(
-        f"the chosen response is the longer one in {report.share_chosen_longer:.0%} of the pairs",
+        seen,
         "This loss takes means over tokens, and on such pairs it can run away to answers that "
-        "never end: watch the answers' length, drop pairs until the shares are alike, or try "
-        "loss_type='simper'",
+        "never end: length_balance='auto' weighs the pairs where that can be done, end_anchor "
+        "holds the end; else drop pairs until the shares are alike",
     )
 
 
@@ -175,7 +190,7 @@ def chosen_collapsing(chart: Chart) -> Seen | None:
     return Seen(
         f"the {fall[1]} chosen responses became less likely, by {fall[0]:.1f} nats per token",
         "Accuracy and margin don't see that. Read result.compare([...]) before using the model; a "
-        "lower learning_rate, fewer steps or sft_weight=0.1 are the usual cures",
+        "lower learning_rate, fewer steps or a larger sft_weight are the usual cures",
     )
 
 
@@ -191,7 +206,7 @@ def both_rewards_falling(chart: Chart) -> Seen | None:
         f"rewards of both sides fall: chosen by {falls[0]:.2f}, rejected by {falls[1]:.2f} nats "
         "per token",
         "That is normal for a loss that sees the gap alone, as long as the chosen side loses less "
-        f"than about {_COLLAPSE_NATS} and the answers read well; sft_weight=0.1 holds it up",
+        f"than about {_COLLAPSE_NATS} and the answers read well; a larger sft_weight holds it up",
         level="note",
     )
 
@@ -266,7 +281,7 @@ def learning_rate_high(chart: Chart) -> Seen | None:
     return Seen(
         f"training makes the held-out pairs worse: loss {loss[0]:.3f} -> {loss[1]:.3f}, accuracy "
         f"{accuracy[0]:.0%} -> {accuracy[1]:.0%}",
-        f"The learning rate ({chart.args.learning_rate:g}) is too high for these pairs, or there "
+        f"The learning rate ({chart.learning_rate:.2g}) is too high for these pairs, or there "
         "are too many passes over them: try a third of it, or one epoch",
     )
 
@@ -289,8 +304,8 @@ def overshooting(chart: Chart) -> Seen | None:
         f"the held-out margin went from {margin[0]:.1f} to {margin[1]:.1f}, far past gamma "
         f"({wanted:.1f}), and the rejected side lost {rejected[0] - rejected[1]:.1f} nats per "
         "token",
-        f"The updates are too large: at a learning rate of {args.learning_rate:g} these pairs are "
-        "long won, and what follows spoils the answers. Try a third of it, or stop earlier",
+        f"The updates are too large: at a learning rate of {chart.learning_rate:.2g} these pairs "
+        "are long won, and what follows spoils the answers. Try a third of it, or stop earlier",
     )
 
 
@@ -306,7 +321,7 @@ def learning_rate_low(chart: Chart) -> Seen | None:
         return None
     return Seen(
         f"{chart.step} steps moved the held-out log-probs by {moved:.1g} nats per token",
-        f"The learning rate ({chart.args.learning_rate:g}) is too low for so few updates: try "
+        f"The learning rate ({chart.learning_rate:.2g}) is too low for so few updates: try "
         "three times as much, or train longer",
     )
 
@@ -319,8 +334,8 @@ def repetition(chart: Chart) -> Seen | None:
     return Seen(
         f"the model's answers repeat themselves: {change[1]:.0%} of their phrases of four tokens "
         f"stood there before, at the start {change[0]:.0%}",
-        "Read result.compare([...]); a lower learning_rate, fewer steps or sft_weight=0.1 are the "
-        "usual cures",
+        "Read result.compare([...]); a lower learning_rate, fewer steps or a larger sft_weight are "
+        "the usual cures",
     )
 
 
@@ -336,15 +351,43 @@ def length_runaway(chart: Chart) -> Seen | None:
         f"the model's answers run away: {length[1]:.0f} tokens in the mean and {clipped[1]:.0%} "
         f"without an end, at the start {length[0]:.0f} and {clipped[0]:.0%}",
         "Accuracy and margin don't see that. It comes from pairs whose chosen side is usually "
-        "longer, and from a high learning rate: lower it, stop earlier, level the lengths, or try "
-        "loss_type='simper'",
+        "longer (length_balance='auto' weighs them), and from a high learning rate: lower it, stop "
+        "earlier, or hold the end with a larger end_anchor",
+    )
+
+
+def answers_vanish(chart: Chart) -> Seen | None:
+    """Answers end before they have said anything."""
+    length = chart.change(MEAN_LENGTH)
+    if length is None or length[1] > min(_EMPTY_TOKENS, _EMPTY_SHARE * length[0]):
+        return None
+    return Seen(
+        f"the model's answers shrink to nothing: {length[1]:.1f} tokens in the mean, at the start "
+        f"{length[0]:.0f}",
+        "Accuracy and margin don't see that. The end of an answer has become likely everywhere: "
+        "keep end_anchor on, lower the learning_rate, or stop earlier",
+    )
+
+
+def never_ends(chart: Chart) -> Seen | None:
+    """A model that doesn't end its answers before training: a base model."""
+    share = (chart.before or {}).get(f"eval_{CLIPPED}")
+    if share is None or share < _BASE_UNENDED:
+        return None
+    anchor = chart.args.end_anchor
+    taught = "end_anchor teaches it here" if anchor else "end_anchor=0.1 would teach it"
+    return Seen(
+        f"before any training {share:.0%} of the model's answers don't end",
+        f"It looks like a base model, which nobody has taught when to stop: {taught}. The usual "
+        "way is a supervised start on good answers first",
+        level="note",
     )
 
 
 SYMPTOMS: tuple[Callable[[Chart], Seen | None], ...] = (
     chosen_longer, ends_differ, swapped_labels, easy_pairs, chosen_collapsing, both_rewards_falling,
     gamma_pinned, pmi_undefined, loss_constant, learning_rate_high, overshooting,
-    learning_rate_low, repetition, length_runaway,
+    learning_rate_low, repetition, length_runaway, answers_vanish, never_ends,
 )  # fmt: skip
 
 

@@ -137,6 +137,9 @@ def test_length_bias(counts: tuple[int, int, int], word: str | None) -> None:
 
 def test_length_facts() -> None:
     facts, _ = bias(3, 1, 4)
+    name, balance = facts.pop()
+    assert name == "length balance"
+    assert balance.startswith("slope ")
     assert facts == [
         (
             "chosen longer",

@@ -74,7 +74,7 @@ def test_a_loss_is_added_in_the_table_alone(
 def _record(args: RMiPOConfig) -> SimpleNamespace:
     return SimpleNamespace(
         args=args, base_model_name="", model=None, weights_step=None, history=[],
-        stopped_at_step=None, metrics={}, metrics_before={}, findings=[],
+        learning_rate=None, stopped_at_step=None, metrics={}, metrics_before={}, findings=[],
         data_report=SimpleNamespace(facts=list), conversational=False,
     )  # fmt: skip
 

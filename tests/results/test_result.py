@@ -216,7 +216,10 @@ def test_model_card_says_what_was_done_and_no_more(result: TrainResult) -> None:
     assert "eval_runtime" not in card
     assert "Nothing here shows\nthat the method needs no tuning" in card
     assert "3 in = 2 kept + 1 dropped + 0 refused" in card
-    assert "learning_rate: 1e-05" in card
+    assert "learning_rate: 'auto'" in card
+    result.learning_rate = 2.34567e-4
+    assert "learning_rate: 'auto: 0.000235 was found'" in model_card(result)
+    assert "learning rate 0.00023 (found)" in result.headline
 
 
 @pytest.mark.parametrize(

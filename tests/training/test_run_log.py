@@ -38,6 +38,29 @@ def test_log_lines_are_the_means_of_the_file(tmp_path: Path) -> None:
     assert {pair["row"] for pair in undefined} == {1}  # its responses have one token
 
 
+def test_length_balance_weighs_the_loss_and_nothing_else(tmp_path: Path) -> None:
+    """The weights are in the file; the loss of a step is their mean, metrics are plain means."""
+    trainer = tiny_trainer(
+        tmp_path, save_pair_values=True, length_balance="auto", max_tokens_per_microstep=30,
+        eval_pairs=random_pairs(4, seed=9),
+    )  # fmt: skip
+    assert trainer.length_balance.is_used
+    bare = tiny_trainer(tmp_path / "bare", eval_pairs=random_pairs(4, seed=9))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(bare.evaluate()["eval_loss"])
+    trainer.train()
+    for entry in _logs(trainer):
+        mine = [pair for pair in _lines(tmp_path) if pair["step"] == entry["step"]]
+        weights = [pair["weight"] for pair in mine]
+        assert len(set(weights)) > 1
+        weighted = sum(w * pair["loss"] for w, pair in zip(weights, mine, strict=True))
+        assert entry["loss"] == pytest.approx(weighted / sum(weights), abs=1e-6)
+        plain = sum(pair["chosen_logps"] for pair in mine) / len(mine)
+        assert entry["logps/chosen"] == pytest.approx(plain, abs=1e-6)
+        squares = sum(w * w for w in weights)
+        share = sum(weights) ** 2 / (len(weights) * squares)
+        assert entry["rmipo/effective_sample"] == pytest.approx(share)
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_run_logs_the_same_lines(stop: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_pair_values": True, "logging_steps": 3, "max_steps": 7}

@@ -101,7 +101,8 @@ def test_training_lowers_the_loss_and_logs_the_method(tmp_path: Path, tokenizer:
 
 
 def test_the_first_logged_loss_is_the_evaluation_loss(tmp_path: Path, tokenizer: Any) -> None:
-    trainer = _trainer(tmp_path, tokenizer, max_steps=1, per_device_train_batch_size=8)
+    bare: dict[str, Any] = {"length_balance": "off", "end_anchor": 0.0, "sft_weight": 0.0}
+    trainer = _trainer(tmp_path, tokenizer, max_steps=1, per_device_train_batch_size=8, **bare)
     evaluated = trainer.evaluate(trainer.train_dataset)
     trainer.train()
     log = next(log for log in trainer.state.log_history if "loss" in log)

@@ -45,7 +45,7 @@ def test_a_run_that_runs_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Pairs whose chosen side is always longer, at a rate far too high."""
     result = _train(
         demo.length_biased_rows(), tmp_path / "run", learning_rate=1e-2, eval_strategy="steps",
-        eval_steps=15,
+        eval_steps=15, length_balance="off", end_anchor=0.0, sft_weight=0.0,
     )  # fmt: skip
     assert {"chosen_longer", "chosen_collapsing", "length_runaway"} <= set(result.findings.names)
     said = capsys.readouterr().out

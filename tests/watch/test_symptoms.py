@@ -110,6 +110,16 @@ _HELD_OUT: dict[str, tuple[dict[str, float], dict[str, float], str]] = {
         {"completions/mean_length": 90.0, "completions/clipped_ratio": 0.75},
         "90 tokens in the mean and 75% without an end, at the start 40 and 12%",
     ),
+    "answers_vanish": (
+        {},
+        {"completions/mean_length": 1.5},
+        "shrink to nothing: 1.5 tokens in the mean, at the start 40",
+    ),
+    "never_ends": (
+        {"completions/clipped_ratio": 1.0},
+        {},
+        "before any training 100% of the model's answers don't end",
+    ),
 }
 
 

@@ -1,0 +1,171 @@
+"""`learning_rate="auto"`: the range test of `range_test.py` before a transformers Trainer's run.
+
+It takes steps with the run's own optimizer, loss and pairs, and puts everything back: weights,
+random state, the gradient scaler. The run that follows is bit for bit the one with the number that
+was found passed by hand, whatever its schedule, warm-up and batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from transformers import Trainer, get_scheduler
+
+from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.output.console import say
+from rmipo_lite.planning.range_test import FIRST_RATE, RangeTest
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.evaluation import set_mode
+from rmipo_lite.training.interrupt import GracefulInterrupt
+from rmipo_lite.watch.progress import ProgressDisplay
+
+SEARCH_STEPS = 28  # that a search takes on real models, more or less
+PAIRS_OF_A_STEP = 16  # at most: the size of an Adam step doesn't hang on the batch
+_MEASURED_PAIRS = 16
+
+
+class FindsLearningRate(TrainerBeside):
+    """Mixin for `transformers.Trainer`; put it before Trainer in the bases.
+
+    Attributes:
+        found_rate: what the search came to; None where there was none, or not yet.
+    """
+
+    found_rate: float | None = None
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The run's peak rate; None while it isn't found."""
+        given = self.args.learning_rate
+        return self.found_rate if given == "auto" else float(given)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """transformers', which wants a number for the rate."""
+        if args.learning_rate == "auto":
+            args = copy.copy(args)
+            args.learning_rate = self.found_rate or FIRST_RATE
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def find_learning_rate(self) -> None:
+        """Search where the options ask for it and nothing is found yet.
+
+        Raises:
+            ValueError: no rate that was tried changes the model.
+            KeyboardInterrupt: Ctrl-C; the weights are as they were.
+        """
+        if self.args.learning_rate != "auto" or self.found_rate is not None:
+            return
+        pairs = cast(list[TokenizedPair], self.train_dataset)
+        draw = random.Random(self.args.seed)
+        measured = draw.sample(pairs, min(len(pairs), _MEASURED_PAIRS))
+        test = RangeTest(self._logps(measured))
+        with kept_random_state(), self._put_back() as optimizer:
+            while not test.is_over:
+                size = min(len(pairs), self.args.pairs_per_step, PAIRS_OF_A_STEP)
+                self._step_at(test.rate, optimizer, draw.sample(pairs, size))
+                test.stepped(self._logps(measured))
+                self._tell(test)
+        self.found_rate = rate = test.learning_rate(self._schedule_factors())
+        how = "" if test.is_broken else " (nothing breaks this model: are its weights random?)"
+        say(f"Learning rate {rate:.2g}, found in {test.taken} steps, now taken back{how}")
+
+    def run_steps(self) -> int:
+        """Optimizer steps of a whole run."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        pairs, size = len(cast(list[TokenizedPair], self.train_dataset)), self.args.pairs_per_step
+        return max(1, math.ceil(math.ceil(pairs / size) * self.args.num_train_epochs))
+
+    def _schedule_factors(self) -> float:
+        """The factors that the schedule multiplies the rate by, summed over the run's steps."""
+        steps = self.run_steps()
+        optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        if not hasattr(schedule, "lr_lambdas"):  # one that follows a metric begins as a constant
+            return float(steps)
+        factors = 0.0
+        for _ in range(steps):
+            factors += optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+        return factors
+
+    def _step_at(self, rate: float, optimizer: Any, pairs: list[TokenizedPair]) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.pair_step.train(pairs, self.accelerator.backward)
+        scaler = self._scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        self.model.zero_grad(set_to_none=True)
+
+    @property
+    def _scaler(self) -> Any:
+        """Of float16 gradients, else None."""
+        return getattr(self.accelerator, "scaler", None)
+
+    def _logps(self, pairs: list[TokenizedPair]) -> list[float]:
+        """Mean log-prob of both responses of every pair, nats per token."""
+        means = self.pair_step.response_logps(pairs)
+        return [mean for pair in pairs for mean in means[pair.row]]
+
+    @contextmanager
+    def _put_back(self) -> Iterator[Any]:
+        """An optimizer as the run will have one; afterwards every trained weight as it was."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        was = [p.detach().to("cpu", copy=True) for p in trained]
+        scaler = self._scaler
+        scale = None if scaler is None else scaler.state_dict()
+        mode = self.model.training
+        given, self.optimizer = self.optimizer, None
+        try:
+            optimizer = cast(Any, self).create_optimizer()
+            set_mode(optimizer, "train")
+            yield optimizer
+        finally:
+            self.optimizer = given
+            if scaler is not None:
+                scaler.load_state_dict(scale)
+            for parameter, weight in zip(trained, was, strict=True):
+                parameter.data.copy_(weight)
+                parameter.grad = None
+            cast(nn.Module, self.model).train(mode)
+
+    def _tell(self, test: RangeTest) -> None:
+        """Show where the search is, and hear a Ctrl-C."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressDisplay):
+                callback.search("" if test.is_over else test.words)
+            if isinstance(callback, GracefulInterrupt) and callback.requested:
+                raise KeyboardInterrupt
+
+
+def with_own_rate(args: RMiPOConfig, optimizer: Optimizer | None) -> RMiPOConfig:
+    """The same options (`args` is a copy already); of an optimizer that is given, its own rate."""
+    if optimizer is not None:
+        args.learning_rate = float(optimizer.param_groups[0]["lr"])
+    return args
