@@ -161,8 +161,9 @@ def _train(
 ) -> float:  # fmt: skip
     """Seconds of the training loop."""
     args = RMiPOConfig(
-        str(out), use_cpu=True, save_strategy="no", max_steps=steps, disable_tqdm=True, **options
-    )
+        str(out), use_cpu=True, save_strategy="no", max_steps=steps, disable_tqdm=True,
+        learning_rate=1e-5, **options,  # a search would be steps of another size
+    )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = RMiPOTrainer(
             model, args, train_dataset=pairs, processing_class=tokenizer, peft_config="auto"
