@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
@@ -238,6 +239,7 @@ class RMiPOConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
             raise ValueError(f"RMiPOConfig: {error}") from error
+        _refuse(inherited.schedule_problem(self.learning_rate, self.lr_scheduler_kwargs))
         _refuse(
             inherited.parsed_problem(self.accelerator_config, self.gradient_checkpointing_kwargs)
         )
@@ -322,6 +324,11 @@ class RMiPOConfig(TrainingArguments):
     def pairs_per_step(self) -> int:
         """Pairs in one optimizer step."""
         return int(self.per_device_train_batch_size) * int(self.gradient_accumulation_steps)
+
+    def steps_of_an_epoch(self, pairs: int) -> int:
+        """Optimizer steps of a pass over so many pairs."""
+        whole = pairs // self.pairs_per_step if self.dataloader_drop_last else 0
+        return whole or math.ceil(pairs / self.pairs_per_step)
 
     @property
     def dtype(self) -> torch.dtype:

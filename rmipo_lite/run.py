@@ -151,7 +151,8 @@ def _run(
     _rehearse_card(trainer, before, data, folder)
     if interrupt.requested:
         raise KeyboardInterrupt  # before the first step there is nothing to save
-    plan = plan_run(trainer, sum(before[name] for name in before if name.endswith("_runtime")))
+    seconds = sum(before[name] for name in before if name.endswith("_runtime"))
+    plan = plan_run(trainer, seconds, resumed=checkpoint is not None)
     for line in (str(plan), *plan.warnings):
         say(line)
     if interrupt.requested:

@@ -39,6 +39,10 @@ def test_defaults_of_the_design(tmp_path: Path) -> None:
             "label_smoothing must be 0 for loss_type='hinge'",
         ),
         ({"sft_weight": -1}, "sft_weight must be >= 0, got -1"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+            "lr_scheduler_kwargs must be without min_lr (a rate of its own)",
+        ),
         ({"prior": "frozen"}, "prior must be one of live, cached, got 'frozen'"),
         ({"prior_context": "eos"}, "prior_context must be one of none, bos"),
         ({"max_length": 0}, "max_length must be None or a whole number >= 1, got 0"),

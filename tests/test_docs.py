@@ -66,7 +66,8 @@ def test_every_metric_is_one_that_is_logged(tmp_path: Path) -> None:
     trainer.evaluate(trainer.train_dataset)
     logged = {name for entry in trainer.state.log_history for name in entry}
     wanted = {name for row in table("Metrics") for name in names(row[1])}
-    assert wanted - logged == {"rmipo/dropped_pairs"}  # logged when there are any
+    # Logged when there are any, and where responses have an end.
+    assert wanted - logged == {"rmipo/dropped_pairs", "rmipo/end_nll"}
 
 
 def test_the_loss_types_of_the_page_are_ours() -> None:

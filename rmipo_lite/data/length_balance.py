@@ -24,6 +24,7 @@ from torch import Tensor
 LEAST_EFFECTIVE = 0.2
 # Below this the data may well mean length, and it is said how to keep it.
 STRONG_EFFECTIVE = 0.6
+WEIGHED = "under length_balance='auto' the pairs are weighed, and length alone teaches nothing"
 _LARGEST_SLOPE = 50.0  # beyond it a pair of 2 to 1 weighs 1e-15
 _ITERATIONS = 100
 
@@ -34,20 +35,18 @@ class LengthBalance:
 
     Attributes:
         slope: a; 0 where the chosen side isn't the longer one.
-        standard_error: of a, from the curvature at a; infinite where the lengths say nothing.
+        standard_error: of a, from the curvature at a; None where the lengths say nothing.
         effective: effective sample under the weights, as a share of the pairs.
         end_plain: mean of 1/n_chosen - 1/n_rejected: what the losses pay for the end token, per
             unit of their slope. Negative: answers are pushed not to end.
         end_weighted: the same under the weights.
-        pairs: how many they were fitted to.
     """
 
     slope: float
-    standard_error: float
+    standard_error: float | None
     effective: float
     end_plain: float
     end_weighted: float
-    pairs: int
 
     @property
     def is_used(self) -> bool:
@@ -65,17 +64,21 @@ class LengthBalance:
         return weights
 
     def __str__(self) -> str:
+        if not self.slope or self.slope >= _LARGEST_SLOPE:
+            return f"{self.of_lengths}, end token {self.end_plain:+.4f}"
+        return f"{self.of_lengths}, end token {self.end_plain:+.4f} -> {self.end_weighted:+.4f}"
+
+    @property
+    def of_lengths(self) -> str:
+        """What can be said where the lengths are in words, and no end is counted."""
         if self.slope >= _LARGEST_SLOPE:
             return (
-                f"no weights level the lengths (the chosen side is always the longer one, or "
-                f"nearly), end token {self.end_plain:+.4f}"
+                "no weights level the lengths: the chosen side is always the longer one, or nearly"
             )
         if not self.slope:
-            return f"nothing to undo, end token {self.end_plain:+.4f}"
-        return (
-            f"slope {self.slope:.2f} +- {self.standard_error:.2f}, effective sample "
-            f"{self.effective:.0%}, end token {self.end_plain:+.4f} -> {self.end_weighted:+.4f}"
-        )
+            return "nothing to undo"
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.2f}"
+        return f"slope {self.slope:.2f}{error}, effective sample {self.effective:.0%}"
 
 
 def fit_length_balance(chosen: Sequence[int], rejected: Sequence[int]) -> LengthBalance | None:
@@ -92,7 +95,6 @@ def fit_length_balance(chosen: Sequence[int], rejected: Sequence[int]) -> Length
         effective=effective_sample(weights.tolist()),
         end_plain=float(inverse.mean()),
         end_weighted=float((weights * inverse).mean()),
-        pairs=len(chosen),
     )
 
 
@@ -131,10 +133,10 @@ def _log_ratios(chosen: Sequence[int], rejected: Sequence[int]) -> Tensor:
     return (_counts(chosen) / _counts(rejected)).log()
 
 
-def _standard_error(x: Tensor, slope: float) -> float:
+def _standard_error(x: Tensor, slope: float) -> float | None:
     chance = torch.sigmoid(slope * x)
     information = float((x.square() * chance * (1 - chance)).sum())
-    return 1 / math.sqrt(information) if information > 0 else math.inf
+    return 1 / math.sqrt(information) if information > 0 else None
 
 
 def _weights(x: Tensor, slope: float) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rmipo_lite.data.length_balance import LengthBalance
+from rmipo_lite.data.length_balance import WEIGHED, LengthBalance
 from rmipo_lite.output.table import html_table, labelled
 
 ROWS_SHOWN = 5  # row numbers that are printed for each reason; the report holds all of them
@@ -164,7 +164,7 @@ class DataReport:
         balance = self.length_balance
         if balance is None or not balance.is_used:
             return "training can learn to write long answers, or answers that never end"
-        advice = "length_balance='auto' weighs them so that length alone teaches nothing"
+        advice = WEIGHED
         if balance.is_strong:
             advice += (
                 f", which leaves {balance.effective:.0%} of the sample; if longer is what is "

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rmipo_lite.data.length_balance import fit_length_balance
+from rmipo_lite.data.length_balance import WEIGHED, fit_length_balance
 from rmipo_lite.data.report import LENGTH_BIAS_SHARE, Tally, shortened
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.text_checks import TextFinding
@@ -145,9 +145,6 @@ def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
-_BALANCED = ". length_balance='auto' weighs the pairs so that length alone teaches nothing"
-
-
 def length_bias(
     chosen: NDArray[Any], rejected: NDArray[Any], unit: str
 ) -> tuple[list[tuple[str, str]], TextFinding | None]:
@@ -171,7 +168,7 @@ def length_bias(
     facts.append(("the longer wins", f"{longer / differing:.1%} of the pairs of different length"))
     balance = fit_length_balance(np.maximum(chosen, 1).tolist(), np.maximum(rejected, 1).tolist())
     if balance is not None:
-        facts.append(("length balance", str(balance)))
+        facts.append(("length balance", str(balance) if unit == "tokens" else balance.of_lengths))
     word = "longer" if longer >= shorter else "shorter"
     wins = max(longer, shorter) / differing
     if wins <= LENGTH_BIAS_SHARE or abs(longer - shorter) < _SIGMAS * differing**0.5:
@@ -184,5 +181,5 @@ def length_bias(
         "length_bias",
         f"the {word} response is the chosen one in {wins:.0%} of the pairs of different length",
         f"Watch the length of the answers: training can learn to write {learnt[word]}"
-        + (_BALANCED if balance is not None and balance.is_used else ""),
+        + (f"; {WEIGHED}" if balance is not None and balance.is_used else ""),
     )

@@ -10,14 +10,16 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model.backbone import UnsupportedModelError
 from rmipo_lite.ops import linear_logps
 from rmipo_lite.ops.native import Impl
 
-# Bounds p / (1 - p) in `end_nll`: a model in 16 bits says 1 where it means nearly 1.
-_STEEPEST = 1e3
+# From here on p(end) is no longer taken as p / (1 - p) times what is left to the others: that is a
+# large number times a small one, and a model in 16 bits says 1 where it means nearly 1.
+_NEARLY_CERTAIN, _LARGEST_P = 0.9, 0.999
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,18 @@ class ModelHead:
             impl=impl,
         )
 
-    def logit_of(self, hidden: Tensor, token_id: int) -> Tensor:
-        """Logit of one token, (N,) fp32, at every hidden row (N, H)."""
-        product = hidden.float() @ self.weight[token_id].float()
-        bias = None if self.bias is None else self.bias[token_id]
-        return self._logit(product, bias)
+    def lead_of(self, token_id: int, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Logit of one token minus that of each row's own, (N,) fp32, from hidden rows (N, H)."""
+        # Taken in one go: of a trained head each would have a gradient of the weight's size.
+        ids = functional.pad(token_ids, (0, 1), value=token_id)
+        weight = self.weight[ids].float()
+        bias = torch.zeros_like(weight[:, 0]) if self.bias is None else self.bias[ids]
+        hidden = hidden.float()
+        one = self._logit(hidden @ weight[-1], bias[-1])
+        return one - self._logit((hidden * weight[:-1]).sum(-1), bias[:-1])
 
-    def logits_of(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Logit of each row's own token, (N,) fp32, from hidden rows (N, H)."""
-        product = (hidden.float() * self.weight[token_ids].float()).sum(-1)
-        bias = None if self.bias is None else self.bias[token_ids]
-        return self._logit(product, bias)
-
-    def _logit(self, product: Tensor, bias: Tensor | None) -> Tensor:
-        logit = (product if bias is None else product + bias.float()) * self.logit_scale
+    def _logit(self, product: Tensor, bias: Tensor) -> Tensor:
+        logit = (product + bias.float()) * self.logit_scale
         if self.logit_softcap is None:
             return logit
         return self.logit_softcap * torch.tanh(logit / self.logit_softcap)
@@ -88,17 +88,24 @@ def end_nll(
     # Counted here and not from borders on the device, which would have to be waited for.
     index = torch.tensor(rows, dtype=torch.int64).to(hidden.device)
     hidden, token_logps, target_ids = hidden[index], token_logps[index], target_ids[index]
+    lead = head.lead_of(end_id, hidden, target_ids)
     # p(end) from what is known: log p(target) and the two logits' difference.
-    end_logps = token_logps + head.logit_of(hidden, end_id) - head.logits_of(hidden, target_ids)
-    nll = torch.where(target_ids == end_id, -token_logps, _not_ending_nll(end_logps))
+    nll = torch.where(target_ids == end_id, -token_logps, _not_ending_nll(token_logps + lead, lead))
     pairs = torch.tensor(pair_of_row, dtype=torch.int64).to(hidden.device)
     return nll.new_zeros(len(lengths)).index_add_(0, pairs, nll)
 
 
-def _not_ending_nll(end_logps: Tensor) -> Tensor:
-    """-log(1 - p), whose slope in log p is p / (1 - p), bounded where rounding makes p 1."""
-    p = end_logps.detach().exp().clamp(max=_STEEPEST / (1 + _STEEPEST))
-    return -torch.log1p(-p) + p / (1 - p) * (end_logps - end_logps.detach())
+def _not_ending_nll(end_logps: Tensor, lead: Tensor) -> Tensor:
+    """-log(1 - p), (N,), with its slope p on the end token's logit.
+
+    Where p is nearly 1 the rest of the gradient, -p spread over the other tokens, goes to the row's
+    own token alone (`lead`: the end's logit minus its).
+    """
+    p = end_logps.detach().exp()
+    most = p.clamp(max=_NEARLY_CERTAIN)
+    exact = most / (1 - most) * (end_logps - end_logps.detach())
+    slope = torch.where(p > _NEARLY_CERTAIN, p.clamp(max=1.0) * (lead - lead.detach()), exact)
+    return slope - torch.log1p(-p.clamp(max=_LARGEST_P))
 
 
 def read_head(model: nn.Module) -> ModelHead:

@@ -175,6 +175,18 @@ def problem(options: Mapping[str, Any]) -> str | None:
     return None
 
 
+def schedule_problem(rate: object, schedule: Any) -> str | None:
+    """What is wrong with `lr_scheduler_kwargs` where the rate isn't known yet."""
+    for name in ("min_lr", "lr_end"):
+        if rate == "auto" and isinstance(schedule, dict) and schedule.get(name):
+            return (
+                f"lr_scheduler_kwargs must be without {name} (a rate of its own) while "
+                f"learning_rate='auto' is still to be found: min_lr_rate is a share of it; got "
+                f"{schedule!r}"
+            )
+    return None
+
+
 def parsed_problem(accelerator: Any, checkpointing: Any) -> str | None:
     """The same of `accelerator_config` and `gradient_checkpointing_kwargs`, JSON texts read."""
     for name in _OF_BATCHES:

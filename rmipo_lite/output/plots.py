@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 History = Sequence[dict[str, Any]]
 
+_PAIR_LOSS = "rmipo/pair_loss"  # beside eval_loss: "loss" is all that a step minimises
 # title, y label, ((metric, label), ...): a panel appears when the history has one of its metrics
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "nats", (("loss", "training"), ("eval_loss", "held out"))),
@@ -96,6 +97,8 @@ def _panels(history: History) -> list[_Panel]:
 
 def _lines(metric: str, label: str, logged: Iterable[str]) -> list[tuple[str, str]]:
     """The metric and its label, where it was logged; of several held-out sets one of each."""
+    if metric == "loss" and _PAIR_LOSS in logged:
+        metric = _PAIR_LOSS
     if not metric.startswith(held_out.PREFIX):
         return [(metric, label)] if metric in logged else []
     found = held_out.names_of(metric.removeprefix(held_out.PREFIX), logged)

@@ -40,6 +40,7 @@ class RangeTest:
         taken: steps taken.
         path: sum of the rates so far.
         fall: how far the mean lies below its best, nats per token.
+        history: (rate, mean of the log-probs after it), a step each.
         is_over: whether the search is.
         is_broken: whether the model broke. One without anything to lose, whose weights are random,
             doesn't; then rate and path are those at which the responses began to move.
@@ -50,6 +51,7 @@ class RangeTest:
     taken: int = 0
     path: float = 0.0
     fall: float = 0.0
+    history: list[tuple[float, float]] = field(default_factory=list)
     is_over: bool = False
     is_broken: bool = False
     _best: float = field(init=False)
@@ -76,14 +78,20 @@ class RangeTest:
         """A step at `rate` was taken, after which the responses have these log-probs.
 
         Raises:
-            ValueError: no rate that was tried changes them.
+            ValueError: no rate that was tried changes them, or the first one breaks them already.
         """
         self.taken += 1
         self.path += self.rate
         mean, fall_before = _mean(logps), self.fall
+        self.history.append((self.rate, mean))
         self._best = max(self._best, mean)
         self.fall = self._best - mean
         self.is_broken = not self.fall < self.limit  # NaN is broken too
+        if self.is_broken and self.taken == 1:
+            raise ValueError(
+                f"learning_rate='auto': one step at {self.rate:.0e} breaks the model already; pass "
+                "a number"
+            )
         if self.is_broken:
             self.rate, self.path = self._crossing(fall_before)
             self.is_over = True
@@ -109,8 +117,6 @@ class RangeTest:
     def _crossing(self, fall_before: float) -> tuple[float, float]:
         """Rate and path where the fall passed its limit: between the last two, in logarithms."""
         now = self.rate, self.path
-        if not self._before[0]:
-            return now
         if not (fall_before > 0 and math.isfinite(self.fall)):
             return self._before
         share = math.log(self.limit / fall_before) / math.log(self.fall / fall_before)

@@ -6,6 +6,7 @@ with a chat template of ChatML's kind has two: turns end with <|im_end|>, texts 
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,14 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids = tokenizer.encode(end, add_special_tokens=False) if end else []
     last: int | None = ids[-1] if ids else tokenizer.eos_token_id
     return last
+
+
+def anchored_end(pairs: Sequence[TokenizedPair], tokenizer: Any) -> int | None:
+    """`scored_end`, but no word: what pairs that came tokenised and without an end, end with."""
+    end = scored_end(pairs)
+    known = {end_id(tokenizer), tokenizer.eos_token_id, *tokenizer.all_special_ids}
+    known |= set(getattr(tokenizer, "added_tokens_decoder", {}))
+    return end if end in known else None
 
 
 def scored_end(pairs: Sequence[TokenizedPair]) -> int | None:

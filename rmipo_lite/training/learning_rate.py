@@ -22,11 +22,13 @@ from transformers import Trainer, get_scheduler
 from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.report import name_rows
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.range_test import FIRST_RATE, RangeTest
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import set_mode
 from rmipo_lite.training.interrupt import GracefulInterrupt
+from rmipo_lite.training.prior import SideMeans
 from rmipo_lite.watch.progress import ProgressDisplay
 
 SEARCH_STEPS = 28  # that a search takes on real models, more or less
@@ -39,9 +41,11 @@ class FindsLearningRate(TrainerBeside):
 
     Attributes:
         found_rate: what the search came to; None where there was none, or not yet.
+        range_test: the search itself, as far as it has come; None where there was none.
     """
 
     found_rate: float | None = None
+    range_test: RangeTest | None = None
 
     @property
     def learning_rate(self) -> float | None:
@@ -63,12 +67,19 @@ class FindsLearningRate(TrainerBeside):
             ValueError: no rate that was tried changes the model.
             KeyboardInterrupt: Ctrl-C; the weights are as they were.
         """
-        if self.args.learning_rate != "auto" or self.found_rate is not None:
+        if self.args.learning_rate == "auto":
+            with_own_rate(self.args, self.optimizer)  # one that was set since has its own
+        if self.args.learning_rate != "auto":
+            return
+        if self.found_rate is not None:  # a resumed run's, also where it has other steps now
+            say(f"Learning rate {self.found_rate:.2g}, as found when the run began")
             return
         pairs = cast(list[TokenizedPair], self.train_dataset)
         draw = random.Random(self.args.seed)
         measured = draw.sample(pairs, min(len(pairs), _MEASURED_PAIRS))
-        test = RangeTest(self._logps(measured))
+        start = self.pair_step.response_logps(measured)
+        measured = _finite(measured, start)
+        self.range_test = test = RangeTest([m for pair in measured for m in start[pair.row]])
         with kept_random_state(), self._put_back() as optimizer:
             while not test.is_over:
                 size = min(len(pairs), self.args.pairs_per_step, PAIRS_OF_A_STEP)
@@ -83,8 +94,10 @@ class FindsLearningRate(TrainerBeside):
         """Optimizer steps of a whole run."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
-        pairs, size = len(cast(list[TokenizedPair], self.train_dataset)), self.args.pairs_per_step
-        return max(1, math.ceil(math.ceil(pairs / size) * self.args.num_train_epochs))
+        of_an_epoch = self.args.steps_of_an_epoch(
+            len(cast(list[TokenizedPair], self.train_dataset))
+        )
+        return max(1, math.ceil(of_an_epoch * self.args.num_train_epochs))
 
     def _schedule_factors(self) -> float:
         """The factors that the schedule multiplies the rate by, summed over the run's steps."""
@@ -108,7 +121,7 @@ class FindsLearningRate(TrainerBeside):
 
     def _step_at(self, rate: float, optimizer: Any, pairs: list[TokenizedPair]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_share"]
         self.model.train()
         self.pair_step.train(pairs, self.accelerator.backward)
         scaler = self._scaler
@@ -141,13 +154,14 @@ class FindsLearningRate(TrainerBeside):
         scaler = self._scaler
         scale = None if scaler is None else scaler.state_dict()
         mode = self.model.training
-        given, self.optimizer = self.optimizer, None
         try:
             optimizer = cast(Any, self).create_optimizer()
             set_mode(optimizer, "train")
+            for group in optimizer.param_groups:  # LoRA+ gives some a multiple
+                group["rate_share"] = group["lr"] / FIRST_RATE
             yield optimizer
         finally:
-            self.optimizer = given
+            self.optimizer = None
             if scaler is not None:
                 scaler.load_state_dict(scale)
             for parameter, weight in zip(trained, was, strict=True):
@@ -167,5 +181,19 @@ class FindsLearningRate(TrainerBeside):
 def with_own_rate(args: RMiPOConfig, optimizer: Optimizer | None) -> RMiPOConfig:
     """The same options (`args` is a copy already); of an optimizer that is given, its own rate."""
     if optimizer is not None:
-        args.learning_rate = float(optimizer.param_groups[0]["lr"])
+        first = optimizer.param_groups[0]
+        args.learning_rate = float(first.get("initial_lr", first["lr"]))  # a warm-up begins at 0
     return args
+
+
+def _finite(pairs: list[TokenizedPair], means: SideMeans) -> list[TokenizedPair]:
+    """Those whose log-probs are numbers; the others are named."""
+    bad = [pair.row for pair in pairs if not all(map(math.isfinite, means[pair.row]))]
+    if len(bad) == len(pairs):
+        raise ValueError(
+            "learning_rate='auto': no pair that was measured has finite log-probs (rows "
+            f"{name_rows(bad)}); pass a number, or find out why"
+        )
+    if bad:
+        say(f"Left out of the search, log-probs not finite: row {name_rows(bad)}")
+    return [pair for pair in pairs if pair.row not in bad]

@@ -65,6 +65,7 @@ class StepOutcome:
     values: list[PairValues] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # of the pairs in `values`, in their order
     weights: list[float] = field(default_factory=list)  # of the same pairs, length balance
+    end_nll: list[Tensor] = field(default_factory=list)  # (P,) each, likewise; empty: no anchor
     num_tokens: int = 0  # tokens read by the policy and the prior pass
     num_pairs: int = 0
     dropped: list[TokenizedPair] = field(default_factory=list)  # not finite, found one by one

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.length_balance import LengthBalance, fit_length_balance
 from rmipo_lite.ops import PairLossOutput, pair_loss
 from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -50,6 +51,19 @@ def losses(
         **args.pair_options._asdict(),
         impl=args.kernel_impl,
     )
+
+
+def balance_of(
+    pairs: Sequence[TokenizedPair], args: RMiPOConfig
+) -> tuple[LengthBalance | None, dict[int, float] | None]:
+    """What length says of the labels, and the weights by row where that is undone."""
+    lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    chosen, rejected = [both[0] for both in lengths], [both[1] for both in lengths]
+    found = fit_length_balance(chosen, rejected)
+    if found is None or args.length_balance == "off" or not found.is_used:
+        return found, None
+    weights = found.weights(chosen, rejected)
+    return found, {pair.row: weight for pair, weight in zip(pairs, weights, strict=True)}
 
 
 def cached_prior(

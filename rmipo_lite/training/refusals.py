@@ -1,15 +1,18 @@
 """What a run is refused for before a trainer is made."""
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback
 
 from rmipo_lite.checkpoints.weights import non_finite_weight
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.report import name_rows
 from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import metric_names
@@ -65,6 +68,31 @@ def refuse_other_vocabulary(
                 f"tokenizer: it gives token {highest} (row {pair.row}), and the model's vocabulary "
                 f"has {size}; use the model's own tokenizer"
             )
+
+
+def refuse_repeated_rows(pairs: Sequence[TokenizedPair]) -> None:
+    """Raise ValueError for two pairs of one number: weights and cached priors go by it."""
+    counts = Counter(pair.row for pair in pairs)
+    repeated = [row for row, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"train_dataset: {len(repeated)} row numbers stand at several pairs (row "
+            f"{name_rows(repeated)}); number tokenised pairs anew where lists are joined"
+        )
+
+
+def refuse_coarse_steps(trainer: Any) -> None:
+    """Raise ValueError where a found rate's steps would be rounded away by 16-bit weights."""
+    if trainer.args.learning_rate != "auto":
+        return
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    coarse = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
+    if 2 * coarse > sum(p.numel() for p in trained):
+        raise ValueError(
+            "learning_rate='auto': the weights that are trained are in 16 bits, and most steps at "
+            "such a rate would be rounded away. Load the model in float32 (dtype=torch.float32), "
+            "train an adapter (peft_config='auto'), or pass a number"
+        )
 
 
 def refuse_no_batch(pairs: Sequence[TokenizedPair] | None, args: RMiPOConfig) -> None:

@@ -98,15 +98,18 @@ class Plan:
         return lines
 
 
-def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0) -> Plan:
-    """What the trainer's run will take; `eval_seconds` is what one evaluation took."""
+def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, resumed: bool = False) -> Plan:
+    """What the trainer's run will take; `eval_seconds` is what one evaluation took.
+
+    A resumed run has its learning rate from the checkpoint, and searches for none.
+    """
     args, step = trainer.args, trainer.pair_step
     pairs = cast(list[TokenizedPair], trainer.train_dataset)
     steps = trainer.run_steps()
     size = args.pairs_per_step
     longest = sorted(pairs, key=batch.packed_length, reverse=True)[:size]
     seconds = memory = None
-    searches = trainer.learning_rate is None
+    searches = trainer.learning_rate is None and not resumed
     if steps >= _LEAST_STEPS:
         ordinary = [
             random.Random(number).sample(pairs, min(size, len(pairs)))
@@ -141,7 +144,7 @@ def _times(strategy: object, every: float | None, trainer: RMiPOTrainer, steps: 
         return math.ceil(steps / (every if every >= 1 else max(1, every * steps)))
     if kind == "epoch":
         pairs = len(cast(list[TokenizedPair], trainer.train_dataset))
-        return math.ceil(steps / math.ceil(pairs / trainer.args.pairs_per_step))
+        return math.ceil(steps / trainer.args.steps_of_an_epoch(pairs))
     return 0
 
 

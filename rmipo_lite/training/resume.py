@@ -176,7 +176,7 @@ class GoingOn(TrainerBeside):
 
     def _place_now(self) -> tuple[int, int]:
         """(whole epochs, pairs of the next one) that are behind the run."""
-        steps = _steps_of_an_epoch(len(self.train_dataset), self.args)
+        steps = self.args.steps_of_an_epoch(len(self.train_dataset))
         epochs, rest = divmod(round((self.state.epoch or 0.0) * steps), steps)
         return epochs, rest * self.args.pairs_per_step
 
@@ -189,6 +189,12 @@ class GoingOn(TrainerBeside):
         if "identity" in state:  # absent in checkpoints of version 0.1.0
             refuse_other_run(state["identity"], identity(self), folder.name)
         was = state.get("options", {}).get("prior", self.args.prior)
+        rate = state.get("options", {}).get("learning_rate", self.args.learning_rate)
+        if self.args.learning_rate == "auto" and rate != "auto":
+            raise CheckpointError(
+                f"{folder.name}: learning_rate was {rate} there, and 'auto' looks for one before a "
+                "run, not in its middle; pass a number"
+            )
         if (was, self.args.prior) == ("live", "cached"):
             raise CheckpointError(
                 f"{folder.name}: prior was 'live' there and is 'cached' here, which is that of the "
@@ -240,8 +246,3 @@ class GoingOn(TrainerBeside):
             if again:
                 say(f"{again} pairs are trained once more in this epoch: batches begin elsewhere")
         return done, in_epoch
-
-
-def _steps_of_an_epoch(pairs: int, args: Any) -> int:
-    whole = pairs // args.pairs_per_step if args.dataloader_drop_last else 0
-    return whole or math.ceil(pairs / args.pairs_per_step)

@@ -69,7 +69,13 @@ class RunLog:
             del logs["loss"]
         if not self._window[-1][1].num_pairs:
             logs.pop("grad_norm", None)  # of the last step, which has no gradient
-        logs |= pair_values.reduce([part for o in counted for part in o.values], self._args)
+        values = [part for outcome in counted for part in outcome.values]
+        logs |= pair_values.reduce(values, self._args)
+        if values:  # what an evaluation calls its loss; "loss" is all that is minimised
+            logs["rmipo/pair_loss"] = float(torch.cat([part.loss for part in values]).mean())
+        ends = [part for outcome in counted for part in outcome.end_nll]
+        if ends:
+            logs["rmipo/end_nll"] = float(torch.cat(ends).mean())
         weights = [weight for outcome in counted for weight in outcome.weights]
         if any(weight != 1 for weight in weights):
             logs["rmipo/effective_sample"] = effective_sample(weights)
@@ -97,11 +103,12 @@ class RunLog:
         if self._pair_file is None:
             return
         lines = [
-            json.dumps({"step": step, "row": row, "weight": weight, **numbers}) + "\n"
+            json.dumps({"step": step, "row": row, "weight": weight, "end_nll": end, **numbers})
+            + "\n"
             for step, outcome in self._window
             if outcome.num_pairs
-            for row, weight, numbers in zip(
-                outcome.rows, outcome.weights, _numbers(outcome.values), strict=True
+            for row, weight, end, numbers in zip(
+                outcome.rows, outcome.weights, _ends(outcome), _numbers(outcome.values), strict=True
             )
         ]
         try:
@@ -134,6 +141,7 @@ class RunLog:
                     "num_pairs": outcome.num_pairs,
                     "rows": outcome.rows,
                     "weights": outcome.weights,
+                    "end_nll": outcome.end_nll,
                     "values": [asdict(part) for part in outcome.values],
                 }
                 for step, outcome in self._window
@@ -157,6 +165,7 @@ class RunLog:
                     ],
                     rows=entry["rows"],
                     weights=entry.get("weights", [1.0] * len(entry["rows"])),
+                    end_nll=[part.to(device) for part in entry.get("end_nll", [])],
                     num_pairs=entry["num_pairs"],
                 ),
             )
@@ -177,6 +186,14 @@ def _numbers(parts: Sequence[PairValues]) -> list[dict[str, float | None]]:
         }
         for row in table
     ]
+
+
+def _ends(outcome: StepOutcome) -> list[float | None]:
+    """The end's nll of every pair; None where it isn't anchored."""
+    if not outcome.end_nll:
+        return [None] * len(outcome.rows)
+    ends: list[float | None] = torch.cat(outcome.end_nll).tolist()
+    return ends
 
 
 def _step_of(line: str) -> int:

@@ -208,7 +208,6 @@ class PairStep:
 
     def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
-        total_weight = sum(self._weights_of(pairs))
         outcome = StepOutcome(
             loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
         )
@@ -216,10 +215,11 @@ class PairStep:
             self._running = part
             # The backward pass inside the block: checkpointing runs the forward pass again.
             with self._engaged():
-                values, pair_losses, chosen_nll, num_tokens = self._forward(part, self._prior)
+                values, pair_losses, chosen_nll, num_tokens, ends = self._forward(part, self._prior)
                 weights = torch.tensor(self._weights_of(part), dtype=pair_losses.dtype)
                 weighted = weights.to(pair_losses.device) * pair_losses
-                micro_loss = weighted.sum() / total_weight
+                # Not by the step's own weights: of a single pair its weight would drop out.
+                micro_loss = weighted.sum() / len(pairs)
                 if self.args.sft_weight:
                     micro_loss = micro_loss + self.args.sft_weight * chosen_nll / num_chosen
                 backward(micro_loss)
@@ -227,13 +227,14 @@ class PairStep:
             outcome.values.append(values)
             outcome.rows += [pair.row for pair in part]
             outcome.weights += self._weights_of(part)
+            outcome.end_nll += [] if ends is None else [ends]
             outcome.num_tokens += num_tokens
         return outcome
 
     def _forward(
         self, pairs: Sequence[TokenizedPair], prior_of: PriorOf
-    ) -> tuple[PairValues, Tensor, Tensor, int]:
-        """(values, loss per pair (P,), summed chosen nll (), tokens read).
+    ) -> tuple[PairValues, Tensor, Tensor, int, Tensor | None]:
+        """(values, loss per pair (P,), summed chosen nll (), tokens read, the ends' nll (P,)).
 
         The loss holds the anchor of the end where a gradient is wanted: an evaluation's is bare.
         """
@@ -248,12 +249,12 @@ class PairStep:
             num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
         out = losses(token_logps, policy.cu_seqlens, prior, self.args)
         nll = chosen_token_nll(token_logps, policy.cu_seqlens)
-        pair_losses, c = out.loss, self.args.end_anchor
+        pair_losses, ends, c = out.loss, None, self.args.end_anchor
         if c and self.end_id is not None and torch.is_grad_enabled():
             lengths = [batch.scored_lengths(pair) for pair in pairs]
-            scored = (hidden, token_logps, policy.target_ids)
-            pair_losses = pair_losses + c * end_nll(head, *scored, lengths, self.end_id)
-        return PairValues.of(out, policy.cu_seqlens), pair_losses, nll, num_tokens
+            ends = end_nll(head, hidden, token_logps, policy.target_ids, lengths, self.end_id)
+            pair_losses, ends = pair_losses + c * ends, ends.detach()
+        return PairValues.of(out, policy.cu_seqlens), pair_losses, nll, num_tokens, ends
 
     def _weights_of(self, pairs: Sequence[TokenizedPair]) -> list[float]:
         return [1.0 if self.weights is None else self.weights[pair.row] for pair in pairs]

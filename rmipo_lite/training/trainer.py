@@ -29,7 +29,6 @@ from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.start import trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data.length_balance import LengthBalance, fit_length_balance
 from rmipo_lite.data.report import DataReport, name_rows
 from rmipo_lite.model import loading, names, upstream
 from rmipo_lite.model.backbone import disable_dropout
@@ -37,7 +36,7 @@ from rmipo_lite.model.batch import packed_length
 from rmipo_lite.model.generation import other_ends, savable_generation_config
 from rmipo_lite.ops.devices import unused_gpu
 from rmipo_lite.output.console import say
-from rmipo_lite.tokens.ending import scored_end
+from rmipo_lite.tokens.ending import anchored_end, scored_end
 from rmipo_lite.tokens.options import prior_bos_id
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
@@ -45,14 +44,16 @@ from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.evaluation import PairEvaluation, set_mode
 from rmipo_lite.training.learning_rate import FindsLearningRate, with_own_rate
 from rmipo_lite.training.pair_values import StepOutcome
-from rmipo_lite.training.prior import pairs_digest
+from rmipo_lite.training.prior import balance_of, pairs_digest
 from rmipo_lite.training.refusals import (
     refuse_bad_schedule,
     refuse_bad_weights,
+    refuse_coarse_steps,
     refuse_no_batch,
     refuse_other_callbacks,
     refuse_other_options,
     refuse_other_vocabulary,
+    refuse_repeated_rows,
     refuse_several_devices,
     refuse_unknown_metric,
     whole_step_batches,
@@ -156,6 +157,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
             train_dataset, args, loaded, "train_dataset", split
         )
         refuse_no_batch(train_pairs, args)
+        refuse_repeated_rows(train_pairs or [])
         eval_pairs = self._tokenized_eval(eval_dataset, args, loaded, eval_split)
         base = causal_lm(loaded)
         ends = other_ends(base.generation_config, self._tokenizer, scored_end(train_pairs or []))
@@ -188,21 +190,12 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
             self.model, self.args, train_pairs or [], tokenizer=self._tokenizer,
             prior_bos_id=self._prior_bos_id, autocast=self.accelerator.autocast,
         )  # fmt: skip
-        self.length_balance = self._balance(train_pairs or [])
-        self.pair_step.end_id = scored_end(train_pairs or [])
+        self.length_balance, self.pair_step.weights = balance_of(train_pairs or [], self.args)
+        self.pair_step.end_id = anchored_end(train_pairs or [], self._tokenizer)
         self.begin_run()
         refuse_unknown_metric(self)
+        refuse_coarse_steps(self)
         refuse_bad_schedule(self)
-
-    def _balance(self, pairs: list[TokenizedPair]) -> LengthBalance | None:
-        """What length says of the labels; where that is undone, the step gets its weights."""
-        lengths = [[len(ids) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in pairs]
-        chosen, rejected = [both[0] for both in lengths], [both[1] for both in lengths]
-        found = fit_length_balance(chosen, rejected)
-        if found is not None and self.args.length_balance == "auto" and found.is_used:
-            weights = found.weights(chosen, rejected)
-            self.pair_step.weights = {p.row: w for p, w in zip(pairs, weights, strict=True)}
-        return found
 
     def _tokenized(
         self,
@@ -244,6 +237,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
     def before_training(self) -> None:
         """Find the learning rate, where it is to be found."""
         self.find_learning_rate()
+        self.doctor.learning_rate = self.learning_rate or 0.0
 
     def begin_run(self) -> None:
         """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
@@ -253,7 +247,8 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         self._priors_are_ready = False
         self._dropped_in_a_row = 0
         self._place = None
-        self.found_rate = None
+        if self.found_rate is not None:  # an earlier run's, which its optimizer has
+            self.found_rate = self.optimizer = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         set_mode(self.optimizer, "eval")  # what is saved is what was evaluated

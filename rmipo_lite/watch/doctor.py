@@ -1,6 +1,5 @@
 """The doctor: watches a run's numbers, says a finding when it first shows, and keeps them all."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ class Doctor(TrainerCallback):
         pairs: how many pairs an evaluation is a mean over.
 
     Attributes:
-        report, ends: as in `Chart`, set by whoever has them before training.
+        report, ends, learning_rate: as in `Chart`, set by whoever has them before training.
         shown_before: symptoms that were told otherwise already; found and kept, not said again.
     """
 
@@ -30,6 +29,7 @@ class Doctor(TrainerCallback):
         self._pairs = pairs
         self.report: DataReport | None = None
         self.ends: tuple[str, str] | None = None
+        self.learning_rate = 0.0
         self.shown_before: set[str] = set()
         self._latest: dict[str, Any] | None = None
         self._before: dict[str, Any] | None = None
@@ -48,18 +48,18 @@ class Doctor(TrainerCallback):
         self._latest = {**metrics, "step": 0}
         if state.global_step == 0:
             self._before = self._latest
-        self._examine(state, kwargs)
+        self._examine(state)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What an earlier run of the same trainer showed is not this one's."""
         if state.global_step == 0:  # else it goes on from a checkpoint
             self._before = self._latest
         self._found = {name: f for name, f in self._found.items() if f.steps == (0, 0)}
-        self._examine(state, kwargs)
+        self._examine(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A line of numbers has been added to the state's history."""
-        self._examine(state, kwargs)
+        self._examine(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say of which step the weights are, where `load_best_model_at_end` went back to one."""
@@ -77,7 +77,7 @@ class Doctor(TrainerCallback):
         self._found[found.name] = found
         say(str(found))
 
-    def _examine(self, state: Any, given: Mapping[str, Any]) -> None:
+    def _examine(self, state: Any) -> None:
         history = state.log_history
         held_out = [entry for entry in history if "eval_loss" in entry and entry.get("step")]
         chart = Chart(
@@ -88,7 +88,7 @@ class Doctor(TrainerCallback):
             max_steps=state.max_steps,
             report=self.report,
             ends=self.ends,
-            learning_rate=_peak(given.get("lr_scheduler")),
+            learning_rate=self.learning_rate,
         )
         for finding in examine(chart):
             known = self._found.get(finding.name)
@@ -98,9 +98,3 @@ class Doctor(TrainerCallback):
             self._found[finding.name] = replace(finding, steps=(first, chart.step))
             if known is None and finding.name not in self.shown_before:
                 say(str(self._found[finding.name]))
-
-
-def _peak(schedule: Any) -> float:
-    """The rate that a schedule begins with or warms up to, which may have been searched for."""
-    rates = getattr(schedule, "base_lrs", None)
-    return float(rates[0]) if rates else 0.0

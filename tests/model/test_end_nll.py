@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -58,19 +59,26 @@ def test_values_and_gradient_are_those_of_the_whole_softmax(head: dict[str, Any]
     assert not mine[3:5].any()  # the rejected responses have no part in it
 
 
-def test_an_end_that_is_nearly_certain_where_it_should_not_be_has_a_bounded_slope() -> None:
-    """In 16 bits p may come out as 1, or more: the penalty stays a number and still pushes."""
-    weight = torch.zeros(11, 6)
-    weight[END] = 60.0
-    head = ModelHead(weight.bfloat16(), None, None, 1.0)
-    hidden = torch.ones(1, 6, dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit", [1.0, 4.0, 5.0, 7.0, 10.0, 20.0, 360.0])
+def test_where_the_end_is_likely_too_early_the_push_is_p(logit: float, dtype: torch.dtype) -> None:
+    """Also where p is 1 but for rounding: on the end's logit p, on the row's own token less."""
+    weight = torch.eye(11)  # a hidden row is its logits
+    head = ModelHead(weight.to(dtype), None, None, 1.0)
+    row = torch.zeros(1, 11, dtype=dtype)
+    row[0, END] = logit
+    hidden = row.requires_grad_()
     targets = torch.tensor([5])
     logps = head.token_logps(hidden, targets, "torch")
     nll = end_nll(head, hidden, logps, targets, [(1, 0)], END)
-    assert 5 < float(nll.detach()) < 10  # -log(1 - 0.999)
+    p = row.detach().double().softmax(-1)[0, END]
+    assert float(nll.detach()) == pytest.approx(-math.log1p(-min(float(p), 0.999)), rel=0.05)
     nll.sum().backward()
     assert hidden.grad is not None
-    assert hidden.grad.isfinite().all()
+    pushed = hidden.grad.double()[0]
+    assert float(pushed[END]) == pytest.approx(float(p), rel=0.02)
+    assert float(pushed.sum()) == pytest.approx(0.0, abs=0.02)  # softmax moves mass, and no more
+    assert float(pushed[5]) < 0
 
 
 def test_a_fitted_hazard_is_the_share_of_positions_that_end() -> None:

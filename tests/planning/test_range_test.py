@@ -44,6 +44,7 @@ def test_a_fall_counts_from_the_best_and_a_rise_is_none() -> None:
     assert test.rate == pytest.approx(1.3 * FIRST_RATE)  # moved by more than 1 % of 3 nats
     test.stepped([-1.5, -3.5])
     assert test.fall == pytest.approx(0.5)
+    assert test.history == [(FIRST_RATE, -2.0), (1.3 * FIRST_RATE, -2.5)]
     test.stepped([-1.8, -3.8])  # still no worse than at the start
     assert test.is_broken
     # 0.6 between falls of 0.5 and 0.8, in logarithms of all

@@ -60,11 +60,18 @@ def _save(folder: Path) -> None:
             (staged / name).write_text("new", encoding="utf-8")
 
 
+_OLD = dict.fromkeys(("config", "weights", "notes"), "old")
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
 def _put_in_place(folder: Path) -> dict[str, str]:
     try:
         _save(folder)
     finally:
-        left = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+        left = _texts(folder)
     return left
 
 
@@ -97,8 +104,7 @@ def test_where_one_file_cannot_be_moved_none_is_new(
     with pytest.raises(PermissionError):
         _put_in_place(saved)
     monkeypatch.undo()
-    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
-    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+    assert _texts(saved) == _OLD
 
 
 def test_where_a_new_file_cannot_come_the_old_ones_come_back(
@@ -108,8 +114,7 @@ def test_where_a_new_file_cannot_come_the_old_ones_come_back(
               and source.name == "weights")  # fmt: skip
     with pytest.raises(PermissionError):
         _put_in_place(saved)
-    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
-    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+    assert _texts(saved) == _OLD
 
 
 def test_ctrl_c_between_two_files_brings_the_old_ones_back(
@@ -125,8 +130,7 @@ def test_ctrl_c_between_two_files_brings_the_old_ones_back(
     monkeypatch.setattr(files, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _put_in_place(saved)
-    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
-    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+    assert _texts(saved) == _OLD
 
 
 def test_what_cannot_come_back_at_once_stays_aside_and_comes_back_later(
@@ -140,8 +144,7 @@ def test_what_cannot_come_back_at_once_stays_aside_and_comes_back_later(
     (aside,) = saved.glob(".old-save-*")
     aside.rename(saved / f".old-save-{2**22 + 1}")  # of a process that is gone
     sealed_folder.recover(saved)
-    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
-    assert kept == dict.fromkeys(("config", "weights", "notes"), "old")
+    assert _texts(saved) == _OLD
 
 
 def test_what_a_kill_left_aside_is_put_back(saved: Path) -> None:
@@ -152,7 +155,7 @@ def test_what_a_kill_left_aside_is_put_back(saved: Path) -> None:
         (saved / name).rename(aside / name)
     (saved / "config").write_text("newer", encoding="utf-8")
     sealed_folder.recover(saved)
-    kept = {path.name: path.read_text(encoding="utf-8") for path in saved.iterdir()}
+    kept = _texts(saved)
     assert kept == {"config": "newer", "weights": "old", "notes": "old"}
 
 

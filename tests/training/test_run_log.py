@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rmipo_lite.training.run_log import PAIR_VALUES_FILE
-from tests.kit import random_pairs, tiny_trainer
+from tests.kit import random_pairs, tiny_trainer, word_tokenizer
 
 NAMES = {"loss": "loss", "logps/chosen": "chosen_logps", "rmipo/gamma": "gamma"}
 
@@ -53,12 +54,43 @@ def test_length_balance_weighs_the_loss_and_nothing_else(tmp_path: Path) -> None
         weights = [pair["weight"] for pair in mine]
         assert len(set(weights)) > 1
         weighted = sum(w * pair["loss"] for w, pair in zip(weights, mine, strict=True))
-        assert entry["loss"] == pytest.approx(weighted / sum(weights), abs=1e-6)
+        assert entry["loss"] == pytest.approx(weighted / len(mine), abs=1e-6)
+        assert entry["rmipo/pair_loss"] == pytest.approx(
+            sum(pair["loss"] for pair in mine) / len(mine), abs=1e-6
+        )
         plain = sum(pair["chosen_logps"] for pair in mine) / len(mine)
         assert entry["logps/chosen"] == pytest.approx(plain, abs=1e-6)
         squares = sum(w * w for w in weights)
         share = sum(weights) ** 2 / (len(weights) * squares)
         assert entry["rmipo/effective_sample"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("pairs_of_a_step", [1, 4])
+def test_the_loss_is_what_the_file_and_the_options_make(
+    pairs_of_a_step: int, tmp_path: Path
+) -> None:
+    """Weights, likelihood, the end's anchor, all from the lines; of one pair a weight acts too."""
+    end = word_tokenizer().eos_token_id
+    pairs = [
+        replace(pair, chosen_ids=[*pair.chosen_ids, end], rejected_ids=[*pair.rejected_ids, end])
+        for pair in random_pairs(8)
+    ]
+    trainer = tiny_trainer(
+        tmp_path, pairs=pairs, save_pair_values=True, length_balance="auto", sft_weight=0.5,
+        end_anchor=0.2, per_device_train_batch_size=pairs_of_a_step, max_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.length_balance.is_used
+    for entry in _logs(trainer):
+        mine = [pair for pair in _lines(tmp_path) if pair["step"] == entry["step"]]
+        assert len(mine) == pairs_of_a_step
+        assert any(abs(pair["weight"] - 1) > 0.01 for pair in mine)
+        wanted = sum(p["weight"] * (p["loss"] + 0.2 * p["end_nll"]) for p in mine) / len(mine)
+        tokens = sum(p["chosen_length"] for p in mine)
+        wanted -= 0.5 * sum(p["chosen_logps"] * p["chosen_length"] for p in mine) / tokens
+        assert entry["loss"] == pytest.approx(wanted, abs=1e-5)
+        ends = sum(pair["end_nll"] for pair in mine) / len(mine)
+        assert entry["rmipo/end_nll"] == pytest.approx(ends, abs=1e-5)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

@@ -210,10 +210,10 @@ def _poisoned(trainer: RMiPOTrainer, rows: set[int]) -> None:
     forward = step._forward
 
     def poisoned(pairs, prior_of):
-        values, losses, nll, tokens = forward(pairs, prior_of)
+        values, losses, *rest = forward(pairs, prior_of)
         if any(pair.row in rows for pair in pairs):
             losses = losses * torch.nan
-        return values, losses, nll, tokens
+        return values, losses, *rest
 
     step._forward = poisoned
 

@@ -72,12 +72,12 @@ class Poison:
 
     def _in_forward(self, pairs: Sequence[TokenizedPair], prior_of: Any) -> Any:
         self._pairs = pairs
-        values, losses, nll, tokens = self._forward(pairs, prior_of)
+        values, losses, *rest = self._forward(pairs, prior_of)
         if self._place == "loss":
             hit = torch.zeros_like(losses, dtype=torch.bool)
             hit[self._hits()] = True
             losses = losses.masked_fill(hit, self._value)
-        return values, losses, nll, tokens
+        return values, losses, *rest
 
     def _in_hidden(self, model: Any, inputs: Any) -> Tensor:
         hidden = self._hidden(model, inputs)
