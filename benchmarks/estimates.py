@@ -146,7 +146,8 @@ def _measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     pairs = _pairs(case, steps)
     # What is loaded at first use is no run's.
-    _train(str(MODEL), tokenizer, [TokenizedPair(0, [5, 6], [7, 8], [9])] * 2, folder / "a", {}, 1)
+    warm = [TokenizedPair(row, [5, 6], [7, 8], [9]) for row in range(2)]
+    _train(str(MODEL), tokenizer, warm, folder / "a", {}, 1)
     memory = PeakMemory(_CPU)
     seconds = _train(str(folder), tokenizer, pairs, folder / "b", case.options, steps)
     growth = memory.growth()

@@ -23,6 +23,7 @@ _STEPS = 2
 _USUAL = {
     "max_steps": _STEPS, "per_device_train_batch_size": 4, "eval_completions": 0,
     "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
+    "learning_rate": 1e-3,  # no search in each of them
 }  # fmt: skip
 
 

@@ -139,10 +139,10 @@ class _Watch:
         self._clock = clock
         self._base = 0
 
-    def plan(self, *args: Any) -> Plan:
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan the run; its memory counts from before the plan's own measurement."""
         self._base = PeakMemory(_CPU).before
-        return rehearsal.plan_run(*args)
+        return rehearsal.plan_run(*args, **kwargs)
 
     def train(self) -> Any:
         """A `train` that is timed."""
