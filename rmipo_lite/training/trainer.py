@@ -192,6 +192,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         )  # fmt: skip
         self.length_balance, self.pair_step.weights = balance_of(train_pairs or [], self.args)
         self.pair_step.end_id = anchored_end(train_pairs or [], self._tokenizer)
+        self.doctor.is_anchored = self.pair_step.end_id is not None
         self.begin_run()
         refuse_unknown_metric(self)
         refuse_coarse_steps(self)

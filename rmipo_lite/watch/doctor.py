@@ -30,6 +30,7 @@ class Doctor(TrainerCallback):
         self.report: DataReport | None = None
         self.ends: tuple[str, str] | None = None
         self.learning_rate = 0.0
+        self.is_anchored = True
         self.shown_before: set[str] = set()
         self._latest: dict[str, Any] | None = None
         self._before: dict[str, Any] | None = None
@@ -89,6 +90,7 @@ class Doctor(TrainerCallback):
             report=self.report,
             ends=self.ends,
             learning_rate=self.learning_rate,
+            is_anchored=self.is_anchored,
         )
         for finding in examine(chart):
             known = self._found.get(finding.name)

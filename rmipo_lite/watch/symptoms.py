@@ -1,9 +1,9 @@
 """Plain-word findings from a run's numbers: one function a symptom, each of the run's chart alone.
 
 A symptom reads what was logged and says what it means and what to do, or None. Its threshold
-stands beside it with where it comes from. "Stored runs" are those of benchmarks/methods.csv: in
-the ones whose answers go on ending, held-out chosen responses lose at most 0.16 nats per token; in
-those half of whose answers no longer end, 0.97 to 2.6.
+stands beside it with where it comes from. "Stored runs" are 48 of an earlier demo's model: in the
+ones whose answers went on ending, held-out chosen responses lost at most 0.16 nats per token; in
+those half of whose answers no longer ended, 0.97 to 2.6.
 """
 
 import statistics
@@ -62,6 +62,7 @@ class Chart:
         ends: the token that ends an answer in training, and those that the model itself stops at,
             where they differ.
         learning_rate: the schedule's peak; 0 before there is one.
+        is_anchored: whether the pairs show an end that `end_anchor` can hold.
     """
 
     args: RMiPOConfig
@@ -72,6 +73,7 @@ class Chart:
     report: DataReport | None = None
     ends: tuple[str, str] | None = None
     learning_rate: float = 0.0
+    is_anchored: bool = True
 
     @property
     def step(self) -> int:
@@ -374,8 +376,9 @@ def never_ends(chart: Chart) -> Seen | None:
     share = (chart.before or {}).get(f"eval_{CLIPPED}")
     if share is None or share < _BASE_UNENDED:
         return None
-    anchor = chart.args.end_anchor
-    taught = "end_anchor teaches it here" if anchor else "end_anchor=0.1 would teach it"
+    taught = "end_anchor teaches it here" if chart.args.end_anchor else "end_anchor=0.1 would"
+    if not chart.is_anchored:
+        taught = "end_anchor can't, since no special token ends the chosen side here"
     return Seen(
         f"before any training {share:.0%} of the model's answers don't end",
         f"It looks like a base model, which nobody has taught when to stop: {taught}. The usual "

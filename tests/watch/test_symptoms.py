@@ -209,6 +209,14 @@ def test_another_end_than_the_models_own_is_noted(args: RMiPOConfig) -> None:
     )
 
 
+def test_what_would_teach_a_base_model_to_stop(args: RMiPOConfig) -> None:
+    chart = _with_evaluations(_healthy(args), {"completions/clipped_ratio": 1.0}, {})
+    assert "end_anchor teaches it here" in examine(chart)[0].advice
+    assert "end_anchor can't" in examine(replace(chart, is_anchored=False))[0].advice
+    args.end_anchor = 0.0
+    assert "end_anchor=0.1 would" in examine(chart)[0].advice
+
+
 def test_every_symptom_is_provoked_here(args: RMiPOConfig) -> None:
     provoked: set[Any] = {*_HELD_OUT, *_TRAINING, "chosen_longer", "ends_differ"}
     assert provoked == {symptom.__name__ for symptom in SYMPTOMS}
