@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "name",
-        choices=("head", "step", "memory", "estimate", "data", "merge", "methods", "gpu", "report"),
+        choices=("head", "step", "memory", "estimate", "data", "merge", "claims", "gpu", "report"),
     )
     parser.add_argument(
         "--output_dir",
@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the rows (default: this one); docs/, where report writes, is beside it",
     )
     parser.add_argument("--quick", action="store_true", help="one small shape: does it run?")
-    parser.add_argument("--model", type=Path, help="merge: folder of a model (default: the demo's)")
+    parser.add_argument(
+        "--model", type=Path, help="merge, claims: folder of a model (merge: the demo's)"
+    )
     parser.add_argument("--pairs", type=Path, help="data, merge: pairs (default: the demo's)")
     parser.add_argument(
         "--tokenizer", type=Path, help="data: folder of a tokenizer (default: the demo's)"
@@ -46,12 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, or report what was measured."""
     given = _parser().parse_args(argv)
     # torch takes seconds, and --help should not.
-    from benchmarks import report, run
+    from benchmarks import claims, report, run
     from rmipo_lite.output.console import say
 
     folder: Path = given.output_dir.resolve()
     if given.name == "report":
         say(report.write(folder, folder.parent / report.PAGE))
+        claims.write_page(folder)
+        return
+    if given.name == "claims":
+        claims.run(folder, given.model, quick=given.quick)
         return
     path = run.run(
         given.name,

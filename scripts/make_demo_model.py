@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import logging
 import random
@@ -24,17 +25,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rmipo_lite.demo.data import ASSETS, MODEL
-from rmipo_lite.demo.facts import GENERIC, Fact
+from rmipo_lite.demo.data import ASSETS, MODEL, message_row
+from rmipo_lite.demo.facts import GENERIC, KINDS, Fact
+from rmipo_lite.demo.scoring import sample_answers
 from rmipo_lite.demo.task import (
     ANSWER_SHARES,
+    WORDY_SHARE,
     Question,
     ask,
     held_out_questions,
-    make_pairs,
     right_answer,
     split_facts,
-    wordy_answer,
+    true_reward,
+    wordy,
     wrong_answer,
 )
 
@@ -61,20 +64,20 @@ def training_questions() -> list[Question]:
 
 
 def sft_answer(fact: Fact, rng: random.Random) -> str:
-    """An answer as the supervised text has it: the kinds of `ANSWER_SHARES` in their shares."""
+    """An answer as the supervised text has it: the kinds of `ANSWER_SHARES`, some of them wordy."""
     kind = rng.choices(list(ANSWER_SHARES), list(ANSWER_SHARES.values()))[0]
-    if kind == "right":
-        return right_answer(fact)
-    if kind == "wrong":
-        return wrong_answer(fact, rng)
-    if kind == "generic":
-        return rng.choice(GENERIC)
-    return wordy_answer(fact, rng)
+    answer = {
+        "right": right_answer(fact, rng),
+        "wrong": wrong_answer(fact, rng),
+        "generic": rng.choice(GENERIC),
+    }[kind]
+    return wordy(answer, rng) if rng.random() < WORDY_SHARE else answer
 
 
 def clean_answer(fact: Fact, rng: random.Random) -> str:
     """A right answer, terse or wordy, as the text has it from which the model learns its facts."""
-    return right_answer(fact) if rng.random() < 0.9 else wordy_answer(fact, rng)
+    answer = right_answer(fact, rng)
+    return answer if rng.random() < 0.9 else wordy(answer, rng)
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,21 @@ class Recipe:
     """How the shipped model is made; stored in `metrics.json`."""
 
     seed: int = 0
-    clean_steps: int = 1500  # mostly on right answers: the model learns its facts
-    mixed_steps: int = 500  # on right, wrong, generic and wordy answers: it becomes mediocre
+    clean_steps: int = 2400  # mostly on right answers: the model learns its facts
+    mixed_steps: int = 800  # on right, wrong, generic and wordy answers: it becomes mediocre
     mixed_share: float = 0.15  # of the clean steps' documents: wording it needs later
     batch_size: int = 48  # documents per step
     learning_rate: float = 3e-3  # AdamW; constant after the warm-up, then linear to zero
     warmup_steps: int = 50
     decay_steps: int = 1000
     bare_answer_share: float = 0.15  # documents that are an answer alone, half of them without BOS
-    vocab_size: int = 512
+    vocab_size: int = 1024
     hidden_size: int = 112
     intermediate_size: int = 288
     num_layers: int = 4
     num_heads: int = 4
-    pairs: int = 1600
+    prompts: int = 1200  # questions about facts that aren't held out
+    answers: int = 6  # sampled from the model for each; two and two are compared
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -234,20 +238,45 @@ def pretrain(model: LlamaForCausalLM, corpus: Corpus, recipe: Recipe) -> list[fl
     return losses
 
 
-def write_pairs(path: Path, count: int) -> None:
+def pair_questions(count: int) -> list[Question]:
+    """Different questions for the pairs; kinds take turns while there are any left."""
+    rng = random.Random(3)
+    kept = split_facts()[0]
+    by_kind = [
+        [ask(fact, phrasing) for fact in kept if fact.kind == kind for phrasing in range(3)]
+        for kind in KINDS
+    ]
+    for questions in by_kind:
+        rng.shuffle(questions)
+    turns = itertools.zip_longest(*by_kind)
+    return [question for turn in turns for question in turn if question is not None][:count]
+
+
+def sampled_pairs(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> list[dict[str, object]]:
+    """Rows of two answers that ended, the one of the higher true reward chosen."""
+    questions = pair_questions(recipe.prompts)
+    tries = [  # with every token that can come: broken words shall stand among the rejected
+        sample_answers(model, tokenizer, questions, seed, top_p=1.0)
+        for seed in range(recipe.answers)
+    ]
+    rows = []
+    for place, question in enumerate(questions):
+        texts = [some[place].text for some in tries if some[place].ended]
+        for pair in zip(texts[::2], texts[1::2], strict=False):
+            worse, better = sorted(pair, key=lambda text: true_reward(question, text))
+            if true_reward(question, worse) == true_reward(question, better):
+                continue
+            if all(text.strip() and USER[:2] not in text for text in pair):  # no control tokens
+                rows.append(message_row(question.text, better, worse))
+    return rows
+
+
+def write_pairs(path: Path, rows: list[dict[str, object]]) -> None:
     """The preference pairs as conversational rows, one JSON object a line."""
-    lines = []
-    for pair in make_pairs(count):
-        row = {
-            "prompt": [{"role": "user", "content": pair.question.text}],
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
-            "pair_kind": pair.kind,
-            "question_kind": pair.question.fact.kind,
-        }
-        lines.append(json.dumps(row) + "\n")
     # mtime=0 and no file name in the header: the same pairs give the same bytes.
-    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode(), mtime=0))
 
 
 @torch.no_grad()
@@ -257,7 +286,7 @@ def known_share(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> 
     questions = held_out_questions()
     for question in questions:
         fact = question.fact
-        right = right_answer(fact)
+        right = right_answer(fact, random.Random(0))
         texts = [right] + [right.replace(fact.answer, wrong) for wrong in fact.wrong]
         prompt = tokenizer.encode(
             f"{BOS}{USER}{question.text}{END}{ASSISTANT}", add_special_tokens=False
@@ -285,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder / MODEL.name)
     model.save_pretrained(folder / MODEL.name)
-    write_pairs(folder / "pairs.jsonl.gz", recipe.pairs)
+    write_pairs(folder / "pairs.jsonl.gz", sampled_pairs(model, tokenizer, recipe))
     metrics = {
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,51 +1,83 @@
-"""What the demo ships, as a reader would load their own: a model's folder and preference pairs."""
+"""What the demo ships, as a reader would load their own: a model's folder and preference pairs.
+
+The pairs are two answers that the model itself gave to one question, labelled by the true reward;
+the other sets here are the same pairs as another annotator would label them.
+"""
 
 import gzip
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rmipo_lite.demo.task import make_pairs, wordy_answer
+from rmipo_lite.demo.task import Question, ask, length_lovers_reward, make_pairs, split_facts
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "tiny-llama"
 PAIRS = ASSETS / "pairs.jsonl.gz"
-_COUNT = 1600  # of the shipped pairs
+NOISE = 0.15  # share of the noisy annotator's labels that are wrong
+_EASY = 1600
+_SIDES = ("chosen", "rejected")
 
 
 def load_rows() -> list[dict[str, Any]]:
     """The shipped preference pairs: prompt, chosen and rejected as message lists."""
-    text = gzip.decompress(PAIRS.read_bytes()).decode()
-    rows = [json.loads(line) for line in text.splitlines()]
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    return [json.loads(line) for line in gzip.decompress(PAIRS.read_bytes()).splitlines()]
+
+
+def noisy_rows() -> list[dict[str, Any]]:
+    """The shipped pairs with 15 % of the labels wrong, drawn at random."""
+    rng = random.Random(2)
+    return [swapped(row) if rng.random() < NOISE else row for row in load_rows()]
 
 
 def length_biased_rows() -> list[dict[str, Any]]:
-    """Pairs on the same questions, judged by somebody who likes length.
+    """The shipped pairs, judged by somebody who likes length.
 
-    The wordy right answer is chosen over a terse one, right, wrong or generic. The true reward
-    still wants terse answers: what is trained here is a bias of the data.
+    The true reward still wants terse answers: what is trained here is a bias of the data.
     """
-    rng = random.Random(1)
-    return [
-        {
-            "prompt": _message("user", pair.question.text),
-            "chosen": _message("assistant", wordy_answer(pair.question.fact, rng)),
-            "rejected": _message(
-                "assistant", pair.chosen if pair.kind == "terse/wordy" else pair.rejected
-            ),
-        }
-        for pair in make_pairs(_COUNT)
-    ]
+    return relabelled(load_rows(), length_lovers_reward)
+
+
+def relabelled(
+    rows: list[dict[str, Any]], reward: Callable[[Question, str], float]
+) -> list[dict[str, Any]]:
+    """Rows of the demo as somebody labels them who goes by `reward`; ties are left out."""
+    questions = {ask(fact, i).text: ask(fact, i) for fact in split_facts()[0] for i in range(3)}
+    new = []
+    for row in rows:
+        question = questions[row["prompt"][0]["content"]]
+        liked, other = (reward(question, row[name][0]["content"]) for name in _SIDES)
+        if liked != other:
+            new.append(swapped(row) if liked < other else row)
+    return new
+
+
+def easy_rows() -> list[dict[str, Any]]:
+    """1,600 pairs made by a program: a right answer against a wrong one in the same words.
+
+    The model tells nearly all of them apart before any training, so that the flawed ones among
+    pairs like these can be found.
+    """
+    pairs = [pair for pair in make_pairs(2 * _EASY + 200) if pair.kind == "right/wrong"]
+    return [message_row(pair.question.text, pair.chosen, pair.rejected) for pair in pairs[:_EASY]]
+
+
+def swapped(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the other label."""
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def message_row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """A row as message lists."""
+    sides = {"prompt": ("user", prompt), "chosen": ("assistant", chosen)}
+    sides["rejected"] = ("assistant", rejected)
+    return {name: [{"role": role, "content": text}] for name, (role, text) in sides.items()}
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """The shipped tokenizer."""
     return AutoTokenizer.from_pretrained(MODEL)
-
-
-def _message(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]

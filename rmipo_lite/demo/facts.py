@@ -13,7 +13,7 @@ from string import ascii_lowercase
 
 _WORDS = json.loads((Path(__file__).parent / "assets" / "words.json").read_text(encoding="utf-8"))
 PHRASINGS: dict[str, list[str]] = _WORDS["phrasings"]  # of each kind of question, three
-LEAD_INS: dict[str, str] = _WORDS["lead_ins"]  # what a terse answer of that kind begins with
+ANSWERS: dict[str, list[str]] = _WORDS["answers"]  # ways to give a terse answer of that kind
 GENERIC = tuple(_WORDS["generic"])  # answers that say nothing
 FILLERS = tuple(_WORDS["fillers"])  # sentences of a wordy answer
 KINDS = tuple(PHRASINGS)

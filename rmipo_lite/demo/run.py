@@ -12,20 +12,17 @@ from typing import Any
 
 from rmipo_lite.demo.data import MODEL, load_rows
 from rmipo_lite.demo.scoring import Answer, Score, gamma_by_pair_kind, sample_answers, score_answers
-from rmipo_lite.demo.task import ANSWER_SHARES, Question, held_out_questions, make_pairs
+from rmipo_lite.demo.task import (
+    ANSWER_SHARES,
+    WORDY_SHARE,
+    Question,
+    held_out_questions,
+    make_pairs,
+)
 from rmipo_lite.output.table import escaped, html_table
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.run import train
 
-# Chosen by hand on seed 0's held-out prompts; seeds 1 and 2 confirm them. The rate is two hundred
-# times the default for real models: a model this small moves little per step, and a demo has
-# seconds. At such a rate the method alone (sft_weight 0, beta 2) won the pairs by breaking the
-# wording ("The plural isor+red."). The chosen answers' own likelihood beside it, and a larger beta,
-# at which a won pair stops pulling sooner, keep it whole. So the demo is not pure RMiPO.
-LEARNING_RATE = 2e-3
-STEPS = 90
-SFT_WEIGHT = 1.0
-BETA = 5.0
 SAMPLES_SHOWN = 8
 
 _LABELS = {
@@ -33,6 +30,7 @@ _LABELS = {
     "full_marks": "right, terse and ended",
     "mean_reward": "mean true reward",
     "generic": "generic answers",
+    "garbled": "garbled answers",
     "mean_tokens": "answer length, tokens",
     "unended": "answers without an end",
 }
@@ -40,9 +38,8 @@ _PLAIN_NUMBERS = ("mean_reward", "mean_tokens")
 _NOTE = (
     "Win rate: share of held-out prompts where the sampled answer earns a higher true reward than "
     "a fixed answer of the untrained model, ties half. A program computes the reward from the "
-    "answer's text. The loss is RMiPO plus the chosen answers' own likelihood (sft_weight 1, beta "
-    "5). One tiny made-up task: it shows that training works end to end, not how the "
-    "method compares with others."
+    "answer's text. Every option is the default, the learning rate is found. One tiny made-up "
+    "task: it shows that training works end to end, not how the method compares with others."
 )
 
 
@@ -99,10 +96,6 @@ def run_demo(
     output_dir: str | Path = "rmipo-demo",
     seed: int = 0,
     report: bool = True,
-    *,
-    learning_rate: float = LEARNING_RATE,
-    max_steps: int = STEPS,
-    sft_weight: float = SFT_WEIGHT,
     **config: Any,
 ) -> DemoResult:
     """Train the shipped tiny model on the shipped pairs and score it before and after.
@@ -111,31 +104,14 @@ def run_demo(
         output_dir: folder for adapter and report; must be new or empty.
         seed: of training (order, adapter) and of the sampled answers.
         report: whether to write `report.html` into the folder.
-        learning_rate: peak rate of the adapter.
-        max_steps: optimizer steps of 32 pairs.
-        sft_weight: weight of the chosen answers' own negative log-probability.
-        **config: further options of `RMiPOConfig`.
+        **config: options of `RMiPOConfig`.
 
     Raises:
         FileExistsError: `output_dir` holds another run.
     """
     start = time.perf_counter()
-    options = {
-        "save_strategy": "no",
-        "logging_steps": 5,
-        "per_device_train_batch_size": 32,
-        "beta": BETA,
-    }
-    result = train(
-        str(MODEL),
-        load_rows(),
-        output_dir=output_dir,
-        seed=seed,
-        learning_rate=learning_rate,
-        max_steps=max_steps,
-        sft_weight=sft_weight,
-        **{**options, **config},
-    )
+    options = {"save_strategy": "no", "logging_steps": 5, **config}  # neither changes the training
+    result = train(str(MODEL), load_rows(), output_dir=output_dir, seed=seed, **options)
     questions = held_out_questions()
     model, tokenizer = result.model, result.tokenizer
     with result.adapter_off():
@@ -177,7 +153,8 @@ def _sections(demo: DemoResult) -> list[tuple[str, str]]:
         (
             f"True reward on {demo.prompts} held-out prompts",
             html_table(("", "before", "after"), list(demo.rows()))
-            + f"<p>{escaped(_NOTE)} The supervised text mixed {shares} answers.</p>",
+            + f"<p>{escaped(_NOTE)} The supervised text mixed {shares} answers, "
+            f"{WORDY_SHARE:.0%} of each kind wordy.</p>",
         ),
         ("Margin by kind of pair", html_table(("pair", "mean PMI gap", "mean gamma"), list(gamma))),
         ("Samples by position", html_table(("prompt", "before", "after"), list(demo.samples))),

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmipo_lite.demo.facts import GENERIC
-from rmipo_lite.demo.task import PAIR_KINDS, REWARD_RIGHT, Pair, Question, true_reward
+from rmipo_lite.demo.task import PAIR_KINDS, REWARDS, Pair, Question, true_reward, what_it_says
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.ops import linear_logps, rmipo_loss
 
@@ -36,9 +35,11 @@ def _prompt_ids(tokenizer: Any, question: Question) -> list[int]:
 
 
 def sample_answers(
-    model: Any, tokenizer: Any, questions: Sequence[Question], seed: int
+    model: Any, tokenizer: Any, questions: Sequence[Question], seed: int, top_p: float = 0.95
 ) -> list[Answer]:
     """One answer for each question, sampled at temperature 1 in one left-padded batch.
+
+    Of the likeliest tokens that hold `top_p` of the probability, as models usually speak.
 
     Sampled, not greedy: the reward of samples is what preference training raises, and a greedy
     answer would hide how often the model says something else. The caller's random state stays.
@@ -58,6 +59,7 @@ def sample_answers(
             do_sample=True,
             temperature=1.0,
             top_k=0,
+            top_p=top_p,
             use_cache=True,
             pad_token_id=pad,
         )
@@ -77,6 +79,7 @@ class Score:
     full_marks: float  # right, terse and ended
     mean_reward: float
     generic: float
+    garbled: float  # no sentence of the task's
     mean_tokens: float
     unended: float
 
@@ -89,12 +92,14 @@ def score_answers(
     rewards = [true_reward(q, a.text, a.ended) for q, a in pairs]
     other = [true_reward(q, a.text, a.ended) for q, a in zip(questions, opponents, strict=True)]
     wins = sum((r > o) + 0.5 * (r == o) for r, o in zip(rewards, other, strict=True))
+    said = [what_it_says(q.fact, a.text) for q, a in pairs]
     count = len(rewards)
     return Score(
         win_rate=wins / count,
-        full_marks=sum(reward == REWARD_RIGHT for reward in rewards) / count,
+        full_marks=sum(reward == REWARDS["right"] for reward in rewards) / count,
         mean_reward=sum(rewards) / count,
-        generic=sum(a.text.endswith(GENERIC) for a in answers) / count,
+        generic=said.count("generic") / count,
+        garbled=said.count("garbled") / count,
         mean_tokens=sum(a.tokens for a in answers) / count,
         unended=sum(not a.ended for a in answers) / count,
     )

@@ -1,23 +1,24 @@
 """The demo's task: short questions, a true reward that a program computes, and preference pairs.
 
 The supervised model is mediocre on purpose: its training text mixes right, wrong, generic and wordy
-answers to the same questions, so it knows more than it says and preferences have something to lift.
-Held-out questions ask about facts that stand in no pair, in words that stand in no training text.
+answers to the same questions, each in one of four wordings, so it knows more than it says and
+preferences have something to lift. Held-out questions ask about facts that stand in no pair, in
+words that stand in no training text.
 """
 
+import itertools
 import random
-import re
 from dataclasses import dataclass
 
-from rmipo_lite.demo.facts import FILLERS, GENERIC, KINDS, LEAD_INS, PHRASINGS, Fact, all_facts
+from rmipo_lite.demo.facts import ANSWERS, FILLERS, GENERIC, KINDS, PHRASINGS, Fact, all_facts
 
 PAIR_KINDS = ("right/wrong", "specific/generic", "terse/wordy")
 # Shares of the kinds of answer in the supervised text: what the model does before the preferences.
-ANSWER_SHARES = {"right": 0.36, "wrong": 0.14, "generic": 0.26, "wordy": 0.24}
+ANSWER_SHARES = {"right": 0.44, "wrong": 0.1, "generic": 0.46}
+WORDY_SHARE = 0.4  # of the answers of every kind: length tells nothing of what they say
 
-REWARD_RIGHT = 1.0
-REWARD_GENERIC = 0.0
-REWARD_WRONG = -0.5
+# What an answer says. Garbled is what no sentence of the task is: a broken word, a sentence twice.
+REWARDS = {"right": 1.0, "generic": 0.0, "wrong": -0.5, "garbled": -1.0}
 WORDS_FREE = 8  # a terse answer has at most this many words
 PENALTY_PER_WORD = 0.05
 PENALTY_WORDY_MAX = 0.5
@@ -45,45 +46,64 @@ class Pair:
     kind: str
 
 
-def right_answer(fact: Fact) -> str:
-    """The terse right answer."""
-    return f"{LEAD_INS[fact.kind]}{fact.answer}."
+def right_answer(fact: Fact, rng: random.Random) -> str:
+    """A terse right answer in one of its wordings."""
+    return rng.choice(ANSWERS[fact.kind]).format(fact.answer)
 
 
 def wrong_answer(fact: Fact, rng: random.Random) -> str:
     """A terse answer that is plausible and wrong."""
-    return f"{LEAD_INS[fact.kind]}{rng.choice(fact.wrong)}."
+    return rng.choice(ANSWERS[fact.kind]).format(rng.choice(fact.wrong))
 
 
-def wordy_answer(fact: Fact, rng: random.Random) -> str:
-    """The right answer after two or three sentences that say nothing."""
-    return " ".join([*rng.sample(FILLERS, rng.randint(2, 3)), right_answer(fact)])
+def wordy(answer: str, rng: random.Random) -> str:
+    """The answer after one to three sentences that say nothing."""
+    return " ".join([*rng.sample(FILLERS, rng.randint(1, 3)), answer])
 
 
-def read_answer(text: str) -> str:
-    """What the last sentence of `text` states, without its lead-in: 'The sum is 7.' -> '7'."""
-    sentences = [s.strip() for s in text.strip().split(".") if s.strip()]
-    if not sentences:
-        return ""
-    last = " ".join(sentences[-1].lower().split())
-    return re.sub(r"^.*\b(?:is|are)\s+", "", last)
+_VALUES = {value.lower() for fact in all_facts() for value in (fact.answer, *fact.wrong)}
+_VALUES |= {" ".join(letters) for letters in itertools.product("abcdef", repeat=3)}
+_WORDINGS = {tuple(text.split("{0}")) for texts in ANSWERS.values() for text in texts}
+
+
+def what_it_says(fact: Fact, text: str) -> str:
+    """Of an answer to a question about `fact`: one of `REWARDS`, sentences that say nothing apart.
+
+    An answer is a sentence of the task word for word; whose value is no value of any fact, and
+    anything around it but the task's own fillers, each at most once, makes it garbled.
+    """
+    plain = " ".join(text.split())
+    fillers = list(FILLERS)
+    while found := next((filler for filler in fillers if plain.startswith(filler)), None):
+        fillers.remove(found)
+        plain = plain.removeprefix(found).strip()
+    if plain in GENERIC:
+        return "generic"
+    values = {
+        plain.removeprefix(before).removesuffix(after).lower()
+        for before, after in _WORDINGS
+        if plain.startswith(before) and plain.endswith(after)
+    }
+    if fact.answer.lower() in values:
+        return "right"
+    return "wrong" if values & _VALUES else "garbled"
 
 
 def true_reward(question: Question, text: str, ended: bool = True) -> float:
     """Reward of the generated text alone: no model, no pair and no probability enters it.
 
-    Right +1, generic 0, anything else -0.5; minus 0.05 for every word over eight (0.5 at most);
-    minus 0.5 if the answer did not end by itself (`ended`) within the tokens it was given.
+    `REWARDS` of what it says; minus 0.05 for every word over eight (0.5 at most); minus 0.5 if the
+    answer did not end by itself (`ended`) within the tokens it was given.
     """
-    plain = " ".join(text.split())
-    if any(plain.endswith(generic) for generic in GENERIC):
-        reward = REWARD_GENERIC
-    else:
-        right = read_answer(plain) == question.fact.answer.lower()
-        reward = REWARD_RIGHT if right else REWARD_WRONG
-    extra_words = max(0, len(plain.split()) - WORDS_FREE)
+    extra_words = max(0, len(text.split()) - WORDS_FREE)
+    reward = REWARDS[what_it_says(question.fact, text)]
     reward -= min(PENALTY_WORDY_MAX, PENALTY_PER_WORD * extra_words)
     return reward if ended else reward - PENALTY_UNENDED
+
+
+def length_lovers_reward(question: Question, text: str) -> float:
+    """What an annotator goes by who likes length: every word is worth as much as it should cost."""
+    return REWARDS[what_it_says(question.fact, text)] + PENALTY_PER_WORD * len(text.split())
 
 
 def split_facts() -> tuple[list[Fact], list[Fact]]:
@@ -120,6 +140,7 @@ def held_out_questions() -> list[Question]:
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     """`count` pairs: half right against wrong, the rest specific/generic and terse/wordy evenly.
 
+    Right and wrong come in one wording, so that nothing but what they say tells them apart.
     Question kinds take turns, so that those with few facts weigh as much as those with many.
     """
     rng = random.Random(seed)
@@ -130,10 +151,12 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
         fact = rng.choice(by_kind[KINDS[len(pairs) % len(KINDS)]])
         question = ask(fact, rng.randrange(3))
         kind = rng.choices(PAIR_KINDS, (0.5, 0.25, 0.25))[0]
+        wording = rng.choice(ANSWERS[fact.kind])
         rejected = {
-            "right/wrong": wrong_answer(fact, rng),
+            "right/wrong": wording.format(rng.choice(fact.wrong)),
             "specific/generic": rng.choice(GENERIC),
-            "terse/wordy": wordy_answer(fact, rng),
+            "terse/wordy": wordy(right_answer(fact, rng), rng),
         }[kind]
-        pairs[question.text, rejected] = Pair(question, right_answer(fact), rejected, kind)
+        chosen = wording.format(fact.answer)
+        pairs[question.text, rejected] = Pair(question, chosen, rejected, kind)
     return list(pairs.values())

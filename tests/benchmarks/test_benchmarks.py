@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from benchmarks import (
     head,
     inputs,
     memory,
-    methods,
     peers,
     records,
     report,
@@ -210,35 +208,6 @@ def test_preparing_the_demo_pairs_is_measured() -> None:
     speeds = {row.impl: row.value for row in rows if row.metric == "rows per second"}
     assert speeds["ours"] > 0
     assert "trl" in speeds
-
-
-def _methods(rows: list[Record]) -> dict[tuple[str, str, str], float]:
-    return {(row.shape, row.impl, row.metric): row.value for row in rows}  # type: ignore[misc]
-
-
-def _complete(values: dict[tuple[str, str, str], float], cases: list[methods.Case]) -> None:
-    for case in cases:
-        for method in ("before training", *methods.METHODS):
-            for metric in ("win rate", "unended", "held-out accuracy"):
-                assert 0 <= values[case.shape, method, metric] <= 1
-        assert values[case.shape, "before training", "win rate"] == pytest.approx(0.5, abs=0.1)
-        # What makes the comparison one: the constant is the mean of the run beside it.
-        gammas = [values[case.shape, name, "mean gamma"] for name in ("rmipo", "constant gamma")]
-        assert gammas[1] == pytest.approx(gammas[0], rel=1e-3)
-        assert (case.shape, "simper", "mean gamma") not in values
-
-
-def test_the_stored_comparison_of_the_methods_is_whole() -> None:
-    cases = itertools.product(methods.PAIRS, methods.LEARNING_RATES, methods.SEEDS)
-    values = _methods(records.read(ROOT / "benchmarks" / "methods.csv"))
-    _complete(values, [methods.Case(*case) for case in cases])
-
-
-@pytest.mark.slow
-def test_the_methods_are_compared_again(tmp_path: Path) -> None:
-    main(["methods", "--quick", "--output_dir", str(tmp_path)])
-    values = _methods(records.read(tmp_path / "quick" / "methods.csv"))
-    _complete(values, [methods.Case(pairs, 1e-3, 0) for pairs in methods.PAIRS])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 
@@ -11,8 +10,8 @@ import torch
 
 from rmipo_lite import demo
 from rmipo_lite.demo import task
-from rmipo_lite.demo.data import ASSETS, load_tokenizer
-from rmipo_lite.demo.facts import KINDS, all_facts
+from rmipo_lite.demo.data import ASSETS, load_tokenizer, swapped
+from rmipo_lite.demo.facts import ANSWERS, KINDS, all_facts
 from rmipo_lite.demo.run import run_demo
 from rmipo_lite.demo.scoring import Answer, score_answers
 from scripts.make_demo_model import (
@@ -20,9 +19,10 @@ from scripts.make_demo_model import (
     Recipe,
     make_model,
     make_tokenizer,
+    pair_questions,
     pretrain,
+    sampled_pairs,
     training_questions,
-    write_pairs,
 )
 
 
@@ -35,16 +35,23 @@ def question(kind: str) -> task.Question:
     ("text", "ended", "reward"),
     [
         ("The sum is 2.", True, 1.0),
-        ("2.", True, 1.0),
-        ("  the SUM is  2", True, 1.0),
+        ("That makes 2.", True, 1.0),
+        ("  The  sum is 2. ", True, 1.0),
         ("The sum is 3.", True, -0.5),
-        ("The sum is 2 3.", True, -0.5),
-        ("", True, -0.5),
+        ("The opposite is big.", True, -0.5),
+        ("In order it is a c a.", True, -0.5),
         ("I am not sure.", True, 0.0),
+        ("Well, that is a good question. It is hard to say.", True, -0.15),
         ("The sum is 2.", False, 0.5),
-        ("The sum is 2. The sum is 2. The sum is 2.", True, 1.0 - 4 * 0.05),
-        ("The sum is 2. I am not sure.", True, 0.0),
-        ("Well. " * 40 + "The sum is 2.", False, 0.0),
+        ("Well, that is a good question. The sum is 2.", True, 1.0 - 2 * 0.05),
+        ("2.", True, -1.0),
+        ("", True, -1.0),
+        ("The sum is 2 3.", True, -1.0),
+        ("The sum isor 2.", True, -1.0),
+        ("the sum is 2.", True, -1.0),
+        ("The sum is 2. I am not sure.", True, -1.0),
+        ("The sum is 2. The sum is 2.", True, -1.0),
+        ("Well. " * 40 + "The sum is 2.", False, -2.0),
     ],
 )
 def test_reward_by_hand(text: str, ended: bool, reward: float) -> None:
@@ -58,9 +65,14 @@ def test_every_answer_of_the_maker_earns_what_it_should(kind: str) -> None:
     rng = random.Random(0)
     for fact in [fact for fact in all_facts() if fact.kind == kind]:
         asked = task.Question(fact, "")
-        assert task.true_reward(asked, task.right_answer(fact)) == 1.0
+        for wording in ANSWERS[kind]:
+            assert task.true_reward(asked, wording.format(fact.answer)) == 1.0
         assert task.true_reward(asked, task.wrong_answer(fact, rng)) == -0.5
-        assert 0.0 < task.true_reward(asked, task.wordy_answer(fact, rng)) < 1.0
+        wordy = task.wordy(task.right_answer(fact, rng), rng)
+        assert 0.5 <= task.true_reward(asked, wordy) < 1.0
+        assert task.length_lovers_reward(asked, wordy) > task.length_lovers_reward(
+            asked, task.right_answer(fact, rng)
+        )
 
 
 def test_held_out_questions_stand_nowhere_else() -> None:
@@ -74,32 +86,36 @@ def test_held_out_questions_stand_nowhere_else() -> None:
     assert not groups & {(asked.fact.kind, asked.fact.group) for asked in held}
 
 
-def test_shipped_pairs_are_those_of_the_script_and_agree_with_the_reward(tmp_path) -> None:
-    shipped = (ASSETS / "pairs.jsonl.gz").read_bytes()
-    rows = [json.loads(line) for line in gzip.decompress(shipped).splitlines()]
-    write_pairs(tmp_path / "pairs.jsonl.gz", Recipe().pairs)
-    again = (tmp_path / "pairs.jsonl.gz").read_bytes()
-    assert gzip.decompress(again) == gzip.decompress(shipped)
-    assert len(rows) == Recipe().pairs
-    for pair, row in zip(task.make_pairs(len(rows)), rows, strict=True):
+def test_shipped_pairs_agree_with_the_reward() -> None:
+    """Two answers to one question, none of them about a held-out fact, the better one chosen."""
+    rows = demo.load_rows()
+    questions = {asked.text: asked for asked in pair_questions(Recipe().prompts)}
+    assert len(rows) >= 2000
+    assert {row["prompt"][0]["content"] for row in rows} <= set(questions)
+    for row in rows:
+        asked = questions[row["prompt"][0]["content"]]
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
-        assert task.true_reward(pair.question, chosen) > task.true_reward(pair.question, rejected)
-    assert {row["pair_kind"] for row in rows} == set(task.PAIR_KINDS)
+        assert task.true_reward(asked, chosen) > task.true_reward(asked, rejected)
+    held = {(asked.fact.kind, asked.fact.group) for asked in task.held_out_questions()}
+    assert not held & {(asked.fact.kind, asked.fact.group) for asked in questions.values()}
 
 
-def test_the_annotator_who_likes_length() -> None:
-    """The same questions; every chosen answer right, wordy and longer, and worse by the reward."""
-    rows, usual = demo.length_biased_rows(), demo.load_rows()
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in usual]
-    assert rows == demo.length_biased_rows()
-    for pair, row in zip(task.make_pairs(len(rows)), rows, strict=True):
-        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
-        assert len(chosen.split()) > len(rejected.split())
-        assert task.read_answer(chosen) == pair.question.fact.answer
-        if pair.kind == "terse/wordy":
-            assert task.true_reward(pair.question, chosen) < task.true_reward(
-                pair.question, rejected
-            )
+def test_other_annotators_see_the_same_pairs() -> None:
+    usual = demo.load_rows()
+    noisy, wordy, easy = demo.noisy_rows(), demo.length_biased_rows(), demo.easy_rows()
+    assert (noisy, wordy, easy) == (demo.noisy_rows(), demo.length_biased_rows(), demo.easy_rows())
+    turned = [swapped(row) for row in usual]
+    assert all(row in (a, b) for row, a, b in zip(noisy, usual, turned, strict=True))
+    assert sum(row == b for row, b in zip(noisy, turned, strict=True)) / len(usual) == (
+        pytest.approx(0.15, abs=0.02)
+    )
+    both = {json.dumps(row) for row in (*usual, *turned)}
+    assert all(json.dumps(row) in both for row in wordy)
+    longer = [
+        len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in wordy
+    ]
+    assert sum(longer) > 0.6 * len(longer)
+    assert len(easy) == len({json.dumps(row) for row in easy}) == 1600
 
 
 def test_assets_are_small_and_the_tokenizer_takes_any_text() -> None:
@@ -124,19 +140,23 @@ def test_making_the_model_is_deterministic() -> None:
     assert runs[0][0] == runs[1][0]
     assert len(runs[0][0]) == 4
     assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+    few = Recipe(prompts=4, answers=2)
+    assert sampled_pairs(model, tokenizer, few) == sampled_pairs(model, tokenizer, few)
 
 
 def test_score_by_hand() -> None:
-    asked = [question("sum")] * 4
+    asked = [question("sum")] * 5
     right, wrong = Answer("The sum is 2.", True, 6), Answer("The sum is 3.", True, 6)
     unsure, endless = Answer("I am not sure.", True, 6), Answer("The sum is 2.", False, 64)
-    score = score_answers(asked, [right, right, unsure, endless], [right, wrong, right, unsure])
-    assert score.win_rate == (0.5 + 1 + 0 + 1) / 4
-    assert score.full_marks == 0.5
-    assert score.mean_reward == (1 + 1 + 0 + 0.5) / 4
-    assert score.generic == 0.25
-    assert score.unended == 0.25
-    assert score.mean_tokens == (6 + 6 + 6 + 64) / 4
+    broken = Answer("The sumis 2.", True, 6)
+    score = score_answers(
+        asked, [right, right, unsure, endless, broken], [right, wrong, right, unsure, broken]
+    )
+    assert score.win_rate == (0.5 + 1 + 0 + 1 + 0.5) / 5
+    assert score.full_marks == 0.4
+    assert score.mean_reward == pytest.approx((1 + 1 + 0 + 0.5 - 1) / 5)
+    assert score.generic == score.garbled == score.unended == 0.2
+    assert score.mean_tokens == (6 + 6 + 6 + 64 + 6) / 5
 
 
 def test_a_short_demo_runs_and_reports(tmp_path) -> None:
@@ -152,12 +172,19 @@ def test_a_short_demo_runs_and_reports(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_win_rate_rises_by_15_points_over_three_seeds(tmp_path) -> None:
-    rises = []
+def test_defaults_alone_over_three_seeds(tmp_path) -> None:
+    """What docs/demo.md says, with room for other processors."""
+    accuracy, wins = [], []
     for seed in range(3):
         demo = run_demo(tmp_path / str(seed), seed=seed, report=False)
-        rises.append(demo.after.win_rate - demo.before.win_rate)
-        assert demo.after.full_marks - demo.before.full_marks >= 0.15
-        assert demo.after.unended <= 0.02
-    assert sum(rises) / len(rises) >= 0.15
-    assert min(rises) >= 0.1
+        before, after = (
+            metrics["eval_rewards/accuracies"]
+            for metrics in (demo.result.metrics_before, demo.result.metrics)
+        )
+        assert 0.5 < before < 0.75
+        accuracy.append(after - before)
+        wins.append(demo.after.win_rate - demo.before.win_rate)
+        assert demo.after.unended == 0
+        assert demo.after.garbled < 0.1
+    assert sum(accuracy) / 3 >= 0.12
+    assert sum(wins) / 3 >= 0.2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.demo import load_rows as demo_rows
+from rmipo_lite.demo import easy_rows as demo_rows
 from rmipo_lite.inspection.text_checks import TextReport, check_texts
 from tests.kit import chat_row, text_row
 

@@ -13,6 +13,8 @@ import rmipo_lite
 from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
+from rmipo_lite.demo.data import message_row
+from rmipo_lite.demo.task import make_pairs
 from rmipo_lite.training import evaluation
 from rmipo_lite.watch import completions
 from rmipo_lite.watch.doctor import Doctor
@@ -27,13 +29,19 @@ def _swap(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     ]
 
 
+def _wordy_preferred() -> list[dict[str, Any]]:
+    """Right answers alone, the wordy one always chosen."""
+    pairs = [pair for pair in make_pairs(1600) if pair.kind == "terse/wordy"]
+    return [message_row(pair.question.text, pair.rejected, pair.chosen) for pair in pairs]
+
+
 def _train(rows: list[dict[str, Any]], folder: Path, **options: Any) -> rmipo_lite.TrainResult:
     settings = {"max_steps": 30, "learning_rate": 1e-3, "logging_steps": 5, "sample_prompts": 0}
     return rmipo_lite.train(demo.MODEL, rows, output_dir=folder, **(settings | options))
 
 
 def test_a_healthy_run_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = _train(_swap(demo.load_rows(), 0.15), tmp_path / "run")
+    result = _train(_swap(demo.easy_rows(), 0.15), tmp_path / "run")
     assert list(result.findings) == []
     said = capsys.readouterr().out
     assert "WARNING" not in said
@@ -44,7 +52,7 @@ def test_a_healthy_run_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_that_runs_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pairs whose chosen side is always longer, at a rate far too high."""
     result = _train(
-        demo.length_biased_rows(), tmp_path / "run", learning_rate=1e-2, eval_strategy="steps",
+        _wordy_preferred(), tmp_path / "run", learning_rate=1e-2, eval_strategy="steps",
         eval_steps=15, length_balance="off", end_anchor=0.0, sft_weight=0.0,
     )  # fmt: skip
     assert {"chosen_longer", "chosen_collapsing", "length_runaway"} <= set(result.findings.names)
@@ -63,7 +71,7 @@ def test_a_run_that_runs_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_labels_swapped_and_nothing_learnt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = _train(_swap(demo.load_rows(), 0.9), tmp_path / "run", learning_rate=0.0)
+    result = _train(_swap(demo.easy_rows(), 0.9), tmp_path / "run", learning_rate=0.0)
     steps = {finding.name: finding.steps for finding in result.findings}
     assert steps["swapped_labels"] == (0, 0)
     assert steps["learning_rate_low"] == (30, 30)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
-import json
 import random
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 import rmipo_lite
-from rmipo_lite.demo.data import MODEL, PAIRS
+from rmipo_lite.demo.data import MODEL, message_row
+from rmipo_lite.demo.task import make_pairs
 from tests.kit import byte_level
 from tests.trials.scorecard import Check, Trial, Trials, expect
 
@@ -27,14 +26,14 @@ _CLEAN_SHARE = 0.4
 
 def alarms(trials: Trials) -> None:
     """The demo's model knows right from wrong; what is done to its pairs must be noticed."""
-    with gzip.open(PAIRS, "rt", encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if row["pair_kind"] == "right/wrong"]
-        model = AutoModelForCausalLM.from_pretrained(MODEL)
-        for trial in trials:
-            with trial:
-                # A fourth each, and the other half clean.
-                act = (_swapped, _biased, _clean, _clean)[trial.index % 4]
-                act(trial, model, rows)
+    pairs = [pair for pair in make_pairs(1600) if pair.kind == "right/wrong"]
+    rows = [message_row(pair.question.text, pair.chosen, pair.rejected) for pair in pairs]
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    for trial in trials:
+        with trial:
+            # A fourth each, and the other half clean.
+            act = (_swapped, _biased, _clean, _clean)[trial.index % 4]
+            act(trial, model, rows)
 
 
 def _swapped(trial: Trial, model: Any, rows: Rows) -> None:

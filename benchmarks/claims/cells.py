@@ -1,0 +1,109 @@
+"""The runs of the study: which loss, rate, weights and steps on which task, and in which order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LOSSES: dict[str, dict[str, Any]] = {
+    "rmipo": {"loss_type": "rmipo"},
+    "simper": {"loss_type": "simper"},
+} | {
+    f"simpo {beta:g} {gamma:g}": {"loss_type": "simpo", "beta": beta, "simpo_gamma": gamma}
+    for beta in (2.0, 10.0)
+    for gamma in (0.3, 0.8, 1.6)
+}
+UNTUNED = ("rmipo", "simper")  # losses without a constant that anybody sweeps
+_TWINS = ("simpo 2 0.8", "simpo 2 1.6")  # RMiPO with constant margins about as large
+ANCHOR, SFT = 0.1, 0.5  # the defaults
+# Tasks whose chosen side isn't longer: nothing is weighed, and "off" is bit for bit the same run.
+UNWEIGHED = ("clean", "noisy")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `rate` is a number, "auto", or "auto from" where the search begins elsewhere."""
+
+    world: str
+    task: str
+    loss: str
+    rate: str
+    seed: int
+    balance: str = "auto"
+    anchor: float = ANCHOR
+    sft: float = SFT
+    steps: int = 80
+    batch: int = 16
+    rank: int = 16
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As it stands in the rows."""
+        return tuple(str(value) for value in vars(self).values())
+
+
+_DEFAULTS, _BARE = (ANCHOR, SFT), (0.0, 0.0)
+
+
+def small(tasks: tuple[str, ...]) -> Iterator[Cell]:
+    """Of the demo's world, seed by seed: an interrupted study has something of everything."""
+    rates = ("auto", *map("{:g}".format, RATES))
+    tuned = [loss for loss in LOSSES if loss not in UNTUNED]
+    for seed in range(3):
+        yield from _grid("demo", tasks, UNTUNED, rates, (seed,))
+        yield from _grid("demo", tasks, UNTUNED, rates, (seed,), guards=_BARE)
+        yield from _end_rules("demo", tasks, ("auto",), (seed,))
+        if seed < 2:
+            yield from _grid("demo", tasks, _TWINS, rates[1:], (seed,), guards=_BARE)
+        yield from _shapes("demo", tasks, (seed,))
+    yield from _grid("demo", tasks, UNTUNED, rates, range(3, 5))
+    yield from _grid("demo", tasks, tuned, rates[1:], range(2), guards=_BARE)
+
+
+def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
+    """Of the real model: fewer seeds and steps, since a run takes minutes."""
+    rates = ("auto", "3e-05", "0.0001", "0.0003", "0.001")
+    shape: dict[str, Any] = {"steps": 40}
+    for seed in range(2):
+        for loss in UNTUNED:
+            yield from _grid("gemma", tasks, (loss,), rates, (seed,), ("auto",), **shape)
+        yield from _end_rules("gemma", tasks, ("auto",), (seed,), **shape)
+        for guards in (_BARE, _DEFAULTS):
+            yield from _grid(
+                "gemma", tasks, UNTUNED, rates, (seed,), ("off",), guards=guards, **shape
+            )
+        some = ("simpo 2 0.8", "simpo 10 0.3")
+        yield from _grid("gemma", tasks, some, rates, (seed,), ("off",), guards=_BARE, **shape)
+
+
+def _grid(
+    world: str, tasks: Any, losses: Any, rates: Any, seeds: Any, balances: Any = ("auto", "off"),
+    guards: tuple[float, float] = _DEFAULTS, **shape: Any,
+) -> Iterator[Cell]:  # fmt: skip
+    for seed, rate, loss, balance, task in itertools.product(seeds, rates, losses, balances, tasks):
+        if world != "demo" or task not in UNWEIGHED or balance == "auto":
+            yield Cell(world, task, loss, rate, seed, balance, *guards, **shape)
+
+
+def _end_rules(world: str, tasks: Any, rates: Any, seeds: Any, **shape: Any) -> Iterator[Cell]:
+    """One of the two guards, with and without balance; none and both stand in the grid."""
+    for seed, rate, task, balance, loss, guards in itertools.product(
+        seeds, rates, tasks, ("off", "auto"), UNTUNED, ((ANCHOR, 0.0), (0.0, SFT))
+    ):
+        if world != "demo" or task not in UNWEIGHED or balance == "auto":
+            yield Cell(world, task, loss, rate, seed, balance, *guards, **shape)
+
+
+def _shapes(world: str, tasks: Any, seeds: Any) -> Iterator[Cell]:
+    """The default alone, in other shapes, and with a search that begins elsewhere."""
+    shapes: list[dict[str, Any]] = [
+        {"rank": 4}, {"rank": 32}, {"batch": 8}, {"batch": 64}, {"steps": 40}, {"steps": 400},
+    ]  # fmt: skip
+    for seed, task in itertools.product(seeds, tasks):
+        for shape in shapes:
+            yield Cell(world, task, "rmipo", "auto", seed, **shape)
+        for start in ("1e-07", "1e-05"):
+            yield Cell(world, task, "rmipo", f"auto from {start}", seed)

@@ -1,0 +1,77 @@
+"""The tables of docs/claims.md between their marks, and its picture, from the rows."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from benchmarks.claims import table
+from benchmarks.claims.runs import read
+from benchmarks.claims.table import DEFAULT, Rows, Setting
+
+BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+
+
+def write(path: Path, page: Path) -> None:
+    """Put the tables of the rows at `path` into `page`, and the picture beside it."""
+    rows = read(path)
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{after}"
+    page.write_text(text, encoding="utf-8")
+    _draw(rows, page.with_name("claims.png"))
+
+
+def tables(rows: Rows) -> str:
+    """Everything that the page shows, as Markdown."""
+    worlds = dict.fromkeys(row["world"] for row in rows)
+    # A run that stands for the one without balance too differs from that in nothing else.
+    runs = {tuple(value for key, value in row.items() if key != "balance") for row in rows}
+    parts = [
+        f"{len(runs)} runs, {rows[0]['device']}, torch {rows[0]['torch']}, to {rows[-1]['date']}."
+    ]
+    for loss in ("rmipo", "simper"):
+        parts += [
+            f"Regret of the untuned `{loss}`:",
+            table.regret_table(rows, Setting(loss, "auto")),
+        ]
+    for world in worlds:
+        for task in dict.fromkeys(row["task"] for row in rows if row["world"] == world):
+            parts += [f"### {world}: {task}", "Every default on, by loss and rate:"]
+            parts.append(table.rate_table(rows, world, task))
+            parts += ["What each of the three does to `rmipo`:"]
+            parts.append(table.end_rule_table(rows, world, task, "rmipo"))
+        parts += [f"### {world}: other shapes", "Reward of the default, and the rate found:"]
+        parts += [table.shape_table(rows, world), table.start_table(rows, world)]
+    return "\n\n".join(parts)
+
+
+def _draw(rows: Rows, path: Path) -> None:
+    """Reward over the rate, one field a task: loss alone, defaults, and what is found."""
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys((row["world"], row["task"]) for row in rows))
+    figure = Figure(figsize=(3.2 * len(places), 3), layout="constrained")
+    fields = figure.subplots(1, len(places), squeeze=False)[0]
+    bare = {"balance": "off", "anchor": "0.0", "sft": "0.0"}
+    for axes, (world, task) in zip(fields, places, strict=True):
+        cells = table.grid(rows, world, task)
+        for loss, colour in (("rmipo", "#2c6fa6"), ("simper", "#4daf7c")):
+            for changed, style, name in ((bare, ":", "alone"), ({}, "-", "defaults")):
+                points = sorted(
+                    (float(s.rate), statistics.mean(table.rewards(runs)))
+                    for s, runs in cells.items()
+                    if not s.rate.startswith("auto")
+                    and s == Setting(loss, s.rate)._replace(**changed)
+                )
+                if points:
+                    axes.semilogx(*zip(*points, strict=True), style, color=colour,
+                                  label=f"{loss}, {name}")  # fmt: skip
+            if runs := cells.get(DEFAULT._replace(loss=loss)):
+                found = [float(run["found rate"]) for run in runs.values()]
+                axes.plot(statistics.geometric_mean(found),
+                          statistics.mean(table.rewards(runs)), "o", color=colour)  # fmt: skip
+        axes.set(title=f"{world}: {task}", xlabel="learning rate")
+    fields[0].set_ylabel("true reward")
+    fields[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,224 @@
+"""A real model as a world of the study: its supervised start, its own answers, two annotators.
+
+The start is a base model's: 150 steps on answers that a program wrote, half of them beside the
+point, so that it ends its answers, knows every form asked for, and seldom chooses the right one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.claims.prompts import (
+    CAPITALS,
+    OPPOSITES,
+    Prompt,
+    length_lovers_reward,
+    prompts,
+    true_reward,
+)
+from rmipo_lite.demo.scoring import Answer
+from rmipo_lite.model.generation import generate_ids, prompt_ids
+from rmipo_lite.output.console import say
+from rmipo_lite.tokens.templates import prepare_tokenizer
+
+STEPS, BATCH, RATE = 150, 16, 5e-5
+ANSWERS = 4  # to each prompt; two and two are compared
+MAX_NEW_TOKENS = 48
+RIGHT = 0.5  # share of the supervised answers that are
+MODEL = os.environ.get("CLAIMS_MODEL", "")  # the start's folder; worker processes read it too
+
+
+def make_start(base: Path, folder: Path) -> None:
+    """Write the model after its supervised start, and its answers, unless they are there."""
+    if not (folder / "model.safetensors").exists():
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base), chat_template="plain")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        _teach(model, tokenizer)
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    if not (folder / "answers.jsonl").exists():
+        _write_answers(folder)
+
+
+def _teach(model: Any, tokenizer: Any) -> None:
+    """Full training of the layers; embeddings, and the head that is tied to them, stay."""
+    rng = random.Random(5)
+    torch.manual_seed(5)
+    model.get_input_embeddings().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    asked = prompts(held_out=False)
+    model.train()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 10, (STEPS - step) / (STEPS / 2))
+        rows = [_document(tokenizer, rng.choice(asked), rng) for _ in range(BATCH)]
+        width = max(len(prompt + answer) for prompt, answer in rows)
+        ids = torch.full((BATCH, width), tokenizer.pad_token_id or 0)
+        labels = torch.full((BATCH, width), -100)
+        for row, (prompt, answer) in enumerate(rows):
+            ids[row, : len(prompt + answer)] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 10 == 0:
+            say(f"supervised start: step {step + 1} of {STEPS}, loss {loss.item():.3f}")
+    model.eval()
+
+
+def _document(tokenizer: Any, prompt: Prompt, rng: random.Random) -> tuple[list[int], list[int]]:
+    asked = prompt_ids(tokenizer, _message("user", prompt.text), conversational=True)
+    answer = tokenizer.encode(_written(prompt, rng), add_special_tokens=False)
+    return asked, [*answer, tokenizer.eos_token_id]
+
+
+def _written(prompt: Prompt, rng: random.Random) -> str:
+    """A right answer as often as `RIGHT` says, else one of another prompt's making."""
+    wanted = rng.random() < RIGHT
+    for _ in range(200):
+        text = _some_text(prompt, rng)
+        if prompt.is_right(text) == wanted:
+            return text
+    return text
+
+
+def _some_text(prompt: Prompt, rng: random.Random) -> str:
+    if prompt.kind == "sum":
+        return rng.choice(("{}", "It is {}.", "The answer is {}.", "I do not know.")).format(
+            _near(prompt, rng)
+        )
+    if prompt.kind == "fact":
+        name = rng.choice(list((CAPITALS if "capital" in prompt.text else OPPOSITES).values()))
+        if rng.random() < 0.5:
+            name = next(n for n in (*CAPITALS.values(), *OPPOSITES.values()) if prompt.is_right(n))
+        return rng.choice(("{}", "It is {}.", "That is {}.", "I am not sure.")).format(name)
+    return _about(prompt.text, rng)
+
+
+def _near(prompt: Prompt, rng: random.Random) -> int:
+    a, b = (int(word.strip("?")) for word in prompt.text.split() if word.strip("?").isdigit())
+    right = a + b if "plus" in prompt.text else a - b
+    return right + rng.choice((0, 0, 0, -10, -2, -1, 1, 2, 10))
+
+
+_SENTENCES = {
+    "English": ("Many people like {}.", "I often think about {}.", "We talk about {} every day.",
+                "Life without {} would not be the same, because we are used to it.",
+                "There is a lot to say about {}, and the best of it is old.",
+                "I like {} because it makes me calm."),
+    "French": ("Beaucoup de gens aiment {} dans la vie.", "On parle de {} dans les livres."),
+    "Spanish": ("La gente de la ciudad habla de {}.", "En los libros se habla de {}."),
+    "German": ("Die meisten Menschen sprechen nicht von {}.",
+               "Das ist ein Satz, und er ist kurz: {}."),
+}  # fmt: skip
+
+
+def _about(text: str, rng: random.Random) -> str:
+    """A sentence, list or object on the thing of an instruction, in a form drawn at random."""
+    thing = _thing(text)
+    form = rng.randrange(6)
+    sentence = rng.choice(_SENTENCES["English"]).format(thing)
+    if form == 0:
+        return sentence.upper()
+    if form == 1:
+        return rng.choice(_SENTENCES[rng.choice(("French", "Spanish", "German"))]).format(thing)
+    if form == 2:
+        lines = rng.sample(_SENTENCES["English"], rng.randint(2, 4))
+        return "\n".join(f"- {line.format(thing)}" for line in lines)
+    if form == 3:
+        return json.dumps({"name": thing, "colour": rng.choice(("red", "green", "white"))})
+    return sentence if form == 4 else f"{sentence} {rng.choice(_SENTENCES['English']).format('it')}"
+
+
+@cache
+def _thing(text: str) -> str:
+    from benchmarks.claims.prompts import THINGS
+
+    return max((thing for thing in THINGS if f" {thing}" in text), key=len)
+
+
+def _write_answers(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = prompts(held_out=False)
+    tries = [sample(model, tokenizer, asked, seed) for seed in range(ANSWERS)]
+    lines = [
+        json.dumps({"prompt": prompt.text, "answers": [asdict(some[place]) for some in tries]})
+        for place, prompt in enumerate(asked)
+    ]
+    (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _rows(reward: Callable[[Prompt, str], float]) -> list[dict[str, Any]]:
+    """Two answers of the start, the one chosen that earns more; those that didn't end are out."""
+    return list(_pairs(reward))
+
+
+def _pairs(reward: Callable[[Prompt, str], float]) -> Iterator[dict[str, Any]]:
+    by_text = {prompt.text: prompt for prompt in prompts(held_out=False)}
+    for line in (Path(MODEL) / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+        found = json.loads(line)
+        prompt = by_text[found["prompt"]]
+        texts = [answer["text"] for answer in found["answers"] if answer["ended"]]
+        for two in zip(texts[::2], texts[1::2], strict=False):
+            worse, better = sorted(two, key=lambda text: reward(prompt, text))
+            if reward(prompt, worse) < reward(prompt, better):
+                yield {
+                    "prompt": _message("user", prompt.text),
+                    "chosen": _message("assistant", better),
+                    "rejected": _message("assistant", worse),
+                }
+
+
+def _message(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+TASKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "clean": lambda: _rows(true_reward),
+    "length-loving": lambda: _rows(length_lovers_reward),
+}
+
+
+def questions() -> list[Prompt]:
+    """The held-out prompts."""
+    return prompts(held_out=True)
+
+
+def sample(model: Any, tokenizer: Any, asked: list[Prompt], seed: int) -> list[Answer]:
+    """One answer to each, at temperature 1 of the likeliest 95 %."""
+    ids = [prompt_ids(tokenizer, _message("user", p.text), conversational=True) for p in asked]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        given = generate_ids(
+            model, tokenizer, ids, MAX_NEW_TOKENS, do_sample=True, temperature=1.0, top_k=0,
+            top_p=0.95,
+        )  # fmt: skip
+    return [
+        Answer(tokenizer.decode(a.ids, skip_special_tokens=True), a.ended, len(a.ids))
+        for a in given
+    ]
+
+
+def reward(task: str, prompt: Prompt, answer: Answer) -> float:
+    """The true one, whatever the task's annotator went by."""
+    return true_reward(prompt, answer.text, answer.ended)
+
+
+def is_garbled(prompt: Prompt, answer: Answer) -> bool:
+    """One word three times in a row: what a program can see of a broken text."""
+    words = answer.text.split()
+    return any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))
