@@ -183,7 +183,9 @@ def test_default_folders_are_named_after_the_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = [
-        rmipo_lite.train(str(MODEL), _rows(), tokenizer=tokenizer, max_steps=1).output_dir.name
+        rmipo_lite.train(
+            str(MODEL), _rows(), tokenizer=tokenizer, max_steps=1, learning_rate=1e-3
+        ).output_dir.name
         for _ in range(2)
     ]
     assert names == ["rmipo-model_sft", "rmipo-model_sft-2"]
