@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.claims import table
-from benchmarks.claims.runs import read
+from benchmarks.claims.runs import read, with_twins
 from benchmarks.claims.table import DEFAULT, Rows, Setting
 
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
@@ -14,7 +14,7 @@ BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 
 def write(path: Path, page: Path) -> None:
     """Put the tables of the rows at `path` into `page`, and the picture beside it."""
-    rows = read(path)
+    rows = with_twins(read(path))
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     text = f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{after}"

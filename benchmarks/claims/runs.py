@@ -44,9 +44,10 @@ def run_all(
     path: Path, cells: Iterable[Cell], world: ModuleType, workers: int = 0
 ) -> Iterator[str]:
     """Make every run that has no row yet; yields a line for people after each."""
-    there = {tuple(row[key] for key in KEYS) for row in read(path)}
+    rows = read(path)
+    there = {tuple(row[key] for key in KEYS) for row in with_twins(rows)}
     cells = [cell for cell in dict.fromkeys(cells) if cell.key not in there]
-    yield f"{len(there)} rows are there, {len(cells)} runs to make"
+    yield f"{len(rows)} rows are there, {len(cells)} runs to make"
     with ProcessPoolExecutor(
         max_workers=workers or cores(),
         mp_context=multiprocessing.get_context("spawn"),
@@ -64,11 +65,15 @@ def run_all(
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows so far; a run in which nothing was weighed is that without balance too."""
+    """The rows so far."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def with_twins(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A run in which nothing was weighed is that without balance too."""
     there = {tuple(row[key] for key in KEYS) for row in rows}
     twins = [{**row, "balance": "off"} for row in rows if float(row["effective sample"]) == 1.0]
     return rows + [row for row in twins if tuple(row[key] for key in KEYS) not in there]
