@@ -68,7 +68,7 @@ def test_the_quickstart(browser: Any, lab: tuple[Path, str]) -> None:
         run_in_lab(browser, lab, "00_quickstart_colab", page)
         panel = page.locator(".jp-OutputArea-output", has=page.locator("progress"))
         text = panel.inner_text()
-        assert "done: 90 steps in" in text
+        assert "done: 89 steps in" in text
         assert "evaluating" not in text
         for name in ("reward accuracy", "reward margin", "gamma", "PMI gap", "tokens/s", "memory"):
             assert name in text
