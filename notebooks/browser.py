@@ -165,14 +165,12 @@ def write_looks(folder: Path) -> dict[str, Path]:
 
     import rmipo_lite
     from rmipo_lite import demo
+    from rmipo_lite.demo.data import swapped
     from rmipo_lite.output import page, plots
 
     rows = demo.easy_rows()
-    swapped = set(random.Random(1).sample(range(len(rows)), 80))
-    flawed = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i in swapped else row
-        for i, row in enumerate(rows)
-    ]
+    wrong = set(random.Random(1).sample(range(len(rows)), 80))
+    flawed = [swapped(row) if i in wrong else row for i, row in enumerate(rows)]
     look = rmipo_lite.inspect(flawed, demo.MODEL)
     shape = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

@@ -90,11 +90,8 @@ def _grid(
 
 def _end_rules(world: str, tasks: Any, rates: Any, seeds: Any, **shape: Any) -> Iterator[Cell]:
     """One of the two guards, with and without balance; none and both stand in the grid."""
-    for seed, rate, task, balance, loss, guards in itertools.product(
-        seeds, rates, tasks, ("off", "auto"), UNTUNED, ((ANCHOR, 0.0), (0.0, SFT))
-    ):
-        if world != "demo" or task not in UNWEIGHED or balance == "auto":
-            yield Cell(world, task, loss, rate, seed, balance, *guards, **shape)
+    for guards in ((ANCHOR, 0.0), (0.0, SFT)):
+        yield from _grid(world, tasks, UNTUNED, rates, seeds, guards=guards, **shape)
 
 
 def _shapes(world: str, tasks: Any, seeds: Any) -> Iterator[Cell]:

@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.claims.prompts import (
     CAPITALS,
     OPPOSITES,
+    THINGS,
     Prompt,
     length_lovers_reward,
     prompts,
     true_reward,
 )
+from rmipo_lite.demo.data import message_row
 from rmipo_lite.demo.scoring import Answer
 from rmipo_lite.model.generation import generate_ids, prompt_ids
 from rmipo_lite.output.console import say
@@ -80,7 +82,7 @@ def _teach(model: Any, tokenizer: Any) -> None:
 
 
 def _document(tokenizer: Any, prompt: Prompt, rng: random.Random) -> tuple[list[int], list[int]]:
-    asked = prompt_ids(tokenizer, _message("user", prompt.text), conversational=True)
+    asked = prompt_ids(tokenizer, _asked(prompt), conversational=True)
     answer = tokenizer.encode(_written(prompt, rng), add_special_tokens=False)
     return asked, [*answer, tokenizer.eos_token_id]
 
@@ -145,8 +147,6 @@ def _about(text: str, rng: random.Random) -> str:
 
 @cache
 def _thing(text: str) -> str:
-    from benchmarks.claims.prompts import THINGS
-
     return max((thing for thing in THINGS if f" {thing}" in text), key=len)
 
 
@@ -162,12 +162,8 @@ def _write_answers(folder: Path) -> None:
     (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _rows(reward: Callable[[Prompt, str], float]) -> list[dict[str, Any]]:
+def _rows(reward: Callable[[Prompt, str], float]) -> Iterator[dict[str, Any]]:
     """Two answers of the start, the one chosen that earns more; those that didn't end are out."""
-    return list(_pairs(reward))
-
-
-def _pairs(reward: Callable[[Prompt, str], float]) -> Iterator[dict[str, Any]]:
     by_text = {prompt.text: prompt for prompt in prompts(held_out=False)}
     for line in (Path(MODEL) / "answers.jsonl").read_text(encoding="utf-8").splitlines():
         found = json.loads(line)
@@ -176,20 +172,16 @@ def _pairs(reward: Callable[[Prompt, str], float]) -> Iterator[dict[str, Any]]:
         for two in zip(texts[::2], texts[1::2], strict=False):
             worse, better = sorted(two, key=lambda text: reward(prompt, text))
             if reward(prompt, worse) < reward(prompt, better):
-                yield {
-                    "prompt": _message("user", prompt.text),
-                    "chosen": _message("assistant", better),
-                    "rejected": _message("assistant", worse),
-                }
+                yield message_row(prompt.text, better, worse)
 
 
-def _message(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
+def _asked(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt.text}]
 
 
 TASKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "clean": lambda: _rows(true_reward),
-    "length-loving": lambda: _rows(length_lovers_reward),
+    "clean": lambda: list(_rows(true_reward)),
+    "length-loving": lambda: list(_rows(length_lovers_reward)),
 }
 
 
@@ -200,7 +192,7 @@ def questions() -> list[Prompt]:
 
 def sample(model: Any, tokenizer: Any, asked: list[Prompt], seed: int) -> list[Answer]:
     """One answer to each, at temperature 1 of the likeliest 95 %."""
-    ids = [prompt_ids(tokenizer, _message("user", p.text), conversational=True) for p in asked]
+    ids = [prompt_ids(tokenizer, _asked(p), conversational=True) for p in asked]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         given = generate_ids(

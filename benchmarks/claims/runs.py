@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import functools
 import importlib
 import io
@@ -22,7 +23,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.claims.cells import LOSSES, Cell
-from benchmarks.records import Record, device_name
+from benchmarks.records import device_name
 from rmipo_lite import run
 from rmipo_lite.planning.range_test import RangeTest
 from rmipo_lite.system.processes import cores
@@ -134,7 +135,7 @@ def run_cell(cell: Cell, world_name: str) -> dict[str, Any]:
     row = dict(zip(KEYS, cell.key, strict=True)) | numbers
     return row | {
         "device": device_name(), "torch": torch.__version__, "version": __version__,
-        "date": Record("", "", "", "", "", "", 0.0).date,
+        "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 

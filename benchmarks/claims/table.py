@@ -23,6 +23,11 @@ class Setting(NamedTuple):
     anchor: str = str(ANCHOR)
     sft: str = str(SFT)
 
+    @classmethod
+    def of(cls, row: dict[str, str]) -> Setting:
+        """That of a row."""
+        return cls(*(row[name] for name in cls._fields))
+
     def __str__(self) -> str:
         """For people."""
         options = {"balance": self.balance == "off", "anchor": self.anchor == "0.0"}
@@ -53,8 +58,7 @@ def grid(rows: Rows, world: str, task: str) -> dict[Setting, dict[str, dict[str,
     usual = _usual_shape(rows, world)
     for row in rows:
         if (row["world"], row["task"]) == (world, task) and _shape(row) == usual:
-            setting = Setting(*(row[name] for name in Setting._fields))
-            found[setting][row["seed"]] = row
+            found[Setting.of(row)][row["seed"]] = row
     return dict(found)
 
 
@@ -156,8 +160,7 @@ def shape_table(rows: Rows, world: str, loss: str = DEFAULT.loss) -> str:
     usual = _usual_shape(rows, world)
     found: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = defaultdict(dict)
     for row in rows:
-        setting = Setting(*(row[name] for name in Setting._fields))
-        if row["world"] == world and setting == DEFAULT._replace(loss=loss):
+        if row["world"] == world and Setting.of(row) == DEFAULT._replace(loss=loss):
             some = found[_shape(row)].setdefault(row["task"], [])
             some.append((float(row["reward"]), float(row["found rate"])))
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["world"] == world))

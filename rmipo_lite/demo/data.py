@@ -46,10 +46,11 @@ def relabelled(
     rows: list[dict[str, Any]], reward: Callable[[Question, str], float]
 ) -> list[dict[str, Any]]:
     """Rows of the demo as somebody labels them who goes by `reward`; ties are left out."""
-    questions = {ask(fact, i).text: ask(fact, i) for fact in split_facts()[0] for i in range(3)}
+    asked = [ask(fact, phrasing) for fact in split_facts()[0] for phrasing in range(3)]
+    by_text = {question.text: question for question in asked}
     new = []
     for row in rows:
-        question = questions[row["prompt"][0]["content"]]
+        question = by_text[row["prompt"][0]["content"]]
         liked, other = (reward(question, row[name][0]["content"]) for name in _SIDES)
         if liked != other:
             new.append(swapped(row) if liked < other else row)

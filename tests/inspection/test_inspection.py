@@ -16,7 +16,7 @@ import torch
 import rmipo_lite
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.demo import MODEL, easy_rows as demo_rows
-from rmipo_lite.demo.data import load_tokenizer
+from rmipo_lite.demo.data import load_tokenizer, swapped as swap
 from rmipo_lite.demo.facts import GENERIC
 from rmipo_lite.inspection import inspection
 from rmipo_lite.inspection.inspection import Inspection, inspect
@@ -42,10 +42,7 @@ def swapped() -> tuple[Inspection, set[int]]:
     """The demo's pairs, 5 % of them with their labels swapped, under the demo's model."""
     rows = demo_rows()
     wrong = set(random.Random(0).sample(range(len(rows)), len(rows) // 20))
-    data = [
-        dict(row, chosen=row["rejected"], rejected=row["chosen"]) if number in wrong else row
-        for number, row in enumerate(rows)
-    ]
+    data = [swap(row) if number in wrong else row for number, row in enumerate(rows)]
     return inspect(data, MODEL, use_cpu=True), wrong
 
 

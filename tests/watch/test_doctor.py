@@ -13,7 +13,7 @@ import rmipo_lite
 from rmipo_lite import demo
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
-from rmipo_lite.demo.data import message_row
+from rmipo_lite.demo.data import message_row, swapped
 from rmipo_lite.demo.task import make_pairs
 from rmipo_lite.training import evaluation
 from rmipo_lite.watch import completions
@@ -22,11 +22,8 @@ from rmipo_lite.watch.doctor import Doctor
 
 def _swap(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     """Rows of which a share has its sides swapped, drawn at random."""
-    swapped = set(random.Random(0).sample(range(len(rows)), round(share * len(rows))))
-    return [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i in swapped else row
-        for i, row in enumerate(rows)
-    ]
+    wrong = set(random.Random(0).sample(range(len(rows)), round(share * len(rows))))
+    return [swapped(row) if i in wrong else row for i, row in enumerate(rows)]
 
 
 def _wordy_preferred() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 import rmipo_lite
-from rmipo_lite.demo.data import MODEL, message_row
+from rmipo_lite.demo.data import MODEL, message_row, swapped
 from rmipo_lite.demo.task import make_pairs
 from tests.kit import byte_level
 from tests.trials.scorecard import Check, Trial, Trials, expect
@@ -94,8 +94,7 @@ def _balanced(rng: random.Random, rows: Rows) -> Rows:
 
 def _swap(rng: random.Random, rows: Rows, share: float) -> Rows:
     count = round(share * len(rows))
-    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    return rng.sample(swapped[:count] + rows[count:], len(rows))
+    return rng.sample([swapped(row) for row in rows[:count]] + rows[count:], len(rows))
 
 
 def _lengthen(rng: random.Random, rows: Rows, share: float) -> Rows:
