@@ -24,7 +24,7 @@ from rmipo_lite.options import inherited
 from rmipo_lite.options.types import enum_values, in_words, is_a, plain, union_members
 
 PriorMode = Literal["live", "cached"]
-PriorContext = Literal["none", "bos"]
+PriorContext = Literal["auto", "none", "bos"]
 TokenizationMode = Literal["separate", "authors"]
 TruncationMode = Literal["keep_end", "keep_start"]
 LengthBalanceMode = Literal["auto", "off"]
@@ -104,9 +104,10 @@ class RMiPOConfig(TrainingArguments):
         "model.",
     )
     prior_context: PriorContext = _option(
-        "none",
-        "rmipo: none scores the bare response from its second token on, as the authors; bos puts "
-        "the tokenizer's BOS in front and scores every token.",
+        "auto",
+        "rmipo: what stands in front of a bare response. bos: the tokenizer's BOS, every token is "
+        "scored; none: nothing, from the second token on, as the authors; auto: what the tokenizer "
+        "itself puts in front of a text, which is what no prompt means to the model.",
     )
 
     # Data and tokens

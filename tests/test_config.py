@@ -44,7 +44,7 @@ def test_defaults_of_the_design(tmp_path: Path) -> None:
             "lr_scheduler_kwargs must be without min_lr (a rate of its own)",
         ),
         ({"prior": "frozen"}, "prior must be one of live, cached, got 'frozen'"),
-        ({"prior_context": "eos"}, "prior_context must be one of none, bos"),
+        ({"prior_context": "eos"}, "prior_context must be one of auto, none, bos"),
         ({"max_length": 0}, "max_length must be None or a whole number >= 1, got 0"),
         ({"max_tokens_per_microstep": "many"}, "max_tokens_per_microstep must be 'auto' or"),
         ({"tokenization": "authors", "max_prompt_length": 64}, "packing must be False"),

@@ -80,6 +80,7 @@ def _options(variant: str) -> dict[str, Any]:
         "loss_type": loss_type,
         "gamma_scaled_by_beta": True,
         "sft_weight": 0.0,
+        "prior_context": "none",
         # Theirs is inside beta, ours outside.
         "simpo_gamma": beta * ratio,
         **named,

@@ -38,7 +38,7 @@ from rmipo_lite.model.backbone import device_of
 from rmipo_lite.output.console import say
 from rmipo_lite.output.page import write_report
 from rmipo_lite.planning.quantization import load_for_run
-from rmipo_lite.tokens.options import options_for, prior_bos_id
+from rmipo_lite.tokens.options import options_for, prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import tokenize_in_chunks
@@ -249,7 +249,7 @@ def _scores(
         args,
         first[-1][1],
         tokenizer=tokenizer,
-        prior_bos_id=prior_bos_id(args, tokenizer),
+        prior_front=prior_front(args, tokenizer),
         autocast=_autocast(args, device_of(model)),
     )
     step.max_tokens, step.packing = file.begin(step.max_tokens, step.packing)

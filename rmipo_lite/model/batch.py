@@ -176,14 +176,14 @@ def policy_input(pairs: Sequence[TokenizedPair], packing: bool, pad_id: int = 0)
 
 
 def prior_input(
-    pairs: Sequence[TokenizedPair], packing: bool, bos_id: int | None = None, pad_id: int = 0
+    pairs: Sequence[TokenizedPair], packing: bool, front: Sequence[int] = (), pad_id: int = 0
 ) -> ModelInput:
     """The bare responses, each a text of its own from position 0.
 
-    `bos_id` is the one token in front (`prior_context="bos"`, every token scored); None scores
-    from the second token on (`prior_context="none"`), and a response of one token not at all.
+    `front` stands before each, and every token of it is scored; without one the score begins at
+    the second token, and a response of one token has none.
     """
-    context = [] if bos_id is None else [bos_id]
+    context = list(front)
     sequences = [
         _Sequence(context, response)
         for pair in pairs

@@ -6,6 +6,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rmipo_lite.config import RMiPOConfig, TokenizationMode, TruncationMode
 from rmipo_lite.output.console import say
+from rmipo_lite.tokens.encoder import leading_ids
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,23 @@ def options_for(args: RMiPOConfig, config: PretrainedConfig | None) -> Tokenizat
     )
 
 
-def prior_bos_id(args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token in front of a bare response, None for `prior_context="none"`.
+def prior_front(args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids in front of a bare response, by `prior_context`; none at all: (). Says which.
 
     Raises:
         ValueError: "bos" with a tokenizer that has none.
     """
     if args.prior_context == "none":
-        return None
+        return ()
+    if args.prior_context == "auto":
+        front = tuple(leading_ids(tokenizer))
+        if args.uses_prior:
+            stands = "".join(tokenizer.convert_ids_to_tokens(front)) or "no token at all"
+            say(f"PMI: a response without its prompt stands behind {stands}, as the tokenizer does")
+        return front
     if tokenizer.bos_token_id is None:
         raise ValueError(
             "prior_context='bos' needs a tokenizer with a BOS token, and this one has none; use "
             "prior_context='none'"
         )
-    return int(tokenizer.bos_token_id)
+    return (int(tokenizer.bos_token_id),)

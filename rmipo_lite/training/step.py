@@ -65,7 +65,7 @@ class PairStep:
     args: RMiPOConfig
     max_tokens: int
     packing: bool
-    prior_bos_id: int | None = None  # the token before a bare response, prior_context="bos"
+    prior_front: Sequence[int] = ()  # ids before a bare response, by `prior_context`
     pad_id: int = 0
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     prior_cache: SideMeans | None = None  # prior="cached": used by training steps only
@@ -268,7 +268,7 @@ class PairStep:
 
     @torch.no_grad()
     def _live_prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
-        inputs = batch.prior_input(pairs, self.packing, self.prior_bos_id, self.pad_id)
+        inputs = batch.prior_input(pairs, self.packing, self.prior_front, self.pad_id)
         inputs = inputs.to(device_of(self.model))
         if not len(inputs.target_ids):  # only responses of one token: nothing to score
             return torch.zeros(0, device=inputs.target_ids.device), inputs.cu_seqlens
@@ -351,7 +351,7 @@ def make_step(
     pairs: Sequence[TokenizedPair],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    prior_bos_id: int | None = None,
+    prior_front: Sequence[int] = (),
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> PairStep:
     """A `PairStep` for this model and data: packing where the self-check allows it, and a budget.
@@ -364,7 +364,7 @@ def make_step(
         pairs: what will run, or some of it: the self-check takes its sample from them, and the
             longest decides on checkpointing. None at all: nothing is checked.
         tokenizer: for the token that fills padded rows.
-        prior_bos_id: as for `PairStep`.
+        prior_front: as for `PairStep`.
         autocast: as for `PairStep`.
 
     Raises:
@@ -386,7 +386,7 @@ def make_step(
         args=args,
         max_tokens=plan.max_tokens,
         packing=packing,
-        prior_bos_id=prior_bos_id,
+        prior_front=prior_front,
         pad_id=pad_id,
         autocast=autocast,
     )

@@ -37,7 +37,7 @@ from rmipo_lite.model.generation import other_ends, savable_generation_config
 from rmipo_lite.ops.devices import unused_gpu
 from rmipo_lite.output.console import say
 from rmipo_lite.tokens.ending import anchored_end, scored_end
-from rmipo_lite.tokens.options import prior_bos_id
+from rmipo_lite.tokens.options import prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
@@ -151,7 +151,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         if args.disable_dropout:
             disable_dropout(loaded)
         self._tokenizer = prepare_tokenizer(processing_class, args.chat_template)
-        self._prior_bos_id = prior_bos_id(args, self._tokenizer)
+        self._prior_front = prior_front(args, self._tokenizer)
         self.data_report: DataReport | None = None
         train_pairs, self.data_report = self._tokenized(
             train_dataset, args, loaded, "train_dataset", split
@@ -188,7 +188,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         self.run_log = RunLog(self.args)
         self.pair_step = make_step(
             self.model, self.args, train_pairs or [], tokenizer=self._tokenizer,
-            prior_bos_id=self._prior_bos_id, autocast=self.accelerator.autocast,
+            prior_front=self._prior_front, autocast=self.accelerator.autocast,
         )  # fmt: skip
         self.length_balance, self.pair_step.weights = balance_of(train_pairs or [], self.args)
         self.pair_step.end_id = anchored_end(train_pairs or [], self._tokenizer)
@@ -303,8 +303,10 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
             return
         pairs = cast(list[TokenizedPair], self.train_dataset)
         digest, known = pairs_digest(pairs), self.pair_step.prior_cache is not None
+        if self._prior_front:
+            digest += f" behind {list(self._prior_front)}"
         if known and self._priors_of not in ("", digest):
-            say("The checkpoint's cached priors are of other pairs: these are scored anew")
+            say("The checkpoint's cached priors are of other pairs or another prior_context: anew")
             known = False
         if not known:
             self.pair_step.prior_cache = self.pair_step.prior_means(pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +101,24 @@ def test_other_pairs_with_the_same_rows_have_priors_of_their_own(tmp_path: Path)
     assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == [
         e["loss"] for e in fresh.state.log_history if "loss" in e
     ]
+
+
+def test_cached_priors_are_those_of_their_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on with another prior_context doesn't take the checkpoint's."""
+    options: dict[str, Any] = {
+        "pairs": random_pairs(4),
+        "prior": "cached",
+        "save_steps": 1,
+        "save_strategy": "steps",
+    }
+    first = tiny_trainer(tmp_path, max_steps=1, **options)
+    first.train()
+    again = tiny_trainer(tmp_path, max_steps=2, prior_context="bos", **options)
+    again.train(resume_from_checkpoint=True)
+    assert "of other pairs or another prior_context" in capsys.readouterr().out
+    assert again.pair_step.prior_cache != first.pair_step.prior_cache
+    third = tiny_trainer(tmp_path, max_steps=3, prior_context="bos", **options)
+    third.train(resume_from_checkpoint=True)
+    assert third.pair_step.prior_cache == again.pair_step.prior_cache

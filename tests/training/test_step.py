@@ -84,7 +84,7 @@ def test_a_float64_model_with_no_prior_token_at_all(cached: bool, tmp_path: Path
 def test_prior_context_bos_scores_the_first_token_too(tmp_path: Path) -> None:
     model, pairs = tiny_model(), random_pairs(2)
     step = _step(model, tmp_path, prior_context="bos")
-    step.prior_bos_id = 1
+    step.prior_front = [1]
     values = pair_values.concat([v for _, v in step.evaluate(pairs)])
     # Pair 1 has one-token responses, which without BOS have no prior.
     assert torch.isfinite(values.chosen_pmi).all()
@@ -97,7 +97,7 @@ def test_empty_prompt_of_bos_gives_no_gap(tmp_path: Path) -> None:
     """With BOS as the whole prompt, policy and prior pass read the same text: PMI 0."""
     pairs = [replace(pair, prompt_ids=[1]) for pair in random_pairs(3)]
     step = _step(tiny_model(), tmp_path, prior_context="bos")
-    step.prior_bos_id = 1
+    step.prior_front = [1]
     values = pair_values.concat([v for _, v in step.evaluate(pairs)])
     assert values.chosen_pmi.abs().max() < 1e-5
     assert values.pmi_gap.abs().max() < 1e-5

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.tokens.options import prior_bos_id
 from rmipo_lite.training import step as step_module
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
@@ -311,21 +310,6 @@ def test_raw_rows_are_read_reported_and_clamped(
     )
     metrics = trainer.evaluate()
     assert {"eval_same_loss", "eval_other_loss"} <= metrics.keys()
-
-
-def test_bos_prior_without_a_bos_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    without = replace_bos(tokenizer)
-    with pytest.raises(ValueError, match="needs a tokenizer with a BOS token"):
-        prior_bos_id(RMiPOConfig(str(tmp_path), prior_context="bos"), without)
-    assert prior_bos_id(RMiPOConfig(str(tmp_path), prior_context="bos"), tokenizer) == 0
-
-
-def replace_bos(tokenizer: Any) -> Any:
-    import copy
-
-    without = copy.deepcopy(tokenizer)
-    without.bos_token = None
-    return without
 
 
 def test_several_devices_are_refused(tmp_path: Path, tokenizer: Any) -> None:

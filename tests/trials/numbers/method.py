@@ -68,8 +68,8 @@ def against_loops(trials: Trials) -> None:
                 **{k: v for k, v in vars(formula).items() if k != "simpo_gamma"},
             )
             step = PairStep(model, args, budget, packing)
-            step.prior_bos_id = _BOS if context == "bos" else None
-            slow = {pair.row: _slowly(model, pair, step.prior_bos_id, formula) for pair in pairs}
+            step.prior_front = [_BOS] if context == "bos" else []
+            slow = {pair.row: _slowly(model, pair, step.prior_front, formula) for pair in pairs}
             for part, values in step.evaluate(pairs):
                 _expect_equal(values, [slow[pair.row] for pair in part])
             got = float(step.train(pairs, lambda loss: loss.backward()).loss)
@@ -104,13 +104,13 @@ def _random_pairs(rng: random.Random, packing: bool) -> list[TokenizedPair]:
     return pairs
 
 
-def _slowly(model: nn.Module, pair: TokenizedPair, bos_id: int | None, formula: Formula) -> _Slow:
-    before = [] if bos_id is None else [bos_id]
+def _slowly(model: nn.Module, pair: TokenizedPair, front: Sequence[int], formula: Formula) -> _Slow:
     other = pair.prompt_ids if pair.rejected_prompt_ids is None else pair.rejected_prompt_ids
     chosen = response_logps(model, pair.prompt_ids, pair.chosen_ids)
     rejected = response_logps(model, other, pair.rejected_ids)
     priors = [
-        mean(response_logps(model, before, ids)) for ids in (pair.chosen_ids, pair.rejected_ids)
+        mean(response_logps(model, list(front), ids))
+        for ids in (pair.chosen_ids, pair.rejected_ids)
     ]
     truth = pair_truth((mean(chosen), mean(rejected)), (priors[0], priors[1]), formula)
     return _Slow(chosen, rejected, priors[0], priors[1], truth)

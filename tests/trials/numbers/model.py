@@ -46,7 +46,7 @@ def batch_invariance(trials: Trials) -> None:
             )
             model = tiny_model(name)
             step = PairStep(model, args, 10**6, packing)
-            step.prior_bos_id = _BOS if context == "bos" else None
+            step.prior_front = [_BOS] if context == "bos" else []
             pair, company, long = _companions(rng.getrandbits(32))
             alone = _values(step, [pair])
             for text, pairs in (
