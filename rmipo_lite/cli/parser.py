@@ -160,7 +160,9 @@ def _add_estimate(commands: Any, argv: Sequence[str]) -> None:
     estimate.add_argument("dataset", nargs="?", help=_ROWS)
     estimate.add_argument("--split", help=_SPLIT)
     estimate.add_argument(
-        "--gpu", help="a card (RTX 3060 12GB, T4), a size (12GB) or cpu (default: this machine's)"
+        "--gpu",
+        help="a card (RTX 3060 12GB, T4, M2 Max 64GB), a size (12GB), numbers (24GB 165TFLOPS "
+        "1TB/s) or cpu (default: this machine's)",
     )
     estimate.add_argument("--tokenizer", help="folder or name (default: the model's)")
     _add_quantization(estimate)

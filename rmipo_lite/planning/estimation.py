@@ -2,10 +2,11 @@
 
 What train() would do on a card is decided by the functions that decide it in a run (`wants_4bit`,
 `budget.choose_budget`), with the numbers that the automatic budget takes (footprint.py). Times are
-floating-point operations over a share of the card's peak: an order of magnitude, not a promise.
+floating-point operations over a share of the card's speed: an order of magnitude, not a promise.
 """
 
 import copy
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,9 +37,10 @@ from rmipo_lite.tokens.options import options_for
 CPU = "cpu"
 # What a process takes on a card before its first tensor: CUDA's context, kernels, workspaces.
 _CONTEXT_BYTES = 2**29
-# Of a card's peak throughput, what a step's products reach; a usual figure, not measured here. And
-# on a CPU, of what a product alone reaches: the rest is norms, activations and attention.
-_CARD_UTILISATION, _CPU_UTILISATION = 0.4, 0.7
+# Of what a product alone reaches on the card (cards.csv), what a whole step does: a layer's forward
+# and backward reach 0.23 to 0.48 (GPT-2) and 0.59 to 0.77 (BERT) of it on five cards, says the table
+# of mli/transformers-benchmarks; the rest is norms, activations and attention. And on a CPU.
+_CARD_UTILISATION, _CPU_UTILISATION = 0.45, 0.7
 # Of a card's memory, what tensors may take: the rest is the allocator's fragments.
 _USABLE = 0.95
 _SHORTER = (1024, 768, 512, 384, 256, 128)
@@ -46,7 +48,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def estimate(
-    model: str | PretrainedConfig | nn.Module,
+    model: str | os.PathLike[str] | PretrainedConfig | nn.Module,
     dataset: Any = None,
     *,
     gpu: str | float | None = None,
@@ -63,8 +65,9 @@ def estimate(
         dataset: as for `train`, or a list of `TokenizedPair`; None assumes 10,000 pairs of 200 +
             300 + 274 tokens, the longest of them with both sides as long as `max_length` allows,
             and says so.
-        gpu: a card ("RTX 3060 12GB", "T4"), a memory ("12GB"), or "cpu"; None is this machine's
-            card, or its CPU.
+        gpu: a card ("RTX 3060 12GB", "T4", "M2 Max 64GB"), a memory ("12GB"), memory, speed in 16
+            bits and bandwidth ("24GB 165TFLOPS 1TB/s"), or "cpu"; None is this machine's card, or
+            its CPU.
         split: which split of the dataset, as for `train`.
         tokenizer: of the dataset, itself or its folder; None loads the model's.
         quantization: "auto", "none" or "4bit", as for `train`.
@@ -92,6 +95,8 @@ def estimate(
     args = RMiPOConfig("rmipo-estimate", use_cpu=True, **config)
     if split is not None:
         dataset = load_rows(dataset, split=split)
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     shape = _config_of(model)
     name = model if isinstance(model, str) else str(shape.name_or_path or type(shape).__name__)
     adapter = _adapter_of(model, peft_config)
@@ -143,20 +148,27 @@ def _card_of(gpu: str | float | None) -> Card:
         capability = real.major + real.minor / 10
         if torch.version.hip:  # AMD counts otherwise
             capability = 8.0 if has_native_bf16(kind) else 7.0
-        try:
-            known = find_card(real.name)
-        except ValueError:  # a card that isn't in the table has no known speed
-            known = Card(real.name, 0, None, None, 0, 0)
         return replace(
-            known, memory=real.total_memory, cache=real.L2_cache_size, capability=capability
-        )
+            _known(real.name, real.total_memory),
+            memory=real.total_memory, cache=real.L2_cache_size, capability=capability,
+        )  # fmt: skip
     if kind is not None:
         device, bf16 = torch.device(kind), has_native_bf16(kind)
-        memory = total_bytes(device)
-        return Card(name_of(device), memory, None, None, 0, 8.0 if bf16 else 0.0, kind)
+        known = _known(name_of(device), total_bytes(device))
+        return replace(
+            known, memory=total_bytes(device), capability=8.0 if bf16 else 0.0, kind=kind
+        )
     if gpu is None or str(gpu).lower() == CPU:
-        return Card(CPU, free_bytes(torch.device(CPU)), None, None, 0, 0.0, CPU)
+        return Card(CPU, free_bytes(torch.device(CPU)), None, None, None, 0, 0.0, CPU)
     return find_card(gpu)
+
+
+def _known(name: str, memory: int) -> Card:
+    """The card of the table; one that isn't in it has no known speed."""
+    try:
+        return find_card(name, memory)
+    except ValueError:
+        return Card(name, memory, None, None, None, 0, 0)
 
 
 @dataclass
@@ -273,10 +285,12 @@ def _seconds(
     """Seconds of an epoch, from operations and, of 4-bit weights, bytes moved."""
     if card.name == CPU:
         speed = _CPU_UTILISATION * _cpu_speed(setup.dtype)
-    elif card.tflops is None:
-        return None
     else:
-        speed = _CARD_UTILISATION * card.tflops * 1e12
+        in_hardware = card.has_bf16 if setup.dtype == torch.bfloat16 else True
+        tflops = card.half if setup.dtype.itemsize == 2 and in_hardware else card.single
+        if tflops is None:
+            return None
+        speed = _CARD_UTILISATION * tflops * 1e12
     work = case.work
     prior = work.prior if case.args.uses_prior else 0
     forward = 2 * weights.layers

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GIB = 2**30
-_TIME_NOTE = "times are counted (operations over a share of the peak speed), not measured"
+_TIME_NOTE = (
+    "counted: operations over a share of the card's speed (planning/cards.csv), not measured"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,16 @@ class Fit:
         )  # fmt: skip
 
 
-_HEAD = ("card", "GiB", "weights", "checkpointing", "tokens", "peak GiB", "epoch", "verdict")
+_HEAD = (
+    "card",
+    "GiB",
+    "weights",
+    "checkpointing",
+    "tokens",
+    "peak GiB",
+    "epoch, counted",
+    "verdict",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,7 +136,7 @@ class Estimate:
             (
                 "epoch",
                 f"{self.pairs:,} pairs, {self.steps:,} steps of {self.pairs_per_step}, "
-                f"{self.tokens / 1e6:,.1f} million tokens read, about {fit.time}",
+                f"{self.tokens / 1e6:,.1f} million tokens read, about {fit.time} (counted)",
             ),
             (
                 "settings",

@@ -107,7 +107,9 @@ def test_the_cards(on_3060: Estimate) -> None:
     assert by_name["T4 16GB"].weights == "4-bit"
     assert by_name["A100 80GB"].weights == "bf16"
     assert not by_name["H100 80GB"].checkpointing
-    assert by_name["H100 80GB"].seconds < by_name["RTX 4090 24GB"].seconds  # type: ignore[operator]
+    ranked = ("H100 80GB", "RTX 4090 24GB", "RTX 4070 12GB", "T4 16GB")
+    seconds: list[Any] = [by_name[name].seconds for name in ranked]
+    assert seconds == sorted(seconds)
     for fit in on_3060.cards:
         assert (fit.least <= 0.95 * fit.memory) == fit.fits
         assert not fit.fits or fit.peak <= fit.memory
@@ -256,6 +258,18 @@ def test_an_adapter_that_goes_on_has_its_own_rank(tmp_path: Path) -> None:
         ]
         assert sizes[0] == 4 * 5 * 2 * (64 + 64)
         assert sizes[1] > 10 * sizes[0]
+
+
+def test_float32_has_a_speed_of_its_own(tmp_path: Path) -> None:
+    """Where bfloat16 isn't in hardware it has float32's; a path is a model's name too."""
+    LlamaConfig(**_SMALL).save_pretrained(tmp_path)
+    half, single = (
+        rmipo_lite.estimate(tmp_path, gpu="T4", quantization="none", **options).fit.seconds
+        for options in ({"fp16": True}, {"bf16": True})
+    )
+    assert half is not None
+    assert single is not None
+    assert single / half == pytest.approx(24 / 8.1)
 
 
 def test_gpt2_whose_context_is_short() -> None:
