@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import enum
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
@@ -20,7 +22,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from rmipo_lite.ops.devices import accelerator, has_native_bf16
 from rmipo_lite.ops.losses import LOSSES, Loss, PairOptions, loss_named, losses_with, option_problem
 from rmipo_lite.ops.native import Impl
-from rmipo_lite.options import inherited
+from rmipo_lite.options import inherited, own
 from rmipo_lite.options.types import enum_values, in_words, is_a, plain, union_members
 
 PriorMode = Literal["live", "cached"]
@@ -133,6 +135,18 @@ class RMiPOConfig(TrainingArguments):
     )
     dataset_num_proc: int | None = _option(None, "Processes for tokenising; None: this one.")
 
+    # The adapter, where peft_config is "auto" or "new"
+    lora_r: int | None = _option(None, "Rank of the LoRA adapter; None: 16.")
+    lora_alpha: float | None = _option(
+        None, "Scale of the adapter, alpha / r times its product; None: twice the rank."
+    )
+    lora_dropout: float | None = _option(
+        None, "Dropout in front of the adapter; None: 0. Needs disable_dropout=False."
+    )
+    target_modules: str | list[str] | None = _option(
+        None, "Layers that get LoRA, names between commas or in a list; None: every linear layer."
+    )
+
     # How a step is computed
     packing: bool = _option(
         True,
@@ -230,14 +244,13 @@ class RMiPOConfig(TrainingArguments):
         self._check_types()
         self._check_inherited()
         self._check_method()
-        self._check_data()
-        self._check_step()
         self._resolve_precision()
         # transformers makes False of None, and older versions know one name alone.
         names = ("gradient_checkpointing", "activation_checkpointing")
         self._checkpointing_is_open = all(getattr(self, name, None) is None for name in names)
         try:
-            super().__post_init__()
+            with self._bf16_on_a_cpu():
+                super().__post_init__()
         except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
             raise ValueError(f"RMiPOConfig: {error}") from error
         _refuse(inherited.schedule_problem(self.learning_rate, self.lr_scheduler_kwargs))
@@ -269,50 +282,13 @@ class RMiPOConfig(TrainingArguments):
         except ValueError as error:
             problem = str(error)
         _refuse(problem)
-        for name in ("sft_weight", "end_anchor"):
-            value = getattr(self, name)
-            _require(0 <= value < float("inf"), name, ">= 0", value)
-
-    def _check_data(self) -> None:
-        for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "None or a whole number >= 1", value)
-        if self.tokenization == "authors":
-            _require(
-                self.max_length is not None and self.max_prompt_length is not None,
-                "max_prompt_length",
-                "a number when tokenization='authors' (theirs: max_length 1024 or 2048, "
-                "max_prompt_length 512 or 1800)",
-                self.max_prompt_length,
-            )
-            _require(
-                not self.packing,
-                "packing",
-                "False when tokenization='authors', whose two sides can have different prompts",
-                self.packing,
-            )
-
-    def _check_step(self) -> None:
-        for name in ("sample_prompts", "eval_completions"):
-            value = getattr(self, name)
-            _require(value >= 0, name, "a whole number >= 0", value)
-        budget = self.max_tokens_per_microstep
-        _require(
-            budget == "auto" or budget >= 1,
-            "max_tokens_per_microstep",
-            "'auto' or a whole number >= 1",
-            budget,
-        )
-        _require(
-            self.max_dropped_in_a_row >= 1,
-            "max_dropped_in_a_row",
-            ">= 1",
-            self.max_dropped_in_a_row,
-        )
+        _refuse(own.problem(self))
 
     def _resolve_precision(self) -> None:
         """Pick bf16 where the card has it, fp16 on older cards, neither on the CPU and Apple's."""
         kind = None if self.use_cpu else accelerator()
+        self._half_is_open = self.bf16 is None and self.fp16 is None
+        self._weights_dtype: torch.dtype | None = None  # None: as the run computes
         if self.bf16 is None:
             self.bf16 = bool(kind and not self.fp16 and has_native_bf16(kind))
         if self.fp16 is None:
@@ -320,6 +296,33 @@ class RMiPOConfig(TrainingArguments):
         # There it would compute in float32, without the scaler that sees infinite gradients.
         on_cpu = self.use_cpu or not (kind or torch.accelerator.is_available())
         _require(not (on_cpu and self.fp16), "fp16", "False on the CPU (bf16 works there)", True)
+
+    @contextmanager
+    def _bf16_on_a_cpu(self) -> Iterator[None]:
+        """transformers refuses bfloat16 without a GPU unless the CPU was asked for by name."""
+        asked = self.use_cpu
+        self.use_cpu = asked or bool(self.bf16 and not torch.accelerator.is_available())
+        yield
+        self.use_cpu = asked
+
+    @property
+    def half_is_open(self) -> bool:
+        """Whether float16 was taken for want of bfloat16, and nobody asked for it."""
+        return self._half_is_open and bool(self.fp16)
+
+    def take_float32(self, *, weights_alone: bool = False) -> None:
+        """Where float16 was chosen and can't hold the numbers: weights in float32, or everything.
+
+        With the weights alone hidden states are in float32 too, and products in float16.
+        """
+        self._weights_dtype = torch.float32
+        if not weights_alone:
+            self.fp16, self.mixed_precision = False, "no"
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What weights are loaded in."""
+        return self._weights_dtype or self.dtype
 
     @property
     def pairs_per_step(self) -> int:
@@ -333,7 +336,7 @@ class RMiPOConfig(TrainingArguments):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the run computes in, and what weights that it loads are in."""
+        """What the run computes in."""
         if self.bf16:
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
@@ -366,8 +369,8 @@ class RMiPOConfig(TrainingArguments):
 
 def own_option_names() -> list[str]:
     """Names of the options that `RMiPOConfig` defines or gives another default, in order."""
-    own = RMiPOConfig.__annotations__
-    return [f.name for f in fields(RMiPOConfig) if f.name in own]
+    named = RMiPOConfig.__annotations__
+    return [f.name for f in fields(RMiPOConfig) if f.name in named]
 
 
 def _refuse(problem: str | None) -> None:

@@ -8,7 +8,7 @@ caller's model beside the adapter is put back.
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.lora import Adapter
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint, writable_folder
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.holdout import split_holdout
@@ -57,7 +58,7 @@ def train(
     eval_split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
-    peft_config: LoraConfig | str | None = "auto",
+    peft_config: Adapter = "auto",
     quantization: Quantization | BitsAndBytesConfig = "auto",
     resume: bool | str | Path = False,
     callbacks: list[TrainerCallback] | None = None,
@@ -77,8 +78,9 @@ def train(
         tokenizer: None loads the model's own.
         output_dir: None makes a new folder `rmipo-<model name>`; another run's is never reused.
         peft_config: "auto" (go on with the adapter the model has, else LoRA r=16 on every linear
-            layer but the head), "new" (a fresh one), a peft config, or None (train what the model
-            has: its adapter, or every weight).
+            layer but the head), "new" (a fresh one), a peft config or a dict of its fields
+            ({"r": 8}), or None (train what the model has: its adapter, or every weight).
+            `lora_r`, `lora_alpha`, `lora_dropout` and `target_modules` change the default.
         quantization: "auto" (4-bit on CUDA when the weights would not fit otherwise), "none",
             "4bit" (NF4, double quantisation) or a BitsAndBytesConfig; for a model given by name.
         resume: True goes on from the newest valid checkpoint in `output_dir`; a path from that one.

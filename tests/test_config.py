@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rmipo_lite.config import RMiPOConfig, own_option_names
 
@@ -49,6 +50,11 @@ def test_defaults_of_the_design(tmp_path: Path) -> None:
         ({"max_tokens_per_microstep": "many"}, "max_tokens_per_microstep must be 'auto' or"),
         ({"tokenization": "authors", "max_prompt_length": 64}, "packing must be False"),
         ({"tokenization": "authors", "packing": False}, "max_prompt_length must be a number"),
+        ({"lora_r": 0}, "lora_r must be None or a whole number >= 1, got 0"),
+        ({"lora_alpha": -1.0}, "lora_alpha must be None or > 0, got -1.0"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be None or in [0, 1), got 1.0"),
+        ({"lora_dropout": 0.1}, "lora_dropout must be 0 while disable_dropout=True"),
+        ({"target_modules": []}, "target_modules must be names of layers, got []"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"kernel_impl": "cuda"}, "kernel_impl must be one of auto, native, torch"),
@@ -57,6 +63,14 @@ def test_defaults_of_the_design(tmp_path: Path) -> None:
 def test_nonsense_is_refused_by_name(options: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         RMiPOConfig(str(tmp_path), **options)
+
+
+def test_bf16_on_a_cpu_needs_no_other_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    args = RMiPOConfig(str(tmp_path), bf16=True)
+    assert (args.dtype, args.device.type, args.use_cpu) == (torch.bfloat16, "cpu", False)
 
 
 def test_a_number_as_text_is_a_number(tmp_path: Path) -> None:

@@ -2,17 +2,18 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.embeddings import EMBEDDINGS, look_at_embeddings
+from rmipo_lite.adapters.lora import Adapter, adapter_config, lora_config, refuse_another
 from rmipo_lite.adapters.refusals import (
     refuse_changed_base,
     refuse_kind,
@@ -35,22 +36,16 @@ from rmipo_lite.adapters.start import (
 ADAPTED = "_rmipo_lite_adapted"
 
 
-def default_lora() -> LoraConfig:
-    """LoRA on every linear layer but the head: r=16, alpha=32, no dropout."""
-    return LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-
-
-def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn.Module:
+def attach_adapter(model: nn.Module, peft_config: Adapter, args: Any = None) -> nn.Module:
     """Give the model its adapter, or leave it the one it has. Never nests.
 
     Args:
         model: a PreTrainedModel or a PeftModel.
         peft_config: "auto" goes on with the adapter the model carries, else attaches
-            `default_lora()`; "new" removes what it carries and attaches a fresh default one; a
-            LoraConfig likewise, with that configuration; None attaches nothing (an adapter goes
-            on, a plain model is trained in full).
+            `lora_config()`; "new" removes what it carries and attaches a fresh default one; a
+            peft config, or a dict of its fields, likewise, with that configuration; None attaches
+            nothing (an adapter goes on, a plain model is trained in full).
+        args: the run's options, whose `lora_r` and its kind change the default.
 
     Raises:
         ValueError: the model carries adapter layers that belong to no known PeftModel, or the
@@ -60,13 +55,15 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
     known = (
         peft_config in ("auto", "new")
         if isinstance(peft_config, str)
-        else (peft_config is None or isinstance(peft_config, PeftConfig))
+        else (peft_config is None or isinstance(peft_config, (PeftConfig, Mapping)))
     )
     if not known:
         shown = repr(peft_config)[:80]
         raise ValueError(f"peft_config must be 'auto', 'new', None or a peft config, got {shown}")
+    config = adapter_config(peft_config, args)
     adapted = _adapted(model)
     if adapted is not None and (peft_config is None or peft_config == "auto"):
+        refuse_another(adapted, args)
         refuse_kind(_trainable(adapted.active_peft_config))
         refuse_state(adapted)
         refuse_tied_lora(adapted)
@@ -75,7 +72,8 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | str | None) -> nn
         refuse_changed_base(adapted)
         look_at_embeddings(causal_lm(adapted))
         return adapted
-    config = default_lora() if isinstance(peft_config, str) else peft_config
+    if isinstance(config, str):
+        config = lora_config()
     if config is not None:
         refuse_kind(config)
     if adapted is not None:

@@ -37,6 +37,7 @@ from rmipo_lite.model import batch, loading, names
 from rmipo_lite.model.backbone import device_of
 from rmipo_lite.output.console import say
 from rmipo_lite.output.page import write_report
+from rmipo_lite.planning.half_range import keep_model_in_range
 from rmipo_lite.planning.quantization import load_for_run
 from rmipo_lite.tokens.options import options_for, prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -244,6 +245,7 @@ def _scores(
         first.append(chunk)
         if chunk[1]:
             break
+    keep_model_in_range(model, first[-1][1], args)
     step = make_step(
         model,
         args,

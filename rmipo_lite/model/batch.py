@@ -122,6 +122,16 @@ def scored_lengths(pair: TokenizedPair) -> tuple[int, int]:
     return len(chosen.scored), len(rejected.scored)
 
 
+def cut_short(pair: TokenizedPair, tokens: int) -> TokenizedPair:
+    """At most so many tokens of each part: a prompt's last ones, a response's first."""
+    return replace(
+        pair,
+        prompt_ids=pair.prompt_ids[-tokens:],
+        chosen_ids=pair.chosen_ids[:tokens],
+        rejected_ids=pair.rejected_ids[:tokens],
+    )
+
+
 def packed_length(pair: TokenizedPair) -> int:
     """Tokens this pair adds to a packed row."""
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - 2

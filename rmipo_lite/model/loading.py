@@ -99,7 +99,7 @@ def load_model(
     if folder is not None:
         check_model_folder(folder)
         name = str(folder)
-    kwargs: dict[str, Any] = {"dtype": args.dtype, "use_safetensors": True, **_NO_CODE}
+    kwargs: dict[str, Any] = {"dtype": args.weights_dtype, "use_safetensors": True, **_NO_CODE}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if args.device.type != "cpu":

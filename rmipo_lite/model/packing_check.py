@@ -11,7 +11,6 @@ measured, and the two forms may differ by half as much again.
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,15 +96,7 @@ def _sample(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
         widest = max(min(batch.packed_length(pair), 2 * _MAX_TOKENS) for pair in chosen)
         if scored >= _ENOUGH_TOKENS or 2 * len(chosen) * widest >= _MOST_PADDED:
             break
-    return [
-        replace(
-            pair,
-            prompt_ids=pair.prompt_ids[-_MAX_TOKENS:],
-            chosen_ids=pair.chosen_ids[:_MAX_TOKENS],
-            rejected_ids=pair.rejected_ids[:_MAX_TOKENS],
-        )
-        for pair in chosen
-    ]
+    return [batch.cut_short(pair, _MAX_TOKENS) for pair in chosen]
 
 
 def _is_close(head: ModelHead, inputs: ModelInput, a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """What an option may be: its type from the annotation, its meaning from a table.
 
-Hands on `types` (a value against its annotation) and `inherited` (transformers' own options).
+Hands on `types` (a value against its annotation), `own` (the config's own options) and `inherited`
+(transformers' options).
 """
 
-__all__ = ["inherited", "types"]
+__all__ = ["inherited", "own", "types"]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from rmipo_lite.adapters import attach
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.lora import Adapter, adapter_config, lora_config
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model import names
@@ -31,6 +31,7 @@ from rmipo_lite.planning.cards import COMMON, Card, find_card
 from rmipo_lite.planning.device import free_bytes, name_of, total_bytes
 from rmipo_lite.planning.estimation_view import Estimate, Fit
 from rmipo_lite.planning.footprint import Activations, Setup, Weights, optimizer_width, weights_of
+from rmipo_lite.planning.half_range import is_beyond_half
 from rmipo_lite.planning.workload import Workload, shortened, workload
 from rmipo_lite.tokens.options import options_for
 
@@ -38,12 +39,13 @@ CPU = "cpu"
 # What a process takes on a card before its first tensor: CUDA's context, kernels, workspaces.
 _CONTEXT_BYTES = 2**29
 # Of what a product alone reaches on the card (cards.csv), what a whole step does: a layer's forward
-# and backward reach 0.23 to 0.48 (GPT-2) and 0.59 to 0.77 (BERT) of it on five cards, says the table
+# and backward reach 0.23 to 0.48 (GPT-2) and 0.59 to 0.77 (BERT) of it on five cards, by the table
 # of mli/transformers-benchmarks; the rest is norms, activations and attention. And on a CPU.
 _CARD_UTILISATION, _CPU_UTILISATION = 0.45, 0.7
 # Of a card's memory, what tensors may take: the rest is the allocator's fragments.
 _USABLE = 0.95
 _SHORTER = (1024, 768, 512, 384, 256, 128)
+_BEYOND_HALF = "without bf16, weights and hidden states of this family are float32, products fp16"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -55,7 +57,7 @@ def estimate(
     split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     quantization: quantization.Quantization = "auto",
-    peft_config: LoraConfig | str | None = "auto",
+    peft_config: Adapter = "auto",
     **config: Any,
 ) -> Estimate:
     """What training would take: memory by part, time per epoch, and which cards it fits.
@@ -99,7 +101,7 @@ def estimate(
         model = os.fspath(model)
     shape = _config_of(model)
     name = model if isinstance(model, str) else str(shape.name_or_path or type(shape).__name__)
-    adapter = _adapter_of(model, peft_config)
+    adapter = _adapter_of(model, peft_config, args)
     case = _Case(
         shape,
         args,
@@ -126,11 +128,10 @@ def _config_of(model: str | PretrainedConfig | nn.Module) -> PretrainedConfig:
 
 
 def _adapter_of(
-    model: str | PretrainedConfig | nn.Module, peft_config: PeftConfig | str | None
+    model: str | PretrainedConfig | nn.Module, peft_config: Adapter, args: RMiPOConfig
 ) -> PeftConfig | None:
     """The adapter that `train` would go on with, or attach."""
-    if not isinstance(peft_config, str):
-        return peft_config
+    config = adapter_config(peft_config, args)
     if peft_config == "auto" and isinstance(model, PeftModel):
         own: PeftConfig = model.active_peft_config
         return own
@@ -138,7 +139,7 @@ def _adapter_of(
     if peft_config == "auto" and folder is not None and (folder / ADAPTER_CONFIG).is_file():
         with named_errors("adapter", str(model), "Wanted a folder that holds an adapter"):
             return PeftConfig.from_pretrained(str(folder))
-    return attach.default_lora()
+    return lora_config() if isinstance(config, str) else config
 
 
 def _card_of(gpu: str | float | None) -> Card:
@@ -188,11 +189,18 @@ class _Case:
         fit = self._fit(card, setup, self.args, self.work)
         return fit if fit.fits else replace(fit, way_out=self._way_out(card, setup))
 
+    def is_beyond_half(self, card: Card) -> bool:
+        """Whether the card would take float16, and the model's numbers don't fit it."""
+        no_bf16 = card.kind == "cuda" and not card.has_bf16
+        return no_bf16 and is_beyond_half(self.shape) and not any(self.precision.values())
+
     def _setup(self, card: Card) -> Setup:
         on_cuda = card.kind == "cuda"
         dtype = torch.float16 if on_cuda else torch.float32
         if card.has_bf16:
             dtype = torch.bfloat16
+        elif self.is_beyond_half(card):
+            dtype = torch.float32
         if self.precision["bf16"]:
             dtype = torch.bfloat16
         elif self.precision["fp16"]:
@@ -232,6 +240,7 @@ class _Case:
             fits=least <= _USABLE * card.memory,
             seconds=_seconds(card, setup, weights, self, plan.checkpointing, tokens),
             counted=activations.counted,
+            note=_BEYOND_HALF if self.is_beyond_half(card) else "",
         )
 
     def _activations(
@@ -287,7 +296,8 @@ def _seconds(
         speed = _CPU_UTILISATION * _cpu_speed(setup.dtype)
     else:
         in_hardware = card.has_bf16 if setup.dtype == torch.bfloat16 else True
-        tflops = card.half if setup.dtype.itemsize == 2 and in_hardware else card.single
+        in_16_bits = setup.dtype.itemsize == 2 or case.is_beyond_half(card)
+        tflops = card.half if in_16_bits and in_hardware else card.single
         if tflops is None:
             return None
         speed = _CARD_UTILISATION * tflops * 1e12

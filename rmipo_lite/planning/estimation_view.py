@@ -34,6 +34,7 @@ class Fit:
         fits: whether `least` does.
         seconds: of an epoch; None where the card's speed isn't known.
         way_out: options of `train` that make it fit where it doesn't; None where none is known.
+        note: what else there is to say.
         counted: False where the architecture could not be counted and a formula stood in.
     """
 
@@ -48,6 +49,7 @@ class Fit:
     seconds: float | None
     way_out: dict[str, Any] | None = field(default_factory=dict)
     counted: bool = True
+    note: str = ""
 
     @property
     def peak(self) -> int:
@@ -150,6 +152,8 @@ class Estimate:
             lines.append(("at least", f"{gib(fit.least)} GiB, one pair at a time"))
         if fit.card == "cpu":
             lines.append(("note", "the system's allocator may hold up to 1.7 times as much"))
+        if fit.note:
+            lines.append(("note", fit.note))
         if not fit.counted:
             lines.append(("note", "this architecture could not be counted: a formula stands in"))
         return lines

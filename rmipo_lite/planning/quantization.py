@@ -12,6 +12,7 @@ from rmipo_lite.model.names import short_name
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.device import free_bytes
 from rmipo_lite.planning.footprint import Setup, weights_of
+from rmipo_lite.planning.half_range import keep_family_in_range
 
 Quantization = Literal["auto", "none", "4bit"]
 
@@ -52,6 +53,7 @@ def load_for_run(
     Raises:
         ValueError, FileNotFoundError: as `quantization_for` and `loading.load_model`.
     """
+    keep_family_in_range(load_config(name), args)
     config = quantization_for(name, args, quantization)
     if config is not None and quantization == "auto":
         say("The weights would not fit beside training: they load in 4-bit (NF4).")
@@ -73,7 +75,7 @@ def _too_large(name: str, args: RMiPOConfig) -> bool:
     if args.device.type != "cuda":
         return False
     config = load_config(name)
-    setup = Setup(args.dtype, peft_config=None)
+    setup = Setup(args.weights_dtype, peft_config=None)
     free = free_bytes(torch.device("cuda", torch.cuda.current_device()))
     return wants_4bit(weights_of(config, setup).loaded_bytes(setup), free)
 

@@ -54,7 +54,7 @@ def prior_front(args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if args.prior_context == "auto":
         front = tuple(leading_ids(tokenizer))
         if args.uses_prior:
-            stands = "".join(tokenizer.convert_ids_to_tokens(front)) or "no token at all"
+            stands = "".join(tokenizer.convert_ids_to_tokens(list(front))) or "no token at all"
             say(f"PMI: a response without its prompt stands behind {stands}, as the tokenizer does")
         return front
     if tokenizer.bos_token_id is None:

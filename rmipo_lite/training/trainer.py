@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from accelerate.utils.memory import clear_device_cache
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rmipo_lite.adapters import attach
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.lora import Adapter
 from rmipo_lite.adapters.start import trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
 from rmipo_lite.config import RMiPOConfig
@@ -36,6 +37,7 @@ from rmipo_lite.model.batch import packed_length
 from rmipo_lite.model.generation import other_ends, savable_generation_config
 from rmipo_lite.ops.devices import unused_gpu
 from rmipo_lite.output.console import say
+from rmipo_lite.planning.half_range import keep_family_in_range, keep_model_in_range
 from rmipo_lite.tokens.ending import anchored_end, scored_end
 from rmipo_lite.tokens.options import prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -88,7 +90,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         train_dataset: any preference dataset that `train()` takes, or a list of `TokenizedPair`.
         eval_dataset: likewise, or a dict of several by name, or None.
         processing_class: the tokenizer; None loads the model's.
-        peft_config: "auto", "new", a peft config or None (`attach.attach_adapter`).
+        peft_config: "auto", "new", a peft config, a dict of one, or None (`attach.attach_adapter`).
         quantization_config: for a model given by name, how its weights are quantised.
         callbacks: transformers callbacks.
         optimizers: (optimizer, scheduler), or Nones for those of `args`.
@@ -114,7 +116,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: LoraConfig | str | None = None,
+        peft_config: Adapter = None,
         quantization_config: BitsAndBytesConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -138,6 +140,8 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
             raise ValueError(
                 "quantization_config is for a model given by name or folder; this one is loaded"
             )
+        if isinstance(model, str):
+            keep_family_in_range(loading.load_config(model), args)
         loaded: nn.Module = (
             loading.load_model(model, args, quantization_config)
             if isinstance(model, str)
@@ -146,7 +150,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
-        loaded = attach.attach_adapter(loaded, peft_config)
+        loaded = attach.attach_adapter(loaded, peft_config, args)
         self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:
             disable_dropout(loaded)
@@ -159,6 +163,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         refuse_no_batch(train_pairs, args)
         refuse_repeated_rows(train_pairs or [])
         eval_pairs = self._tokenized_eval(eval_dataset, args, loaded, eval_split)
+        keep_model_in_range(loaded, train_pairs or [], args)
         base = causal_lm(loaded)
         ends = other_ends(base.generation_config, self._tokenizer, scored_end(train_pairs or []))
         base.generation_config = savable_generation_config(loaded, self._tokenizer)

@@ -73,7 +73,7 @@ def test_layers_of_an_unknown_adapter_are_refused() -> None:
 
 
 def test_unknown_word_for_the_adapter() -> None:
-    for wrong in ("fresh", {"r": 8}, 7):
+    for wrong in ("fresh", ["r"], 7):
         with pytest.raises(
             ValueError, match="peft_config must be 'auto', 'new', None or a peft config, got"
         ):

@@ -13,7 +13,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from rmipo_lite.adapters.attach import attach_adapter, default_lora
+from rmipo_lite.adapters.attach import attach_adapter
+from rmipo_lite.adapters.lora import lora_config
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
 from rmipo_lite.model.backbone import scored_hidden
@@ -22,7 +23,7 @@ from rmipo_lite.planning import footprint
 from rmipo_lite.planning.footprint import Setup, activations_of, optimizer_width, weights_of
 from tests.kit import random_pairs
 
-_FP32, _BF16 = (Setup(dtype, default_lora()) for dtype in (torch.float32, torch.bfloat16))
+_FP32, _BF16 = (Setup(dtype, lora_config()) for dtype in (torch.float32, torch.bfloat16))
 
 
 def _llama(layers: int = 4, **options: Any) -> LlamaConfig:
@@ -48,7 +49,7 @@ def test_weights_are_those_of_the_model() -> None:
 
 def test_bytes_by_hand() -> None:
     weights = footprint.Weights(layers=6400, others=100, head=50, largest=640, trained=10)
-    four_bit = Setup(torch.bfloat16, default_lora(), quantized=True)
+    four_bit = Setup(torch.bfloat16, lora_config(), quantized=True)
     assert weights.loaded_bytes(_BF16) == 13000
     # half a byte, a byte in 64 and four in 16,384, and the others in 16 bits
     assert weights.loaded_bytes(four_bit) == 3200 + 100 + 1 + 200
@@ -115,7 +116,7 @@ def test_checkpointing_keeps_less_and_half_precision_too() -> None:
     ids=lambda config: type(config).__name__,
 )  # fmt: skip
 def test_architectures_are_counted(config: Any) -> None:
-    for setup in (_BF16, Setup(torch.bfloat16, default_lora(), quantized=True)):
+    for setup in (_BF16, Setup(torch.bfloat16, lora_config(), quantized=True)):
         for checkpointing in (False, True):
             assert activations_of(config, setup, checkpointing).counted
     assert weights_of(config, _BF16).layers > 0
@@ -154,7 +155,7 @@ def test_a_count_is_made_once_and_draws_nothing(monkeypatch: pytest.MonkeyPatch)
     first = activations_of(config, _FP32, False)
     assert torch.equal(torch.rand(3), expected)
     monkeypatch.setattr(footprint, "_peak", None)
-    assert activations_of(_llama(layers=7), Setup(torch.float32, default_lora()), False) is first
+    assert activations_of(_llama(layers=7), Setup(torch.float32, lora_config()), False) is first
 
 
 def test_the_setup_of_a_loaded_model() -> None:

@@ -1,0 +1,67 @@
+"""The meaning of the config's own options: what each must be, beyond its type."""
+
+from typing import Any
+
+_Check = tuple[bool, str, str, Any]  # (holds, name, wanted, what came)
+
+
+def problem(args: Any) -> str | None:
+    """What is wrong with the first own option that can't stand, as "NAME must be ..., got ..."."""
+    checks = [*_of_method(args), *_of_data(args), *_of_step(args), *_of_adapter(args)]
+    for holds, name, wanted, came in checks:
+        if not holds:
+            return f"{name} must be {wanted}, got {came!r}"
+    return None
+
+
+def _of_method(args: Any) -> list[_Check]:
+    return [
+        (0 <= getattr(args, name) < float("inf"), name, ">= 0", getattr(args, name))
+        for name in ("sft_weight", "end_anchor")
+    ]
+
+
+def _of_data(args: Any) -> list[_Check]:
+    checks = []
+    for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
+        value = getattr(args, name)
+        checks.append((value is None or value >= 1, name, "None or a whole number >= 1", value))
+    if args.tokenization == "authors":
+        limits = (args.max_length, args.max_prompt_length)
+        wanted = (
+            "a number when tokenization='authors' (theirs: max_length 1024 or 2048, "
+            "max_prompt_length 512 or 1800)"
+        )
+        checks.append((None not in limits, "max_prompt_length", wanted, args.max_prompt_length))
+        wanted = "False when tokenization='authors', whose two sides can have different prompts"
+        checks.append((not args.packing, "packing", wanted, args.packing))
+    return checks
+
+
+def _of_step(args: Any) -> list[_Check]:
+    budget, dropped = args.max_tokens_per_microstep, args.max_dropped_in_a_row
+    fits = budget == "auto" or budget >= 1
+    return [
+        *(
+            (getattr(args, name) >= 0, name, "a whole number >= 0", getattr(args, name))
+            for name in ("sample_prompts", "eval_completions")
+        ),
+        (fits, "max_tokens_per_microstep", "'auto' or a whole number >= 1", budget),
+        (dropped >= 1, "max_dropped_in_a_row", ">= 1", dropped),
+    ]
+
+
+def _of_adapter(args: Any) -> list[_Check]:
+    rank, alpha, dropout, targets = (
+        args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules,
+    )  # fmt: skip
+    fits = dropout is None or 0 <= dropout < 1
+    heard = not (dropout and args.disable_dropout)
+    switched = "0 while disable_dropout=True, which switches every dropout off"
+    return [
+        (rank is None or rank >= 1, "lora_r", "None or a whole number >= 1", rank),
+        (alpha is None or 0 < alpha < float("inf"), "lora_alpha", "None or > 0", alpha),
+        (fits, "lora_dropout", "None or in [0, 1)", dropout),
+        (heard, "lora_dropout", switched, dropout),
+        (targets is None or bool(targets), "target_modules", "names of layers", targets),
+    ]
