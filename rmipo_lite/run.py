@@ -191,6 +191,7 @@ def _result(
         start=trainer.start,
         weights_step=trainer.weights_step,
         learning_rate=trainer.learning_rate,
+        errors=dict(trainer.held_out_values.errors),
     )
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from rmipo_lite.data.length_balance import WEIGHED, LengthBalance
 from rmipo_lite.output.table import html_table, labelled
+from rmipo_lite.output.uncertainty import share_text, wilson
 
 ROWS_SHOWN = 5  # row numbers that are printed for each reason; the report holds all of them
 EXAMPLE_CHARS = 300  # longest example text stored with a reason
 LENGTH_BIAS_SHARE = 0.6  # above it the length of the chosen side is a warning
+_EVEN = 0.5  # what it would be by chance
 REFUSED_SHARE = 0.5  # above it the refused rows stand first among the warnings
 PERCENTILES = (5, 50, 95)
 
@@ -116,6 +118,12 @@ class DataReport:
         """Share of the kept pairs whose chosen response has more tokens."""
         return self.chosen_longer_pairs / self.kept if self.kept else 0.0
 
+    @property
+    def has_length_bias(self) -> bool:
+        """Whether the chosen side is the longer one more often than chance and sense explain."""
+        share = self.share_chosen_longer
+        return share > LENGTH_BIAS_SHARE and wilson(share, self.kept)[0] > _EVEN
+
     def check(self) -> None:
         """Raise AssertionError unless kept + dropped + refused equals the input."""
         parts = (self.kept, self.dropped_count, self.refused_count)
@@ -141,10 +149,10 @@ class DataReport:
                 f"MOST ROWS ARE REFUSED: {self.refused_count} of {self.total}. "
                 "Look at the reasons before trusting this run."
             )
-        if self.share_chosen_longer > LENGTH_BIAS_SHARE:
+        if self.has_length_bias:
+            longer = share_text(self.share_chosen_longer, self.kept)
             lines.append(
-                f"the chosen response is longer in {self.share_chosen_longer:.0%} of the pairs: "
-                f"{self._length_advice}"
+                f"the chosen response is longer in {longer} of the pairs: {self._length_advice}"
             )
         if self.special_token_rows:
             lines.append(
@@ -205,7 +213,8 @@ class DataReport:
             figures = "  ".join(f"{rank} {count:g}" for rank, count in ranks.items())
             facts.append((f"{name} tokens", figures))
         if self.lengths:
-            facts.append(("chosen longer", f"{self.share_chosen_longer:.0%} of the pairs"))
+            longer = share_text(self.share_chosen_longer, self.kept) if self.kept else "0%"
+            facts.append(("chosen longer", f"{longer} of the pairs"))
             if self.length_balance is not None:
                 facts.append(("length balance", str(self.length_balance)))
             facts.append(

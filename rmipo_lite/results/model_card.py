@@ -6,6 +6,7 @@ not that nothing needs tuning and not that the result beats other methods.
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def run_options(result: RunRecord) -> dict[str, Any]:
     return {name: values[name] for name in SHOWN_OPTIONS if name in values}
 
 
-def metric_rows(result: RunRecord) -> list[tuple[str, str, str]]:
-    """(metric, before, after) of the evaluation, as texts; what is read first stands first."""
+METRIC_HEAD = ("metric", "before", "after", "change")
+
+
+def metric_rows(result: RunRecord) -> list[tuple[str, str, str, str]]:
+    """(metric, before, after, change +- its standard error) as texts, the telling ones first."""
     rows = []
     first = [key for name in _FIRST for key, _ in held_out.names_of(name, result.metrics)]
     for name in dict.fromkeys([*first, *sorted(result.metrics)]):
@@ -54,8 +58,16 @@ def metric_rows(result: RunRecord) -> list[tuple[str, str, str]]:
         if name.endswith(("runtime", "per_second")) or name == "epoch":
             continue
         before = result.metrics_before.get(name)
-        rows.append((printable(name), "" if before is None else f"{before:.4f}", f"{value:.4f}"))
+        shown = "" if before is None else f"{before:.4f}"
+        rows.append((printable(name), shown, f"{value:.4f}", _change(result, name)))
     return rows
+
+
+def _change(result: RunRecord, name: str) -> str:
+    """Of a metric, with its standard error where that is known; of one number, that alone."""
+    before, error = result.metrics_before.get(name), result.errors.get(name, math.nan)
+    change = "" if before is None else f"{result.metrics[name] - before:+.4f}"
+    return f"{change} +- {error:.4f}".strip() if math.isfinite(error) else change
 
 
 def _code(text: str) -> str:
@@ -106,7 +118,7 @@ def model_card(result: RunRecord, merged: str | None = None) -> str:
     steps = result.history[-1].get("step", 0) if result.history else 0
     stopped = "" if result.stopped_at_step is None else " (stopped early, on request)"
     rows = metric_rows(result)
-    table = "\n".join(f"| {_cell(name)} | {before} | {after} |" for name, before, after in rows)
+    table = "\n".join(f"| {' | '.join([_cell(row[0]), *row[1:]])} |" for row in rows)
     options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result).items())
     of_step = "" if result.weights_step is None else f", weights of step {result.weights_step}"
     return "\n".join(
@@ -122,7 +134,7 @@ def model_card(result: RunRecord, merged: str | None = None) -> str:
             *([] if merged is None else ["## Merged", "", merged, ""]),
             "## Held-out metrics",
             "",
-            f"| metric | before | after |\n|---|---|---|\n{table}"
+            f"| {' | '.join(METRIC_HEAD)} |\n|---|---|---|---|\n{table}"
             if rows
             else "None was measured.",
             "",

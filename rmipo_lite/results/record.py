@@ -1,5 +1,6 @@
 """`RunRecord`: what a run was, as it is kept, shown and written; it does nothing."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class RunRecord:
         args: the options of the run.
         metrics: numbers at the end, `eval_` for the held-out pairs.
         metrics_before: the held-out numbers before the first step.
+        errors: standard errors by the names of `metrics`: of the change from before (paired, case
+            by case), or of the number itself where nothing was measured before.
         history: the log, one dict for each log line (`trainer.state.log_history`).
         data_report: what became of every row of the dataset.
         output_dir: the folder of the run.
@@ -57,6 +60,7 @@ class RunRecord:
     start: dict[str, Tensor] | None = None
     weights_step: int | None = None
     learning_rate: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def base_model_name(self) -> str:
@@ -81,7 +85,9 @@ class RunRecord:
             for key, of_set in held_out.names_of(name, self.metrics):
                 after, before = self.metrics[key], self.metrics_before.get(key)
                 arrow = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
-                parts.append(f"{held_out.label('held-out', of_set)} {label} {arrow}")
+                error = self.errors.get(key, math.nan)
+                sure = f" (+- {error:.3f})" if math.isfinite(error) else ""
+                parts.append(f"{held_out.label('held-out', of_set)} {label} {arrow}{sure}")
         if self.findings:
             parts.append(f"findings: {', '.join(self.findings.names)}")
         return ", ".join(parts)

@@ -29,7 +29,7 @@ from rmipo_lite.output.table import html_table
 from rmipo_lite.results import run_page
 from rmipo_lite.results.agreement import agreement
 from rmipo_lite.results.comparison import Comparison
-from rmipo_lite.results.model_card import metric_rows, model_card
+from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, model_card
 from rmipo_lite.results.record import RunRecord
 from rmipo_lite.system.files import is_empty
 
@@ -50,7 +50,7 @@ class TrainResult(RunRecord):
         if self.findings:
             parts.append(self.findings._repr_html_())
         if rows:
-            parts.append(html_table(("metric", "before", "after"), rows))
+            parts.append(html_table(METRIC_HEAD, rows))
         if self._samples is not None and len(self._samples):
             parts.append(self._samples._repr_html_())
         parts += [run_page.curves(self.history), self.data_report._repr_html_()]

@@ -7,7 +7,7 @@ from rmipo_lite.output import plots
 from rmipo_lite.output.page import html_page
 from rmipo_lite.output.table import html_table
 from rmipo_lite.results.comparison import Comparison
-from rmipo_lite.results.model_card import metric_rows, run_options
+from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, run_options
 from rmipo_lite.results.record import RunRecord
 
 
@@ -34,9 +34,7 @@ def report_html(
         ("Findings", result.findings._repr_html_()),
         (
             "Held-out metrics",
-            html_table(("metric", "before", "after"), rows)
-            if rows
-            else "<p>None was measured.</p>",
+            html_table(METRIC_HEAD, rows) if rows else "<p>None was measured.</p>",
         ),
         *extra_sections,
         ("Curves", curves(result.history)),

@@ -6,6 +6,8 @@ ever held. Mode and random state are left as they were.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -20,11 +22,18 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import name_rows
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.output.console import say
+from rmipo_lite.output.uncertainty import PairedValues
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training import pair_values
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.watch.completions import CLIPPED, MEAN_LENGTH, REPETITION, completion_numbers
+from rmipo_lite.watch.completions import (
+    CLIPPED,
+    MEAN_LENGTH,
+    REPETITION,
+    REPETITIVE,
+    completion_numbers,
+)
 from rmipo_lite.watch.doctor import Doctor
 from rmipo_lite.watch.progress import ProgressDisplay
 
@@ -37,6 +46,8 @@ class PairEvaluation(TrainerBeside):
     """Mixin for `transformers.Trainer`; put it before Trainer in the bases."""
 
     _can_answer = True
+
+    held_out_values: PairedValues  # of every pair and answer, for how sure the numbers are
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluate ahead of a run: heard by the package's own callbacks alone.
@@ -81,16 +92,17 @@ class PairEvaluation(TrainerBeside):
                     return _evaluated({}, metric_key_prefix, 0)
         if not parts:
             raise ValueError("eval_dataset: no pair to evaluate")
-        numbers = self._eval_numbers(parts, rows)
-        numbers |= self._answers([pair for inputs in batches for pair in inputs["pairs"]])
+        numbers = self._eval_numbers(parts, rows, metric_key_prefix)
+        pairs = [pair for inputs in batches for pair in inputs["pairs"]]
+        numbers |= self._answers(pairs, metric_key_prefix)
         return _evaluated(numbers, metric_key_prefix, len(rows))
 
-    def _answers(self, pairs: list[TokenizedPair]) -> dict[str, float]:
+    def _answers(self, pairs: list[TokenizedPair], prefix: str) -> dict[str, float]:
         """Numbers of the model's own answers to the first prompts; a run never ends with them."""
         if not self._can_answer or not self.args.eval_completions:
             return {}
         try:
-            return completion_numbers(
+            columns = completion_numbers(
                 self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed
             )
         except Exception as error:
@@ -98,6 +110,15 @@ class PairEvaluation(TrainerBeside):
             reason = (str(error).splitlines() or [""])[0][:200]
             say(f"Evaluations answer no prompts: {type(error).__name__}: {reason}")
             return {}
+        count = max(map(len, columns.values()), default=0)
+        self._note_errors(prefix, range(count), columns)
+        return {name: statistics.mean(values) for name, values in columns.items()}
+
+    def _note_errors(
+        self, prefix: str, cases: Sequence[int], columns: dict[str, list[float]]
+    ) -> None:
+        named = {f"{prefix}_{name}": values for name, values in columns.items()}
+        self.held_out_values.note(cases, named)
 
     def _may_stop_evaluating(self) -> bool:
         """Whether Ctrl-C asks for an end, and no choice of the best model hangs on the numbers."""
@@ -107,7 +128,9 @@ class PairEvaluation(TrainerBeside):
         )
         return asked and self.args.metric_for_best_model is None
 
-    def _eval_numbers(self, parts: list[PairValues], rows: list[int]) -> dict[str, float]:
+    def _eval_numbers(
+        self, parts: list[PairValues], rows: list[int], prefix: str
+    ) -> dict[str, float]:
         """Means over the pairs whose loss is a number; the others are named and counted."""
         values = pair_values.concat(parts)
         is_finite = pair_values.finite_pairs(values)
@@ -115,6 +138,8 @@ class PairEvaluation(TrainerBeside):
         numbers = {}
         if len(values.loss):
             numbers = {"loss": float(values.loss.mean()), **pair_values.reduce([values], self.args)}
+            sound = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if good]
+            self._note_errors(prefix, sound, pair_values.cases(values, self.args))
         bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
         if bad:
             say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")
@@ -141,7 +166,7 @@ def metric_names(args: RMiPOConfig, datasets: list[str]) -> list[str]:
     one = PairValues(*[torch.zeros(1)] * len(fields(PairValues)))
     names = ["loss", *pair_values.reduce([one], args), *_ALSO_MEASURED]
     if args.eval_completions:
-        names += [MEAN_LENGTH, CLIPPED, REPETITION]
+        names += [MEAN_LENGTH, CLIPPED, REPETITION, REPETITIVE]
     return [f"eval_{part}{name}" for part in datasets or [""] for name in names]
 
 

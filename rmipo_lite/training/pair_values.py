@@ -127,6 +127,22 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
     return dict(zip(named, numbers, strict=True))
 
 
+def cases(values: PairValues, args: RMiPOConfig) -> dict[str, list[float]]:
+    """Each pair's own part of the means that tell how a run went, by their names."""
+    margin = values.chosen_logps - values.rejected_logps
+    scale = args.beta if args.loss.beta_in_rewards else 1.0
+    named = {
+        "loss": values.loss,
+        "rewards/accuracies": (margin > 0).to(margin.dtype),
+        "rewards/margins": scale * margin,
+        "logps/chosen": values.chosen_logps,
+        "logps/rejected": values.rejected_logps,
+    }
+    # One transfer for all of them.
+    columns = torch.stack([value.float() for value in named.values()]).tolist()
+    return dict(zip(named, columns, strict=True))
+
+
 def _mean_of_defined(pmi: Tensor) -> Tensor:
     # 0 where no response of the window has a prior; rmipo/pmi_undefined is then 1.
     return torch.nan_to_num(torch.nanmean(pmi), nan=0.0)

@@ -37,6 +37,7 @@ from rmipo_lite.model.batch import packed_length
 from rmipo_lite.model.generation import other_ends, savable_generation_config
 from rmipo_lite.ops.devices import unused_gpu
 from rmipo_lite.output.console import say
+from rmipo_lite.output.uncertainty import PairedValues
 from rmipo_lite.planning.half_range import keep_family_in_range, keep_model_in_range
 from rmipo_lite.tokens.ending import anchored_end, scored_end
 from rmipo_lite.tokens.options import prior_front
@@ -198,6 +199,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         self.length_balance, self.pair_step.weights = balance_of(train_pairs or [], self.args)
         self.pair_step.end_id = anchored_end(train_pairs or [], self._tokenizer)
         self.doctor.is_anchored = self.pair_step.end_id is not None
+        self.held_out_values = self.doctor.held_out_values = PairedValues()
         self.begin_run()
         refuse_unknown_metric(self)
         refuse_coarse_steps(self)
@@ -248,6 +250,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
     def begin_run(self) -> None:
         """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
         self.run_log.clear()
+        self.held_out_values.begin()
         self.pair_step.prior_cache = None
         self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
         self._priors_are_ready = False

@@ -1,4 +1,4 @@
-"""What a model answers, in three numbers: how long, how often without an end, how repetitive.
+"""What a model answers, in numbers: how long, how often without an end, how repetitive.
 
 The losses look at given answers only. A model can win every pair and write text that repeats itself
 or never ends; that shows in what it generates and nowhere else. So an evaluation answers a few of
@@ -23,20 +23,22 @@ _GRAM = 4  # tokens of a phrase that counts as repeated
 MEAN_LENGTH = "completions/mean_length"  # trl's names
 CLIPPED = "completions/clipped_ratio"
 REPETITION = "completions/repetition"
+REPETITIVE = "completions/repetitive_ratio"
+_REPETITIVE = 0.5  # of an answer's phrases: it says a sentence three times or more
 
 
 def completion_numbers(
     model: Any, tokenizer: Any, pairs: Sequence[TokenizedPair], count: int, seed: int
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """Answer the first `count` distinct prompts of the pairs, and measure the answers.
 
     An answer may have twice the tokens of the pairs' median chosen response, 64 to 128. The same
     seed draws the same numbers each time; the run's own random state stays as it is.
 
     Returns:
-        Mean tokens of an answer (the end token not counted), the share of answers that the limit
-        cut, and the mean share of an answer's phrases of four tokens that stood in it before. Empty
-        where no pair has a prompt that leaves room for an answer.
+        Of every answer: its tokens (the end token not counted), whether the limit cut it, the
+        share of its phrases of four tokens that stood in it before, and whether that is half of
+        them. Empty where no pair has a prompt that leaves room for an answer.
     """
     usual = statistics.median(len(pair.chosen_ids) for pair in pairs)
     limit = int(min(_MOST_TOKENS, max(_LEAST_TOKENS, 2 * usual)))
@@ -52,10 +54,12 @@ def completion_numbers(
             model, tokenizer, prompts, limit,
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         )  # fmt: skip
+    repeated = [repeated_share(answer.ids) for answer in answers]
     return {
-        MEAN_LENGTH: statistics.mean(_length(answer) for answer in answers),
-        CLIPPED: statistics.mean(not answer.ended for answer in answers),
-        REPETITION: statistics.mean(repeated_share(answer.ids) for answer in answers),
+        MEAN_LENGTH: [float(_length(answer)) for answer in answers],
+        CLIPPED: [float(not answer.ended) for answer in answers],
+        REPETITION: repeated,
+        REPETITIVE: [float(share >= _REPETITIVE) for share in repeated],
     }
 
 

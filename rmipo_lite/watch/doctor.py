@@ -9,7 +9,10 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.output.console import say
 from rmipo_lite.output.findings import Finding, Findings
-from rmipo_lite.watch.symptoms import Chart, examine
+from rmipo_lite.output.uncertainty import PairedValues
+from rmipo_lite.watch.chart import Chart
+from rmipo_lite.watch.completions import CLIPPED
+from rmipo_lite.watch.symptoms import examine
 
 
 class Doctor(TrainerCallback):
@@ -21,12 +24,14 @@ class Doctor(TrainerCallback):
 
     Attributes:
         report, ends, learning_rate: as in `Chart`, set by whoever has them before training.
+        held_out_values: of the evaluations, case by case; the trainer's own.
         shown_before: symptoms that were told otherwise already; found and kept, not said again.
     """
 
     def __init__(self, args: RMiPOConfig, pairs: int = 0) -> None:
         self._args = args
         self._pairs = pairs
+        self.held_out_values = PairedValues()
         self.report: DataReport | None = None
         self.ends: tuple[str, str] | None = None
         self.learning_rate = 0.0
@@ -86,6 +91,8 @@ class Doctor(TrainerCallback):
             logs=[entry for entry in history if "loss" in entry],
             held_out=held_out if self._before is None else [self._before, *held_out],
             pairs=self._pairs,
+            errors=self.held_out_values.errors,
+            answers=self.held_out_values.counts.get(f"eval_{CLIPPED}", 0),
             max_steps=state.max_steps,
             report=self.report,
             ends=self.ends,

@@ -7,16 +7,13 @@ those half of whose answers no longer ended, 0.97 to 2.6.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
-from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data.report import LENGTH_BIAS_SHARE, DataReport
 from rmipo_lite.output.findings import Finding
-from rmipo_lite.watch.completions import CLIPPED, MEAN_LENGTH, REPETITION
-
-Logs = Sequence[dict[str, Any]]
+from rmipo_lite.output.uncertainty import share_text, wilson
+from rmipo_lite.watch.chart import LEAST_ANSWERS, SURE, Chart
+from rmipo_lite.watch.completions import CLIPPED, MEAN_LENGTH, REPETITION, REPETITIVE
 
 _LEAST_PAIRS = 20  # held out: fewer don't tell a share
 _LEAST_STEPS = 20  # of training, before anything is said of its course
@@ -24,7 +21,7 @@ _LEAST_LOGS = 5
 
 _COLLAPSE_NATS = 0.5  # between the stored runs' 0.16 and 0.97
 _FALL_NATS = 0.25
-_REJECTED_SHARE = 0.6  # of the held-out pairs, before training
+_REJECTED_SHARE, _EVEN = 0.6, 0.5  # of the held-out pairs, before training; and of a coin
 _EASY_SHARE = 0.95
 _PINNED_SHARE = 0.8
 _UNDEFINED_SHARE = 0.1
@@ -37,7 +34,7 @@ _LOSS_ROSE = 0.05  # held out, as a share of the loss before training
 _STILL_NATS = 0.005  # a held-out log-prob that moved less has not been trained
 _EMPTY_TOKENS, _EMPTY_SHARE = 4.0, 0.25  # an answer's mean length, and that of the start's
 _BASE_UNENDED = 0.9
-_REPETITION_ROSE, _UNENDED_ROSE, _LENGTH_ROSE = 0.2, 0.3, 1.5
+_REPETITION_ROSE, _REPETITIVE_ROSE, _UNENDED_ROSE, _LENGTH_ROSE = 0.2, 0.2, 0.3, 1.5
 
 
 class Seen(NamedTuple):
@@ -48,67 +45,13 @@ class Seen(NamedTuple):
     level: Literal["warning", "note"] = "warning"
 
 
-@dataclass(frozen=True)
-class Chart:
-    """What is known of a run so far.
-
-    Attributes:
-        args: the options.
-        logs: log lines of training, each with its `step`.
-        held_out: evaluations with their `step`, the one before training first (step 0).
-        pairs: how many pairs an evaluation is a mean over.
-        max_steps: of the run; 0 before it begins.
-        report: the data's, None where rows came tokenised.
-        ends: the token that ends an answer in training, and those that the model itself stops at,
-            where they differ.
-        learning_rate: the schedule's peak; 0 before there is one.
-        is_anchored: whether the pairs show an end that `end_anchor` can hold.
-    """
-
-    args: RMiPOConfig
-    logs: Logs = ()
-    held_out: Logs = ()
-    pairs: int = 0
-    max_steps: int = 0
-    report: DataReport | None = None
-    ends: tuple[str, str] | None = None
-    learning_rate: float = 0.0
-    is_anchored: bool = True
-
-    @property
-    def step(self) -> int:
-        """The last step that anything is known of."""
-        return int(max((e.get("step", 0) for e in (*self.logs, *self.held_out)), default=0))
-
-    @property
-    def before(self) -> dict[str, Any] | None:
-        """The evaluation before training."""
-        first = next(iter(self.held_out), None)
-        return first if first is not None and first["step"] == 0 else None
-
-    def change(self, metric: str) -> tuple[float, float] | None:
-        """A held-out metric before training and in the newest evaluation; None without both."""
-        name = f"eval_{metric}"
-        values = [entry[name] for entry in self.held_out if name in entry]
-        if self.before is None or name not in self.before or len(values) < 2:
-            return None
-        return float(values[0]), float(values[-1])
-
-    def newest(self, metric: str) -> float | None:
-        """A training metric of the last line that has it."""
-        return next((float(e[metric]) for e in reversed(self.logs) if metric in e), None)
-
-    def series(self, metric: str) -> list[float]:
-        """A training metric over the lines that have it."""
-        return [float(entry[metric]) for entry in self.logs if metric in entry]
-
-
 def chosen_longer(chart: Chart) -> Seen | None:
     """Length tells chosen from rejected."""
     report = chart.report
-    if report is None or report.share_chosen_longer <= LENGTH_BIAS_SHARE:
+    if report is None or not report.has_length_bias:
         return None
-    seen = f"the chosen response is the longer one in {report.share_chosen_longer:.0%} of the pairs"
+    longer = share_text(report.share_chosen_longer, report.kept)
+    seen = f"the chosen response is the longer one in {longer} of the pairs"
     balance = report.length_balance
     if balance is not None and balance.is_used and chart.args.length_balance == "auto":
         if not balance.is_strong:
@@ -151,9 +94,11 @@ def swapped_labels(chart: Chart) -> Seen | None:
     accuracy = _accuracy_before(chart)
     if accuracy is None or accuracy >= 1 - _REJECTED_SHARE:
         return None
+    if wilson(accuracy, chart.pairs)[1] >= _EVEN:
+        return None
     return Seen(
-        f"before any training the model finds the rejected side likelier in {1 - accuracy:.0%} of "
-        f"{chart.pairs} held-out pairs",
+        "before any training the model finds the rejected side likelier in "
+        f"{share_text(1 - accuracy, chart.pairs)} of {chart.pairs} held-out pairs",
         "Look at a few (rmipo_lite.inspect shows the worst): if chosen and rejected are swapped, "
         "rename the columns",
     )
@@ -165,8 +110,8 @@ def easy_pairs(chart: Chart) -> Seen | None:
     if accuracy is None or accuracy < _EASY_SHARE:
         return None
     return Seen(
-        f"the model already prefers the chosen side in {accuracy:.0%} of {chart.pairs} held-out "
-        "pairs",
+        f"the model already prefers the chosen side in {share_text(accuracy, chart.pairs)} of "
+        f"{chart.pairs} held-out pairs",
         "The pairs are too easy, or the model has seen them; held-out accuracy can't show progress "
         "here, so judge by answers, and look for harder pairs",
         level="note",
@@ -175,11 +120,11 @@ def easy_pairs(chart: Chart) -> Seen | None:
 
 def _fall_of_chosen(chart: Chart) -> tuple[float, str] | None:
     """How far the chosen responses fell, nats per token, and of which pairs."""
-    held_out = chart.change("logps/chosen")
-    if held_out is not None:
-        return held_out[0] - held_out[1], "held-out"
+    if chart.change("logps/chosen") is not None:
+        held_out = chart.sure_change("logps/chosen")
+        return None if held_out is None else (held_out[0] - held_out[1], "held-out")
     seen = chart.series("logps/chosen")
-    if len(seen) < _LEAST_LOGS:
+    if len(seen) < _LEAST_LOGS or chart.step < _LEAST_STEPS:
         return None
     return statistics.mean(seen[:2]) - statistics.mean(seen[-2:]), "training"
 
@@ -198,7 +143,7 @@ def chosen_collapsing(chart: Chart) -> Seen | None:
 
 def both_rewards_falling(chart: Chart) -> Seen | None:
     """Both sides lose, the chosen one less."""
-    chosen, rejected = chart.change("logps/chosen"), chart.change("logps/rejected")
+    chosen, rejected = chart.sure_change("logps/chosen"), chart.sure_change("logps/rejected")
     if chosen is None or rejected is None:
         return None
     falls = chosen[0] - chosen[1], rejected[0] - rejected[1]
@@ -277,12 +222,14 @@ def learning_rate_high(chart: Chart) -> Seen | None:
     loss, accuracy = chart.change("loss"), chart.change("rewards/accuracies")
     if loss is None or accuracy is None or chart.pairs < _LEAST_PAIRS:
         return None
-    rose = loss[1] - loss[0] > _LOSS_ROSE * abs(loss[0])
-    if not rose and accuracy[0] - accuracy[1] <= _ACCURACY_FELL:
+    rose = chart.sure_change("loss") and loss[1] - loss[0] > _LOSS_ROSE * abs(loss[0])
+    fell = chart.sure_change("rewards/accuracies") and accuracy[0] - accuracy[1] > _ACCURACY_FELL
+    if not rose and not fell:
         return None
     return Seen(
-        f"training makes the held-out pairs worse: loss {loss[0]:.3f} -> {loss[1]:.3f}, accuracy "
-        f"{accuracy[0]:.0%} -> {accuracy[1]:.0%}",
+        f"training makes the held-out pairs worse: loss {loss[0]:.3f} -> {loss[1]:.3f} (+- "
+        f"{chart.error('loss'):.3f}), accuracy {accuracy[0]:.0%} -> {accuracy[1]:.0%} (+- "
+        f"{chart.error('rewards/accuracies'):.0%})",
         f"The learning rate ({chart.learning_rate:.2g}) is too high for these pairs, or there "
         "are too many passes over them: try a third of it, or one epoch",
     )
@@ -291,7 +238,7 @@ def learning_rate_high(chart: Chart) -> Seen | None:
 def overshooting(chart: Chart) -> Seen | None:
     """The margin is far past what the loss asks for, at the rejected side's cost."""
     args = chart.args
-    margin, rejected = chart.change("rewards/margins"), chart.change("logps/rejected")
+    margin, rejected = chart.sure_change("rewards/margins"), chart.change("logps/rejected")
     loss = args.loss
     if margin is None or rejected is None or not loss.beta_in_rewards or loss.margin == "none":
         return None
@@ -319,7 +266,8 @@ def learning_rate_low(chart: Chart) -> Seen | None:
     if chart.step < chart.max_steps / 2:  # the warm-up is still near
         return None
     moved = max(abs(after - before) for before, after in (chosen, rejected))
-    if moved >= _STILL_NATS:
+    error = max(chart.error("logps/chosen"), chart.error("logps/rejected"))
+    if moved >= _STILL_NATS or not SURE * error < _STILL_NATS:
         return None
     return Seen(
         f"{chart.step} steps moved the held-out log-probs by {moved:.1g} nats per token",
@@ -329,15 +277,26 @@ def learning_rate_low(chart: Chart) -> Seen | None:
 
 
 def repetition(chart: Chart) -> Seen | None:
-    """Answers repeat themselves more than the start model's."""
-    change = chart.change(REPETITION)
-    if change is None or change[1] - change[0] <= _REPETITION_ROSE:
-        return None
-    return Seen(
-        f"the model's answers repeat themselves: {change[1]:.0%} of their phrases of four tokens "
-        f"stood there before, at the start {change[0]:.0%}",
+    """Answers repeat themselves more than the start model's: all a little, or a few altogether."""
+    change, some = chart.change_of_answers(REPETITION), chart.change(REPETITIVE)
+    cure = (
         "Read result.compare([...]); a lower learning_rate, fewer steps or a larger sft_weight are "
-        "the usual cures",
+        "the usual cures"
+    )
+    if change is not None and change[1] - change[0] > _REPETITION_ROSE:
+        return Seen(
+            f"the model's answers repeat themselves: {change[1]:.0%} of their phrases of four "
+            f"tokens stood there before, at the start {change[0]:.0%} (+- "
+            f"{chart.error(REPETITION):.0%})",
+            cure,
+        )
+    if some is None or chart.answers < LEAST_ANSWERS or some[1] - some[0] <= _REPETITIVE_ROSE:
+        return None
+    before, after = (round(share * chart.answers) for share in some)
+    return Seen(
+        f"{after} of {chart.answers} answers say the same again and again, at the start {before}",
+        cure,
+        level="note",
     )
 
 
@@ -347,11 +306,14 @@ def length_runaway(chart: Chart) -> Seen | None:
     if clipped is None or length is None:
         return None
     grew = length[1] > _LENGTH_ROSE * max(length[0], 1.0) and clipped[1] > clipped[0]
-    if clipped[1] - clipped[0] <= _UNENDED_ROSE and not grew:
+    grew = grew and chart.change_of_answers(MEAN_LENGTH) is not None
+    unended = clipped[1] - clipped[0] > _UNENDED_ROSE and chart.change_of_answers(CLIPPED)
+    if not unended and not grew:
         return None
     return Seen(
-        f"the model's answers run away: {length[1]:.0f} tokens in the mean and {clipped[1]:.0%} "
-        f"without an end, at the start {length[0]:.0f} and {clipped[0]:.0%}",
+        f"the model's answers run away: {length[1]:.0f} tokens (+- {chart.error(MEAN_LENGTH):.0f}) "
+        f"in the mean of {chart.answers} and {clipped[1]:.0%} without an end, at the start "
+        f"{length[0]:.0f} and {clipped[0]:.0%}",
         "Accuracy and margin don't see that. It comes from pairs whose chosen side is usually "
         "longer (length_balance='auto' weighs them), and from a high learning rate: lower it, stop "
         "earlier, or hold the end with a larger end_anchor",
@@ -360,7 +322,7 @@ def length_runaway(chart: Chart) -> Seen | None:
 
 def answers_vanish(chart: Chart) -> Seen | None:
     """Answers end before they have said anything."""
-    length = chart.change(MEAN_LENGTH)
+    length = chart.change_of_answers(MEAN_LENGTH)
     if length is None or length[1] > min(_EMPTY_TOKENS, _EMPTY_SHARE * length[0]):
         return None
     return Seen(
@@ -374,13 +336,13 @@ def answers_vanish(chart: Chart) -> Seen | None:
 def never_ends(chart: Chart) -> Seen | None:
     """A model that doesn't end its answers before training: a base model."""
     share = (chart.before or {}).get(f"eval_{CLIPPED}")
-    if share is None or share < _BASE_UNENDED:
+    if share is None or share < _BASE_UNENDED or chart.answers < LEAST_ANSWERS:
         return None
     taught = "end_anchor teaches it here" if chart.args.end_anchor else "end_anchor=0.1 would"
     if not chart.is_anchored:
         taught = "end_anchor can't, since no special token ends the chosen side here"
     return Seen(
-        f"before any training {share:.0%} of the model's answers don't end",
+        f"before any training {share_text(share, chart.answers)} of the model's answers don't end",
         f"It looks like a base model, which nobody has taught when to stop: {taught}. The usual "
         "way is a supervised start on good answers first",
         level="note",

@@ -539,13 +539,14 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 
 def test_report_is_readable_json_able_and_escaped() -> None:
-    report = DataReport(source="<b>x</b>\x1b[31m", total=3, kept=1, chosen_longer_pairs=1)
+    report = DataReport(source="<b>x</b>\x1b[31m", total=9, kept=4, chosen_longer_pairs=4)
     report.refuse(1, "a reason", "<script>\x07")
-    report.refuse(2, "a reason")
+    for row in range(2, 6):
+        report.refuse(row, "a reason")
     report.set_lengths(prompt=[1, 2, 3], chosen=list(range(101)), rejected=[7])
     report.check()
     text = str(report)
-    assert "3 in = 1 kept + 0 dropped + 2 refused" in text
+    assert "9 in = 4 kept + 0 dropped + 5 refused" in text
     assert "p5 5  p50 50  p95 95  max 100" in text
     assert "MOST ROWS ARE REFUSED" in text
     assert "longer in 100%" in text
@@ -553,7 +554,7 @@ def test_report_is_readable_json_able_and_escaped() -> None:
     assert "\x07" not in text
     assert "<script>" not in report._repr_html_()
     assert "&lt;b&gt;" in report._repr_html_()
-    assert json.loads(json.dumps(report.to_dict()))["refused"]["a reason"]["rows"] == [1, 2]
+    assert json.loads(json.dumps(report.to_dict()))["refused"]["a reason"]["rows"] == [1, 2, 3, 4, 5]
 
 
 def test_every_row_is_named_and_the_line_stays_short() -> None:

@@ -19,7 +19,8 @@ from rmipo_lite.ops.losses import LOSSES, RANGES, Loss, PairOptions, losses_with
 from rmipo_lite.ops.reference import pair_losses
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.training.pair_values import PairValues, reduce
-from rmipo_lite.watch.symptoms import Chart, examine
+from rmipo_lite.watch.chart import Chart
+from rmipo_lite.watch.symptoms import examine
 from tests.conftest import ROOT
 from tests.kit import random_pairs, tiny_trainer
 
@@ -64,7 +65,8 @@ def test_a_loss_is_added_in_the_table_alone(
         {"step": step, "eval_rewards/margins": margin, "eval_logps/rejected": -5.0 - step}
         for step, margin in ((0, 0.0), (40, 9.0))
     ]
-    found = examine(Chart(args, held_out=rose, pairs=50, max_steps=40))
+    errors = {"eval_rewards/margins": 0.1}
+    found = examine(Chart(args, held_out=rose, pairs=50, max_steps=40, errors=errors))
     assert "overshooting" in [finding.name for finding in found]
     assert "a square of the margin" in model_card(_record(args))
     with pytest.raises(ValueError, match="label_smoothing must be 0 for loss_type='squared'"):
@@ -75,6 +77,7 @@ def _record(args: RMiPOConfig) -> SimpleNamespace:
     return SimpleNamespace(
         args=args, base_model_name="", model=None, weights_step=None, history=[],
         learning_rate=None, stopped_at_step=None, metrics={}, metrics_before={}, findings=[],
+        errors={},
         data_report=SimpleNamespace(facts=list), conversational=False,
     )  # fmt: skip
 

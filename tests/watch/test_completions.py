@@ -11,7 +11,13 @@ from rmipo_lite import demo
 from rmipo_lite.model.generation import Generated
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.watch import completions
-from rmipo_lite.watch.completions import CLIPPED, MEAN_LENGTH, REPETITION, completion_numbers
+from rmipo_lite.watch.completions import (
+    CLIPPED,
+    MEAN_LENGTH,
+    REPETITION,
+    REPETITIVE,
+    completion_numbers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +47,16 @@ def test_numbers_by_hand(monkeypatch: pytest.MonkeyPatch, demo_model: tuple[Any,
     monkeypatch.setattr(completions, "generate_ids", lambda *args, **options: answers)
     model, tokenizer = demo_model
     numbers = completion_numbers(model, tokenizer, [_pair(tokenizer, "What?")], 8, seed=0)
-    assert numbers == pytest.approx(
-        {MEAN_LENGTH: (3 + 8) / 2, CLIPPED: 0.5, REPETITION: (0 + 3 / 5) / 2}
-    )
+    assert numbers == {
+        MEAN_LENGTH: [3, 8], CLIPPED: [0, 1], REPETITION: [0, 3 / 5], REPETITIVE: [0, 1],
+    }  # fmt: skip
+
+
+def test_a_sentence_six_times_is_repetitive() -> None:
+    sentence = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+    assert completions.repeated_share(sentence * 6) > 0.8
+    assert completions.repeated_share(sentence * 2) < 0.5 < completions.repeated_share(sentence * 3)
+    assert completions.repeated_share([*sentence, *range(40, 60)]) == 0
 
 
 def test_a_healthy_model_ends_and_the_run_sees_nothing(demo_model: tuple[Any, Any]) -> None:
@@ -57,8 +70,8 @@ def test_a_healthy_model_ends_and_the_run_sees_nothing(demo_model: tuple[Any, An
     assert torch.equal(torch.rand(2), expected)
     assert model.training
     assert completion_numbers(model, tokenizer, pairs, 4, seed=1) == first
-    assert first[CLIPPED] == 0
-    assert 1 < first[MEAN_LENGTH] < 64
+    assert first[CLIPPED] == [0] * 4
+    assert all(1 < length < 64 for length in first[MEAN_LENGTH])
 
 
 def test_which_prompts_are_answered(

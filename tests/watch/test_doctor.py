@@ -96,7 +96,9 @@ def test_evaluations_answer_as_many_prompts_as_asked(
 ) -> None:
     counts: list[int] = []
 
-    def count(model: Any, tokenizer: Any, pairs: Any, count: int, seed: int) -> dict[str, float]:
+    def count(
+        model: Any, tokenizer: Any, pairs: Any, count: int, seed: int
+    ) -> dict[str, list[float]]:
         counts.append(count)
         return {}
 
@@ -123,7 +125,9 @@ def _numbers(accuracy: float, chosen: float = -1.0) -> dict[str, float]:
 
 @pytest.fixture
 def doctor(tmp_path: Path) -> Doctor:
-    return Doctor(RMiPOConfig(str(tmp_path), use_cpu=True), pairs=50)
+    doctor = Doctor(RMiPOConfig(str(tmp_path), use_cpu=True), pairs=50)
+    doctor.held_out_values.errors = dict.fromkeys(_numbers(0.5), 0.001)
+    return doctor
 
 
 def test_a_finding_is_said_once_and_keeps_its_steps(

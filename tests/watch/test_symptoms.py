@@ -9,7 +9,8 @@ import pytest
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
-from rmipo_lite.watch.symptoms import SYMPTOMS, Chart, examine
+from rmipo_lite.watch.chart import Chart
+from rmipo_lite.watch.symptoms import SYMPTOMS, examine
 
 _STEPS = 100
 
@@ -48,6 +49,8 @@ def _healthy(args: RMiPOConfig) -> Chart:
         pairs=100,
         max_steps=_STEPS,
         report=DataReport(kept=100, chosen_longer_pairs=55),
+        errors=dict.fromkeys(_evaluation(0), 1e-4),
+        answers=8,
     )
 
 
@@ -72,12 +75,12 @@ _HELD_OUT: dict[str, tuple[dict[str, float], dict[str, float], str]] = {
     "swapped_labels": (
         {"rewards/accuracies": 0.35},
         {"rewards/accuracies": 0.5},
-        "the rejected side likelier in 65% of 100",
+        "the rejected side likelier in 65% (55 to 74%) of 100",
     ),
     "easy_pairs": (
         {"rewards/accuracies": 0.97},
         {"rewards/accuracies": 0.97},
-        "prefers the chosen side in 97% of 100",
+        "prefers the chosen side in 97% (92 to 99%) of 100",
     ),
     "chosen_collapsing": (
         {"logps/chosen": -1.0},
@@ -108,7 +111,7 @@ _HELD_OUT: dict[str, tuple[dict[str, float], dict[str, float], str]] = {
     "length_runaway": (
         {},
         {"completions/mean_length": 90.0, "completions/clipped_ratio": 0.75},
-        "90 tokens in the mean and 75% without an end, at the start 40 and 12%",
+        "90 tokens (+- 0) in the mean of 8 and 75% without an end, at the start 40 and 12%",
     ),
     "answers_vanish": (
         {},
@@ -118,7 +121,7 @@ _HELD_OUT: dict[str, tuple[dict[str, float], dict[str, float], str]] = {
     "never_ends": (
         {"completions/clipped_ratio": 1.0},
         {},
-        "before any training 100% of the model's answers don't end",
+        "before any training 100% (68 to 100%) of the model's answers don't end",
     ),
 }
 
@@ -162,7 +165,9 @@ def test_the_length_of_the_chosen_side(args: RMiPOConfig) -> None:
     report = DataReport(kept=100, chosen_longer_pairs=70)
     (found,) = examine(replace(_healthy(args), report=report))
     assert found.name == "chosen_longer"
-    assert "70% of the pairs" in found.text
+    assert "70% (60 to 78%) of the pairs" in found.text
+    few = replace(_healthy(args), report=DataReport(kept=12, chosen_longer_pairs=8))
+    assert _names(few) == []
 
 
 def test_a_collapse_shows_in_training_too(args: RMiPOConfig) -> None:
@@ -185,6 +190,53 @@ def test_an_overshoot_is_measured_from_gamma(scaled: bool, args: RMiPOConfig) ->
     args.gamma_scaled_by_beta = scaled
     chart = _with_evaluations(_healthy(args), {}, {"rewards/margins": 4.3})
     assert _names(chart) == ([] if scaled else ["overshooting"])
+
+
+_CHANGES = {
+    name: numbers[1]
+    for name, numbers in _HELD_OUT.items()
+    if name not in ("swapped_labels", "easy_pairs", "learning_rate_low", "never_ends")
+}
+
+
+@pytest.mark.parametrize("name", _CHANGES)
+def test_what_chance_explains_is_no_finding(name: str, args: RMiPOConfig) -> None:
+    """The same numbers with standard errors as large as they are, or of nobody's knowing."""
+    before, after, _ = _HELD_OUT[name]
+    chart = _with_evaluations(_healthy(args), before, after)
+    wide = dict.fromkeys(chart.held_out[-1], 50.0)
+    assert _names(replace(chart, errors=wide)) == []
+    assert _names(replace(chart, errors={})) == []
+
+
+def test_one_pair_of_twenty_is_no_trend(args: RMiPOConfig) -> None:
+    """Accuracy 0.70 to 0.55 with a standard error of 0.09; 13 of 20 pairs lost before training."""
+    errors = {"eval_rewards/accuracies": 0.09}
+    fell = _with_evaluations(
+        _healthy(args), {"rewards/accuracies": 0.70}, {"rewards/accuracies": 0.55}
+    )
+    assert _names(replace(fell, pairs=20, errors=errors)) == []
+    even = _with_evaluations(_healthy(args), {"rewards/accuracies": 0.35}, {})
+    assert _names(replace(even, pairs=20, errors={})) == []
+    assert _names(replace(even, pairs=200, errors={})) == ["swapped_labels"]
+
+
+def test_two_answers_are_no_habit(args: RMiPOConfig) -> None:
+    for name in ("repetition", "length_runaway", "answers_vanish", "never_ends"):
+        before, after, _ = _HELD_OUT[name]
+        chart = _with_evaluations(_healthy(args), before, after)
+        assert _names(replace(chart, answers=2)) == []
+
+
+def test_a_few_answers_that_say_the_same_again_and_again(args: RMiPOConfig) -> None:
+    """Their share of all phrases is small, and a reader sees them all the same."""
+    some = {"completions/repetition": 0.12, "completions/repetitive_ratio": 0.25}
+    chart = _with_evaluations(_healthy(args), {"completions/repetitive_ratio": 0.0}, some)
+    (found,) = examine(chart)
+    assert (found.name, found.level) == ("repetition", "note")
+    assert "2 of 8 answers say the same again and again, at the start 0" in found.text
+    was_so = _with_evaluations(_healthy(args), some, some)
+    assert _names(was_so) == []
 
 
 def test_few_pairs_are_not_judged_by_shares(args: RMiPOConfig) -> None:
