@@ -21,13 +21,14 @@ _HOME = {
     "info": "environment",
     "inspect": "inspection.inspection",
     "linear_logps": "ops",
+    "load_run": "results.loaded",
     "rmipo_loss": "ops",
     "train": "run",
 }
 
 __all__ = [
     "RMiPOConfig", "RMiPOTrainer", "TrainResult", "__version__", "estimate", "info", "inspect",
-    "linear_logps", "rmipo_loss", "train",
+    "linear_logps", "load_run", "rmipo_loss", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rmipo_lite.inspection.inspection import inspect
     from rmipo_lite.ops import linear_logps, rmipo_loss
     from rmipo_lite.planning.estimation import estimate
+    from rmipo_lite.results.loaded import load_run
     from rmipo_lite.results.result import TrainResult
     from rmipo_lite.run import train
     from rmipo_lite.training.trainer import RMiPOTrainer

@@ -31,12 +31,15 @@ _QUANTISED = ("Params4bit", "Int8Params")
 
 
 @torch.no_grad()
-def merged_copy(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def merged_copy(
+    model: PeftModel, dtype: torch.dtype | None = None, stored: torch.dtype | None = None
+) -> PreTrainedModel:
     """The adapter merged into a copy of the model.
 
     Args:
         model: stays as it is.
-        dtype: of all floating weights; None keeps them, and takes bfloat16 for quantised ones.
+        dtype: of all floating weights; None takes bfloat16 for quantised ones, else `stored`.
+        stored: what the base model's files are in; None keeps the weights as they are.
 
     Raises:
         ValueError: this adapter can't be merged; the message says which layer and why.
@@ -49,7 +52,7 @@ def merged_copy(model: PeftModel, dtype: torch.dtype | None = None) -> PreTraine
     for name in (ADAPTED, START, EMBEDDINGS):
         vars(twin).pop(name, None)
     is_quantised = any(type(p).__name__ in _QUANTISED for p in base.parameters())
-    dtype = dtype or (torch.bfloat16 if is_quantised else None)
+    dtype = dtype or (torch.bfloat16 if is_quantised else stored)
     for name, module in reversed(list(twin.named_modules())):  # what is inside, first
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             _replace(twin, name, _merged(name, module, dtype))

@@ -1,4 +1,4 @@
-"""The command `rmipo-lite`: train, inspect, estimate, demo, info, selftest.
+"""The command `rmipo-lite`: train, inspect, estimate, generate, compare-answers, merge, and others.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows the traceback),
 2 a wrong command line, 130 interrupted. Imports happen inside the commands, so that `--help`
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rmipo_lite.cli import runs
 from rmipo_lite.cli.parser import OWN_NAMES, parser_for
 from rmipo_lite.model.upstream import quiet_bitsandbytes
 from rmipo_lite.output.console import printable, say
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = {
     "train": _train, "inspect": _inspect, "estimate": _estimate, "demo": _demo, "info": _info,
-    "selftest": _selftest,
+    "selftest": _selftest, "generate": runs.generate, "compare-answers": runs.compare_answers,
+    "merge": runs.merge,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from rmipo_lite.cli import runs
 from rmipo_lite.selftest.command import add_options
 from rmipo_lite.version import __version__
 
@@ -41,11 +42,13 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
     commands = parser.add_subparsers(
-        dest="command", metavar="{train,inspect,estimate,demo,info,selftest}"
+        dest="command",
+        metavar="{train,inspect,estimate,generate,compare-answers,merge,demo,info,selftest}",
     )
     _add_train(commands, argv)
     _add_inspect(commands, argv)
     _add_estimate(commands, argv)
+    runs.add_commands(commands)
     demo = commands.add_parser(
         "demo", help="train the embedded tiny model; no network, about a minute", allow_abbrev=False
     )

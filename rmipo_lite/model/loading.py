@@ -71,6 +71,17 @@ def load_config(name: str) -> PretrainedConfig:
     return config
 
 
+def stored_dtype(name: str) -> torch.dtype | None:
+    """What a model's files are in, as its config says; None where it has none."""
+    if not name:
+        return None
+    try:
+        dtype = getattr(load_config(name), "dtype", None)
+    except (ValueError, OSError):  # it was there when the model was loaded
+        return None
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
 def load_model(
     name: str, args: RMiPOConfig, quantization_config: BitsAndBytesConfig | None = None
 ) -> nn.Module:

@@ -16,12 +16,17 @@ def name_of(model: str | nn.Module) -> str:
 
 
 def short_name(name: str) -> str:
-    """A model's name for people: a hub name as it is, of a path the last part."""
+    """A model's name for people: a hub name, also of its cache; of a path the last part."""
     try:
         folder = existing_folder(name)
     except FileNotFoundError:  # it was there when the model was loaded
         folder = Path(name)
-    return name if folder is None else folder.name
+    if folder is None:
+        return name
+    cached = folder.parent.parent.name  # models--OWNER--NAME/snapshots/COMMIT
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def run_name(model: str | nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 from rmipo_lite.output.table import escaped, html_table, wrapped
 
 _WIDTH = 96  # characters of a line
-_NONE = "Findings: none. What is watched: watch/symptoms.py"
+_NONE = "Findings: none"
 
 
 @dataclass(frozen=True)

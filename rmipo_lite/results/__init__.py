@@ -1,6 +1,8 @@
 """What a run was and what can be done with it: answers, reports, files.
 
-`result.TrainResult` is what `train()` returns.
+`result.TrainResult` is what `train()` returns; `loaded.load_run` reads a run's folder again.
 """
 
-__all__ = ["agreement", "comparison", "model_card", "record", "result", "run_page"]
+__all__ = [
+    "agreement", "comparison", "loaded", "model_card", "record", "result", "run_page", "trained",
+]  # fmt: skip

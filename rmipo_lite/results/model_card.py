@@ -7,11 +7,13 @@ not that nothing needs tuning and not that the result beats other methods.
 import html
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
 
+from rmipo_lite.model.names import short_name
 from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.redaction import redact, redact_text
@@ -44,6 +46,7 @@ def run_options(result: RunRecord) -> dict[str, Any]:
     return {name: values[name] for name in SHOWN_OPTIONS if name in values}
 
 
+CARD_FILE = "README.md"
 METRIC_HEAD = ("metric", "before", "after", "change")
 
 
@@ -94,18 +97,31 @@ def _is_lora(model: Any) -> bool:
 
 def _front(result: RunRecord, is_merged: bool) -> tuple[list[str], str]:
     """What hubs read at the top, and the title: of an adapter, or of a whole model."""
-    base = redact_text(result.base_model_name)
+    base = redact_text(short_name(result.base_model_name) if result.base_model_name else "")
     named = _name(base) if base else "a local model"
     is_adapter = isinstance(result.model, PeftModel) and not is_merged
     front = [f"library_name: {'peft' if is_adapter else 'transformers'}", "tags:"]
     lora = ["- lora"] if is_adapter and _is_lora(result.model) else []
     front += ["- preference-optimization", *lora, "- rmipo_lite"]
-    if base and not looks_like_path(base) and not Path(base).exists():  # hubs refuse a path
+    is_path = looks_like_path(result.base_model_name) or Path(result.base_model_name).exists()
+    if base and (not is_path or "/" in base):  # hubs refuse a path
         front.insert(0, f"base_model: {json.dumps(base)}")  # which YAML reads, whatever is in it
     if is_adapter:
         return front, f"# Adapter for {named}"
     how = "with its adapter merged in" if is_merged else "trained in full"
     return front, f"# {named[:1].upper() + named[1:]}, {how}"
+
+
+def card_of_merged(card: str, how: str) -> str:
+    """An adapter's card as that of the model it was merged into; any other text comes after it."""
+    title = re.search(r"^# Adapter for (.+)$", card, re.MULTILINE)
+    merged = f"## Merged\n\n{how}\n"
+    if title is None:
+        return f"# A model with its adapter merged in\n\n{merged}\n{card}"
+    front = card[: title.start()].replace("library_name: peft", "library_name: transformers")
+    name = title[1][:1].upper() + title[1][1:]
+    text = card[title.end() :].replace("\n## ", f"\n{merged}\n## ", 1)
+    return f"{front.replace('- lora' + chr(10), '')}# {name}, with its adapter merged in{text}"
 
 
 def model_card(result: RunRecord, merged: str | None = None) -> str:

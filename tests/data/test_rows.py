@@ -554,7 +554,13 @@ def test_report_is_readable_json_able_and_escaped() -> None:
     assert "\x07" not in text
     assert "<script>" not in report._repr_html_()
     assert "&lt;b&gt;" in report._repr_html_()
-    assert json.loads(json.dumps(report.to_dict()))["refused"]["a reason"]["rows"] == [1, 2, 3, 4, 5]
+    assert json.loads(json.dumps(report.to_dict()))["refused"]["a reason"]["rows"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_every_row_is_named_and_the_line_stays_short() -> None:

@@ -1,0 +1,99 @@
+"""`load_run(folder)`: a run's folder, or any adapter's, as a model that answers and merges."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
+from rmipo_lite.checkpoints.weights import CONFIG_FILE, save_weights
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model.generation import Prompt
+from rmipo_lite.model.loading import load_tokenizer
+from rmipo_lite.model.names import short_name
+from rmipo_lite.output.console import printable, say
+from rmipo_lite.planning.quantization import Quantization, load_for_run
+from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.model_card import CARD_FILE, card_of_merged
+from rmipo_lite.results.trained import FACTS_FILE, Trained, write_run_facts
+from rmipo_lite.tokens.templates import prepare_tokenizer
+
+
+@dataclass(repr=False)
+class LoadedRun(Trained):
+    """What a run left in its folder: it generates, compares and merges as a `TrainResult` does.
+
+    Attributes:
+        folder: where it is from.
+        model, tokenizer: loaded; an adapter with its base model, ready to train on.
+        conversational: whether a text is one user turn, rendered by the chat template.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    conversational: bool
+    start: dict[str, Tensor] | None = None
+    held_out_prompts: list[Prompt] = field(default_factory=list)
+    _samples: Comparison | None = field(default=None, init=False)
+
+    def __repr__(self) -> str:
+        what = "an adapter" if isinstance(self.model, PeftModel) else "a whole model"
+        return printable(f"LoadedRun({short_name(str(self.folder))}: {what})")
+
+    def _write(self, target: Path, model: Any, card: str) -> Path:
+        with files_put_in_place(target) as staged:
+            save_weights(model, staged)
+            self.tokenizer.save_pretrained(staged)
+            (staged / CARD_FILE).write_text(card, encoding="utf-8")
+            write_run_facts(self, staged)
+            if (self.folder / CONFIG_FILE).is_file():
+                shutil.copyfile(self.folder / CONFIG_FILE, staged / CONFIG_FILE)
+        return target
+
+    def _merged_card(self, how: str) -> str:
+        card = self.folder / CARD_FILE
+        return card_of_merged(card.read_text(encoding="utf-8") if card.is_file() else "", how)
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    quantization: Quantization = "auto",
+    conversational: bool | None = None,
+    **config: Any,
+) -> LoadedRun:
+    """Load what a run left: `load_run("my-run").compare(["What is 2 + 2?"])`.
+
+    Args:
+        folder: of a run, a checkpoint, or any adapter or model, also a hub name.
+        quantization: as for `train`.
+        conversational: whether a text is one user turn, rendered by the chat template; None takes
+            what the run was, and of a folder that doesn't tell, whether there is a template.
+        **config: options of `RMiPOConfig` that say how a model is loaded: `bf16`, `use_cpu`.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such model, or it can't be loaded.
+    """
+    name = str(folder)
+    args = RMiPOConfig("rmipo-load", **config)
+    tokenizer = prepare_tokenizer(load_tokenizer(name), None)
+    if conversational is None:
+        conversational = _was_conversational(Path(name), tokenizer)
+    model = load_for_run(name, args, quantization)
+    return LoadedRun(Path(name), model.eval(), tokenizer, conversational)
+
+
+def _was_conversational(folder: Path, tokenizer: Any) -> bool:
+    facts = folder / FACTS_FILE
+    if facts.is_file():
+        return bool(json.loads(facts.read_text(encoding="utf-8")).get("conversational"))
+    if tokenizer.chat_template:
+        say(f"{folder.name} doesn't say how it was asked: texts go through its chat template")
+    return bool(tokenizer.chat_template)

@@ -1,0 +1,179 @@
+"""What can be done with a trained model, right after its run or from its folder.
+
+It is the model itself and not a copy: before/after comparisons switch the adapter off and on, so
+they cost no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rmipo_lite.adapters import start
+from rmipo_lite.adapters.merge import merged_copy
+from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt_ids
+from rmipo_lite.model.loading import stored_dtype
+from rmipo_lite.model.names import name_of
+from rmipo_lite.output.console import say
+from rmipo_lite.results.agreement import agreement
+from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.system.files import is_empty
+from rmipo_lite.version import __version__
+
+FACTS_FILE = "run.json"
+# What a merged copy is compared on where a run's folder holds no prompts.
+_TEXTS: list[Prompt] = [
+    "What is the capital of France?", "Write one sentence about the sea.", "Why is the sky blue?",
+    "def add(a, b):", "List three animals, and say of each where it lives.",
+]  # fmt: skip
+
+
+class Trained:
+    """A trained model that answers, compares itself with its start, and merges its adapter.
+
+    Attributes:
+        model, tokenizer: as they were trained.
+        conversational: whether a text is one user turn, rendered by the chat template.
+        start: the adapter's weights at step 0, by name; None where it is merely switched off.
+        held_out_prompts: what `compare` answers when given nothing.
+    """
+
+    model: Any
+    tokenizer: Any
+    conversational: bool
+    start: dict[str, Tensor] | None
+    held_out_prompts: list[Prompt]
+    _samples: Comparison | None
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> list[Answer]:
+        """Answers of the trained model: texts whose `ended` is False where the limit cut them.
+
+        Args:
+            prompts: texts or message lists. After a conversational run a text is one user turn.
+            max_new_tokens: longest answer, tokens.
+            **options: those of `model.generate`; greedy unless `do_sample=True`.
+        """
+        return generate_answers(
+            self.model,
+            self.tokenizer,
+            prompts,
+            conversational=self.conversational,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[Any]:
+        """The model without its adapter, inside the `with` block."""
+        with start.adapter_off(self._adapted("before/after")):
+            yield self.model
+
+    @contextlib.contextmanager
+    def at_start(self) -> Iterator[Any]:
+        """The model as it was at step 0, inside the `with` block."""
+        adapted = self._adapted("before/after")
+        if self.start is None:
+            with start.adapter_off(adapted):
+                yield self.model
+        else:
+            with start.swapped(adapted, self.start):
+                yield self.model
+
+    def _adapted(self, what: str) -> PeftModel:
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(
+                f"model: {what} needs an adapter, and this model has none "
+                f"({type(self.model).__name__} was trained in full)"
+            )
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            raise TypeError(
+                f"model: {what} needs an adapter, and this one's was merged into the weights "
+                "(merge_and_unload); what was before is gone. result.merge() leaves the model as "
+                "it is and gives a copy"
+            )
+        return self.model
+
+    def compare(
+        self, prompts: Sequence[Prompt] | None = None, max_new_tokens: int = 128, **options: Any
+    ) -> Comparison:
+        """Answers before and after training, side by side; printed or shown as a table.
+
+        Args:
+            prompts: as for `generate`; None takes `held_out_prompts`.
+            max_new_tokens, **options: as for `generate`.
+
+        Before is the model at step 0: of a new adapter the base model, of one that went on what it
+        had learnt before. The last comparison is shown with the result and in its report.
+        """
+        prompts = self.held_out_prompts if prompts is None else prompts
+        with self.at_start():
+            before = self.generate(prompts, max_new_tokens, **options)
+        after = self.generate(prompts, max_new_tokens, **options)
+        self._samples = Comparison(list(prompts), before, after)
+        return self._samples
+
+    def merge(
+        self, folder: str | Path | None = None, *, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """A copy of the model with the adapter's weights added in; saved where a folder is given.
+
+        This result stays as it is. A 4-bit model is dequantised and becomes one of 16 bits. The
+        copy is compared with the trained model on held-out prompts (on five of its own where the
+        run's folder was loaded); what comes out is printed and stands in the folder's card.
+
+        Args:
+            folder: a new or empty one; model, tokenizer, options and a card.
+            dtype: of the weights; None takes that of the base model's files, or keeps what the
+                model made in memory has; bfloat16 for quantised ones.
+
+        Raises:
+            FileExistsError: the folder holds something.
+            TypeError, ValueError: there is no adapter, it can't be merged, or it gives NaN in this
+                dtype; nothing is changed.
+        """
+        target = None if folder is None else Path(folder)
+        if target is not None and target.is_dir() and not is_empty(target):
+            raise FileExistsError(f"folder: {target} isn't empty; name a new one")
+        if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+            raise TypeError(f"dtype: wanted a floating torch.dtype or None, got {dtype!r}")
+        adapted = self._adapted("merging")
+        merged = merged_copy(adapted, dtype, stored_dtype(name_of(adapted)))
+        ids = [
+            prompt_ids(self.tokenizer, prompt, conversational=self.conversational)
+            for prompt in self.held_out_prompts or _TEXTS
+        ]
+        found = agreement(self.model, merged, ids)
+        if found is not None and not math.isfinite(found.kl):
+            raise ValueError(
+                f"dtype: in {merged.dtype} the merged model gives NaN, which the trained one "
+                "doesn't; torch.bfloat16 reaches as far as float32"
+            )
+        say("Merged" if found is None else f"Merged: {found}")
+        if target is not None:
+            merged.name_or_path = merged.config._name_or_path = str(target)
+            self._write(target, merged, self._merged_card(str(found or "Not compared.")))
+        return merged
+
+    def _write(self, target: Path, model: Any, card: str) -> Path:
+        raise NotImplementedError
+
+    def _merged_card(self, how: str) -> str:
+        raise NotImplementedError
+
+
+def write_run_facts(result: Trained, folder: Path) -> None:
+    """What a run's folder has to tell beside weights, tokenizer and options."""
+    facts = {"rmipo_lite": __version__, "conversational": result.conversational}
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
