@@ -147,14 +147,13 @@ def _run(
     resume: bool | str | Path,
 ) -> TrainResult:
     checkpoint = trainer.resolve_resume(str(resume) if isinstance(resume, Path) else resume)
-    if checkpoint is not None:
-        trainer.check_resume(checkpoint)
+    done = None if checkpoint is None else int(trainer.check_resume(checkpoint)["step"])
     before = trainer.evaluate_before() if eval_pairs else {}
     _rehearse_card(trainer, before, data, folder)
     if interrupt.requested:
         raise KeyboardInterrupt  # before the first step there is nothing to save
     seconds = sum(before[name] for name in before if name.endswith("_runtime"))
-    plan = plan_run(trainer, seconds, resumed=checkpoint is not None)
+    plan = plan_run(trainer, seconds, done=done)
     for line in (str(plan), *plan.warnings):
         say(line)
     if interrupt.requested:

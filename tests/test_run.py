@@ -279,7 +279,7 @@ def test_the_plan_is_told_before_and_kept(
 def test_a_plan_changes_nothing_in_the_run(tokenizer: Any, tmp_path: Path, monkeypatch) -> None:
     options = {"max_steps": 20, "disable_dropout": False}
     planned = _train(str(MODEL), tokenizer, tmp_path / "a", **options)
-    monkeypatch.setattr(rehearsal, "_LEAST_STEPS", 99)
+    monkeypatch.setattr(rehearsal, "_SHARE", 0.0)
     unplanned = _train(str(MODEL), tokenizer, tmp_path / "b", **options)
     losses = [[log["loss"] for log in r.history if "loss" in log] for r in (planned, unplanned)]
     assert losses[0] == losses[1]

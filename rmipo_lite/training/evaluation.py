@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from rmipo_lite.watch.completions import (
     completion_numbers,
 )
 from rmipo_lite.watch.doctor import Doctor
-from rmipo_lite.watch.progress import ProgressDisplay
+from rmipo_lite.watch.progress import ProgressDisplay, phase
 
 _OWN_CALLBACKS = (Doctor, GracefulInterrupt, ProgressDisplay)
 # What transformers adds to every evaluation, and what stands there at times.
@@ -79,11 +79,14 @@ class PairEvaluation(TrainerBeside):
         with kept_random_state():
             batches = list(dataloader)
         self.callback_handler.eval_dataloader = dataloader
-        with evaluating(self.model):
+        total = sum(len(inputs["pairs"]) for inputs in batches)
+        going_on = phase(cast(Any, self), "evaluating", total, "pairs")
+        with evaluating(self.model), going_on as advance:
             for inputs in batches:
                 for pairs, values in self.pair_step.evaluate(inputs["pairs"]):
                     parts.append(values)
                     rows += [pair.row for pair in pairs]
+                    advance(len(rows))
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
@@ -102,9 +105,11 @@ class PairEvaluation(TrainerBeside):
         if not self._can_answer or not self.args.eval_completions:
             return {}
         try:
-            columns = completion_numbers(
-                self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed
-            )
+            with phase(cast(Any, self), "answering prompts", unit="tokens") as advance:
+                columns = completion_numbers(
+                    self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed,
+                    lambda done, most: advance(done, total=most),
+                )  # fmt: skip
         except Exception as error:
             self._can_answer = False
             reason = (str(error).splitlines() or [""])[0][:200]

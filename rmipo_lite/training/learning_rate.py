@@ -29,7 +29,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import set_mode
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.training.prior import SideMeans
-from rmipo_lite.watch.progress import ProgressDisplay
+from rmipo_lite.watch.progress import phase
 
 SEARCH_STEPS = 28  # that a search takes on real models, more or less
 PAIRS_OF_A_STEP = 16  # at most: the size of an Adam step doesn't hang on the batch
@@ -80,12 +80,14 @@ class FindsLearningRate(TrainerBeside):
         start = self.pair_step.response_logps(measured)
         measured = _finite(measured, start)
         self.range_test = test = RangeTest([m for pair in measured for m in start[pair.row]])
-        with kept_random_state(), self._put_back() as optimizer:
+        looking = phase(cast(Any, self), test.words)
+        with kept_random_state(), self._put_back() as optimizer, looking as advance:
             while not test.is_over:
                 size = min(len(pairs), self.args.pairs_per_step, PAIRS_OF_A_STEP)
                 self._step_at(test.rate, optimizer, draw.sample(pairs, size))
                 test.stepped(self._logps(measured))
-                self._tell(test)
+                advance(test.taken, test.words)
+                self._hear()
         self.found_rate = rate = test.learning_rate(self._schedule_factors())
         how = "" if test.is_broken else " (nothing breaks this model: are its weights random?)"
         say(f"Learning rate {rate:.2g}, found in {test.taken} steps, now taken back{how}")
@@ -169,11 +171,9 @@ class FindsLearningRate(TrainerBeside):
                 parameter.grad = None
             cast(nn.Module, self.model).train(mode)
 
-    def _tell(self, test: RangeTest) -> None:
-        """Show where the search is, and hear a Ctrl-C."""
+    def _hear(self) -> None:
+        """Ctrl-C."""
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressDisplay):
-                callback.search("" if test.is_over else test.words)
             if isinstance(callback, GracefulInterrupt) and callback.requested:
                 raise KeyboardInterrupt
 

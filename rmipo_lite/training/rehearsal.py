@@ -1,14 +1,15 @@
 """Before the first step: what the run will take. Measured on its own pairs rather than guessed.
 
-The step with the longest pairs runs once, forward and backward, and is thrown away: where memory
-runs out it does so now and not after hours, and its peak is the run's. Two steps of ordinary pairs
-are timed. Disk is counted from what a checkpoint holds. Random numbers and weights stay as they
-were.
+The largest micro-step that the run will have is computed once, forward and backward, and thrown
+away: where memory runs out it does so now and not after hours, its peak is the run's, and its pace
+is the run's too. The measurement takes at most a twentieth of the work of the run; what a short run
+has no room for isn't measured. Disk is counted from what a checkpoint holds. Random numbers and
+weights stay as they were.
 """
 
 import math
-import random
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from rmipo_lite.planning.footprint import optimizer_width
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.learning_rate import PAIRS_OF_A_STEP, SEARCH_STEPS
 from rmipo_lite.training.trainer import RMiPOTrainer
+from rmipo_lite.watch.progress import phase
 
-_TIMED_STEPS = 2
-_LEAST_STEPS = 20  # of a run that is worth measuring: the measurement takes three
+_SHARE = 0.05  # of the run's work, which measuring it may take
+_LEAST_PAIRS = 4  # that a pace is read from
 _LONG_CPU_RUN_S = 1800.0
 # On a CPU the heap goes on growing after the first steps: runs of 24 steps on six small models took
 # 10 to 20 % more than their first three.
@@ -45,10 +47,11 @@ class Plan:
     """What a run takes. Sizes in bytes; None where it was not measured.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps of the whole run.
+        done: steps that a resumed run has behind it.
         pairs_per_step: pairs of each.
         micro_step_tokens: tokens of the largest micro-step.
-        seconds: the training loop, evaluation and saves included.
+        seconds: what is left of the training loop, evaluation and saves included.
         memory: peak above what model and data take, optimizer included.
         disk: what the run's folder holds at most.
         free_disk: what is free there now.
@@ -65,9 +68,19 @@ class Plan:
     seconds: float | None = None
     memory: int | None = None
     searches: bool = False
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        """Steps that are still to do."""
+        return max(0, self.steps - self.done)
 
     def __str__(self) -> str:
         parts = [f"Plan: {self.steps} steps of {self.pairs_per_step} pairs"]
+        if self.done:
+            parts[0] = (
+                f"Plan: {self.left} of {self.steps} steps of {self.pairs_per_step} pairs are left"
+            )
         if self.searches:
             parts.append(f"some {SEARCH_STEPS} more before them to find the learning rate")
         if self.seconds is not None:
@@ -98,35 +111,36 @@ class Plan:
         return lines
 
 
-def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, resumed: bool = False) -> Plan:
+def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | None = None) -> Plan:
     """What the trainer's run will take; `eval_seconds` is what one evaluation took.
 
-    A resumed run has its learning rate from the checkpoint, and searches for none.
+    `done` are the steps of the checkpoint that a resumed run goes on from. It has its learning rate
+    from there too, and searches for none.
     """
     args, step = trainer.args, trainer.pair_step
-    pairs = cast(list[TokenizedPair], trainer.train_dataset)
     steps = trainer.run_steps()
     size = args.pairs_per_step
-    longest = sorted(pairs, key=batch.packed_length, reverse=True)[:size]
+    left = max(0, steps - (done or 0))
+    coming = _coming_steps(trainer, left)
+    largest = max(
+        (_largest_part(trainer, pairs) for pairs in coming), key=lambda part: _work(trainer, part)
+    )
+    searches = trainer.learning_rate is None and done is None
     seconds = memory = None
-    searches = trainer.learning_rate is None and not resumed
-    if steps >= _LEAST_STEPS:
-        ordinary = [
-            random.Random(number).sample(pairs, min(size, len(pairs)))
-            for number in range(_TIMED_STEPS)
-        ]
-        with kept_random_state():
-            step_seconds, memory = _measure(trainer, longest, ordinary)
-        evaluations = _times(args.eval_strategy, args.eval_steps, trainer, steps)
-        seconds = steps * step_seconds + evaluations * eval_seconds
+    with kept_random_state():
+        measured = _measure(trainer, largest, coming, left)
+    if measured is not None:
+        pace, memory = measured
+        step_seconds = pace * statistics.mean(_work(trainer, pairs) for pairs in coming)
+        evaluations = _times(args.eval_strategy, args.eval_steps, trainer, left)
+        seconds = left * step_seconds + evaluations * eval_seconds
         if searches:  # each step's pairs, and as many again that are measured
             seconds += SEARCH_STEPS * step_seconds * 1.5 * min(size, PAIRS_OF_A_STEP) / size
-    parts = batch.split_by_budget(longest, step.max_tokens, step.packing)
     disk, folder = _disk(trainer, steps), _nearest_folder(Path(str(args.output_dir)))
     return Plan(
         steps=steps,
         pairs_per_step=size,
-        micro_step_tokens=max(batch.micro_step_tokens(part, step.packing) for part in parts),
+        micro_step_tokens=batch.micro_step_tokens(largest, step.packing),
         checkpointing=step.checkpointing,
         on_cpu=device_of(trainer.model).type == "cpu",
         disk=disk,
@@ -134,6 +148,7 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, resumed: bool 
         seconds=seconds,
         memory=memory,
         searches=searches,
+        done=done or 0,
     )
 
 
@@ -166,25 +181,84 @@ def _timed(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> float:
     return time.perf_counter() - start
 
 
-def _measure(
-    trainer: RMiPOTrainer, longest: list[TokenizedPair], ordinary: list[list[TokenizedPair]]
-) -> tuple[float, int | None]:
-    """(seconds of an ordinary step, peak bytes above what is there, optimizer's moments included).
+def _coming_steps(trainer: RMiPOTrainer, steps: int) -> list[list[TokenizedPair]]:
+    """The pairs of the run's steps, in its own order, as far as an epoch goes."""
+    with kept_random_state():
+        loader = trainer.get_train_dataloader()
+        trainer.accelerator._dataloaders.remove(loader)  # the run's own comes later
+        batches = iter(loader)
+        found: list[list[TokenizedPair]] = []
+        pairs: list[TokenizedPair] = []
+        for number, inputs in enumerate(batches, start=1):
+            pairs += inputs["pairs"]
+            if number % trainer.args.gradient_accumulation_steps == 0:
+                found.append(pairs)
+                pairs = []
+            if len(found) >= max(1, steps):
+                break
+    return found or [pairs]
 
-    The peak is that of several steps in a row: between them the allocator keeps what it can't give
-    back.
+
+def _work(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> int:
+    """Tokens that pairs take, which their time goes by."""
+    return batch.micro_step_tokens(pairs, trainer.pair_step.packing)
+
+
+def _largest_part(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The micro-step of these pairs that takes most."""
+    step = trainer.pair_step
+    parts = batch.split_by_budget(pairs, step.max_tokens, step.packing)
+    return max(parts, key=lambda part: _work(trainer, part))
+
+
+def _measure(
+    trainer: RMiPOTrainer,
+    largest: list[TokenizedPair],
+    coming: list[list[TokenizedPair]],
+    steps: int,
+) -> tuple[float, int | None] | None:
+    """(seconds a token, peak bytes above what is there, optimizer's moments included).
+
+    None where the run is too short to be measured. The peak is measured where the largest
+    micro-step has room in the share, and it is that of two in a row, where there is room for two:
+    between them the allocator keeps what it can't give back.
     """
+    mean_work = statistics.mean(_work(trainer, pairs) for pairs in coming)
+    room = _SHARE * steps * mean_work
+    shortest = min((pair for pairs in coming for pair in pairs), key=batch.packed_length)
+    room -= _work(trainer, [shortest])
+    ordinary = _within(trainer, coming[len(coming) // 2], room)
+    fits = _work(trainer, largest) <= room
+    if not fits and len(ordinary) < _LEAST_PAIRS:
+        return None
     device = device_of(trainer.model)
-    # A tiny step first: what is loaded at first use is no step's.
-    _run_once(trainer, [min(longest, key=batch.packed_length)])
-    memory = PeakMemory(device)
-    _run_once(trainer, longest)
-    seconds = sum(_timed(trainer, pairs) for pairs in ordinary) / len(ordinary)
+    with phase(trainer, "timing a step"):
+        # A tiny step first: what is loaded at first use is no step's.
+        _run_once(trainer, [shortest])
+        if not fits:
+            return _timed(trainer, ordinary) / _work(trainer, ordinary), None
+        memory, work, seconds = PeakMemory(device), 0, 0.0
+        for part in (largest, _within(trainer, largest, room - _work(trainer, largest))):
+            if len(part) >= _LEAST_PAIRS or not work:
+                seconds += _timed(trainer, part)
+                work += _work(trainer, part)
     growth = memory.growth()
     if growth is None:
-        return seconds, None
+        return seconds / work, None
     spread = _CPU_GROWTH if device.type == "cpu" else 1.0
-    return seconds, int(growth * spread) + _moment_bytes(trainer)
+    return seconds / work, int(growth * spread) + _moment_bytes(trainer)
+
+
+def _within(
+    trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair], room: float
+) -> list[TokenizedPair]:
+    """The first of the pairs that fit into so much work."""
+    found: list[TokenizedPair] = []
+    for pair in pairs:
+        if _work(trainer, [*found, pair]) > room:
+            break
+        found.append(pair)
+    return found
 
 
 def _moment_bytes(trainer: RMiPOTrainer) -> int:

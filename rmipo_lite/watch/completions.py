@@ -8,13 +8,15 @@ healthy too, and end where sampled ones have long stopped ending.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria
 
 from rmipo_lite.checkpoints.random_state import kept_random_state
-from rmipo_lite.model.generation import Generated, generate_ids
+from rmipo_lite.model.generation import BATCH, Generated, generate_ids
 from rmipo_lite.tokens.pair import TokenizedPair
 
 _LEAST_TOKENS, _MOST_TOKENS = 64, 128  # of an answer
@@ -28,12 +30,18 @@ _REPETITIVE = 0.5  # of an answer's phrases: it says a sentence three times or m
 
 
 def completion_numbers(
-    model: Any, tokenizer: Any, pairs: Sequence[TokenizedPair], count: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[TokenizedPair],
+    count: int,
+    seed: int,
+    told: Callable[[int, int], None] = lambda done, limit: None,
 ) -> dict[str, list[float]]:
     """Answer the first `count` distinct prompts of the pairs, and measure the answers.
 
     An answer may have twice the tokens of the pairs' median chosen response, 64 to 128. The same
-    seed draws the same numbers each time; the run's own random state stays as it is.
+    seed draws the same numbers each time; the run's own random state stays as it is. `told` hears
+    of every token: how many there are of an answer, and at most.
 
     Returns:
         Of every answer: its tokens (the end token not counted), whether the limit cut it, the
@@ -53,6 +61,7 @@ def completion_numbers(
         answers = generate_ids(
             model, tokenizer, prompts, limit,
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            stopping_criteria=[_Told(told, limit * math.ceil(len(prompts) / BATCH))],
         )  # fmt: skip
     repeated = [repeated_share(answer.ids) for answer in answers]
     return {
@@ -61,6 +70,18 @@ def completion_numbers(
         REPETITION: repeated,
         REPETITIVE: [float(share >= _REPETITIVE) for share in repeated],
     }
+
+
+class _Told(StoppingCriteria):
+    """Stops nothing: generation asks it after every token."""
+
+    def __init__(self, told: Callable[[int, int], None], most: int) -> None:
+        self._told, self._most, self._done = told, most, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self._done += 1
+        self._told(self._done, self._most)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _length(answer: Generated) -> int:

@@ -169,6 +169,10 @@ class NotebookPanel:
         if time.monotonic() - self._drawn >= REDRAW_SECONDS:
             self._draw(run)
 
+    def begin_phase(self, run: RunProgress) -> None:
+        """Shown at once."""
+        self._draw(run)
+
     def tell(self, run: RunProgress, text: str) -> None:
         """An evaluation stands in the panel itself."""
         self._draw(run)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -14,13 +16,19 @@ from rmipo_lite.output import held_out
 from rmipo_lite.output.console import in_notebook, in_terminal
 from rmipo_lite.planning.device import memory_in_use
 from rmipo_lite.watch.panel import NotebookPanel
-from rmipo_lite.watch.run_progress import RunProgress, metric_line
+from rmipo_lite.watch.run_progress import Phase, RunProgress, metric_line
 from rmipo_lite.watch.text_progress import PlainLines, TerminalBar
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 PLAIN_LINE_SECONDS = 5.0
+
+
+class Advance(Protocol):
+    """Takes how much of a phase is done, and what it is called and of how much, by now."""
+
+    def __call__(self, done: int, words: str = "", total: int = 0) -> None: ...
 
 
 class ProgressDisplay(TrainerCallback):
@@ -65,19 +73,26 @@ class ProgressDisplay(TrainerCallback):
         self.run.step = state.global_step
         self._view.update(self.run)
 
-    def search(self, words: str) -> None:
-        """How far the search for a learning rate is, before training; empty at its end."""
-        self.run.search = words
+    def begin_phase(self, words: str, total: int = 0, unit: str = "") -> None:
+        """Something else than steps begins: it is shown at once, since it can take as long."""
+        self.run.phase = Phase(words, total, unit)
+        self._view.begin_phase(self.run)
+
+    def advance(self, done: int, words: str = "", total: int = 0) -> None:
+        """So much of the phase is done; it may have other words, or know its total, by now."""
+        phase = self.run.phase
+        if phase is not None:
+            phase.done = done
+            phase.words, phase.total = words or phase.words, total or phase.total
         self._view.update(self.run)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation goes on: say so, since it can take as long as many steps."""
-        self.run.batches += 1
+    def end_phase(self) -> None:
+        """It is over."""
+        self.run.phase = None
         self._view.update(self.run)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run.batches = 0
-        self._view.update(self.run)
+        self.end_phase()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the newest training numbers, and show every evaluation at once."""
@@ -102,6 +117,26 @@ class ProgressDisplay(TrainerCallback):
     def close(self) -> None:
         """Give the screen back; safe to call twice, and after an exception."""
         self._view.close(self.run)
+
+
+def display_of(trainer: Trainer) -> ProgressDisplay | None:
+    """The display that shows a trainer's run; None where nothing is shown."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((c for c in callbacks if isinstance(c, ProgressDisplay)), None)
+
+
+@contextmanager
+def phase(trainer: Trainer, words: str, total: int = 0, unit: str = "") -> Iterator[Advance]:
+    """Show what goes on inside the block; what it gives takes how much is done, and other words."""
+    display = display_of(trainer)
+    if display is None:
+        yield lambda done, words="", total=0: None
+        return
+    display.begin_phase(words, total, unit)
+    try:
+        yield display.advance
+    finally:
+        display.end_phase()
 
 
 def show_progress(trainer: Trainer, display: ProgressDisplay | None = None) -> ProgressDisplay:

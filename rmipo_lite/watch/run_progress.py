@@ -31,14 +31,44 @@ def metric_line(logs: dict[str, Any], prefix: str = "") -> str:
 
 
 @dataclass
+class Phase:
+    """What goes on beside the training steps: an evaluation, a measurement, a search.
+
+    Attributes:
+        words: what it is.
+        total: of what it counts; 0 where nobody knows.
+        unit: what it counts.
+        done: of the total.
+    """
+
+    words: str
+    total: int = 0
+    unit: str = ""
+    done: int = 0
+    started: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def text(self) -> str:
+        """Words, how much is done, and the time left at the pace so far."""
+        if not self.total:
+            return self.words
+        if not self.done:
+            return f"{self.words}, {self.total} {self.unit}".rstrip()
+        parts = [self.words, f"{self.done} of {self.total} {self.unit}".rstrip()]
+        if self.done < self.total:
+            passed = time.monotonic() - self.started
+            parts.append(f"{duration(passed / self.done * (self.total - self.done))} left")
+        return ", ".join(parts)
+
+
+@dataclass
 class RunProgress:
     """A run between its first evaluation and its end.
 
     Attributes:
         step, max_steps: optimizer steps done and wanted; 0 of 0 before training starts.
         state: "starting", "training", or how it ended.
-        batches: of the evaluation that is under way; 0 where none is.
-        search: how far the search for a learning rate is; empty where none goes on.
+        phase: what goes on beside the steps; None where nothing does.
         logs: every log line with a training loss, and `held_out` every evaluation, with its step.
         data_dropped: rows that were dropped or refused before training.
         memory: (bytes in use, bytes there), read when a line was logged.
@@ -47,8 +77,7 @@ class RunProgress:
     step: int = 0
     max_steps: int = 0
     state: str = "starting"
-    batches: int = 0
-    search: str = ""
+    phase: Phase | None = None
     logs: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
     data_dropped: int = 0
@@ -66,6 +95,7 @@ class RunProgress:
         self.max_steps = max_steps
         self._started = self._window_start = time.monotonic()
         self.state, self._tokens, self._ended = "training", 0.0, 0.0
+        self.phase = None
         self.tokens_per_second = None
         if self.logs:  # of an earlier run of the same trainer
             self.logs, self.held_out = [], []
@@ -94,7 +124,7 @@ class RunProgress:
 
     def add_held_out(self, logs: dict[str, float]) -> None:
         """Take the numbers of an evaluation; its time is no step's."""
-        self.batches = 0
+        self.phase = None
         self._window_start += sum(logs[name] for name, _ in names_of("runtime", logs))
         self.held_out.append({**logs, "step": self.step})
 
@@ -126,20 +156,20 @@ class RunProgress:
     @property
     def activity(self) -> str:
         """What is being done, in a word or two."""
-        return f"evaluating, batch {self.batches}" if self.batches else self.search or self.state
+        return self.state if self.phase is None else self.phase.text
 
     @property
     def headline(self) -> str:
         if self.is_over:
             took = f"{self.state}: {self.steps_done} steps in {duration(self.seconds)}"
-            return f"{took}, {self.activity}" if self.batches else took
+            return took if self.phase is None else f"{took}, {self.activity}"
         if not self.max_steps:
             return self.activity
         left = self.seconds_left
         parts = [
             f"step {self.step}/{self.max_steps}",
             *([] if left is None else [f"{duration(left)} left"]),
-            *([self.activity] if self.batches else []),
+            *([] if self.phase is None else [self.activity]),
         ]
         return ", ".join(parts)
 

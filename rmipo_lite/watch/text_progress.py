@@ -34,6 +34,12 @@ class PlainLines:
             self._last_line = now
             say(f"{run.headline}  {run.numbers}".rstrip())
 
+    def begin_phase(self, run: RunProgress) -> None:
+        """Before the first step there is nothing else to see; between steps it has to last."""
+        if not run.max_steps or run.is_over:
+            say(run.activity)
+            self._last_line = time.monotonic()
+
     def tell(self, run: RunProgress, text: str) -> None:
         say(text)
 
@@ -80,6 +86,12 @@ class TerminalBar(PlainLines):
         self._progress.update(
             self._task, completed=run.step, numbers=run.numbers, description=run.activity
         )
+
+    def begin_phase(self, run: RunProgress) -> None:
+        if self._progress is None:
+            super().begin_phase(run)
+        else:
+            self.update(run)
 
     def tell(self, run: RunProgress, text: str) -> None:
         if self._progress is None:

@@ -96,9 +96,7 @@ def test_evaluations_answer_as_many_prompts_as_asked(
 ) -> None:
     counts: list[int] = []
 
-    def count(
-        model: Any, tokenizer: Any, pairs: Any, count: int, seed: int
-    ) -> dict[str, list[float]]:
+    def count(model: Any, tokenizer: Any, pairs: Any, count: int, *rest: Any) -> dict[str, Any]:
         counts.append(count)
         return {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rmipo_lite.watch import run_progress
-from rmipo_lite.watch.run_progress import RunProgress
+from rmipo_lite.watch.run_progress import Phase, RunProgress
 
 
 @pytest.fixture
@@ -54,14 +54,17 @@ def test_a_resumed_run_has_no_pace_in_its_first_window(clock: list[float]) -> No
 def test_the_words_for_a_state(clock: list[float]) -> None:
     run = RunProgress()
     assert run.headline == "starting"
-    run.batches = 2
-    assert run.headline == "evaluating, batch 2"
+    run.phase = Phase("evaluating", 40, "pairs")
+    assert run.headline == "evaluating, 40 pairs"
+    clock[0] += 5
+    run.phase.done = 10
+    assert run.headline == "evaluating, 10 of 40 pairs, 15 s left"
     run.add_held_out({"eval_loss": 1.0})
     run.begin(0, 10)
     clock[0] += 3
-    run.step, run.batches = 5, 1
-    assert run.headline == "step 5/10, 3 s left, evaluating, batch 1"
-    run.batches = 0
+    run.step, run.phase = 5, Phase("looking")
+    assert run.headline == "step 5/10, 3 s left, looking"
+    run.phase = None
     run.end()
     assert run.is_over
     assert run.headline == "stopped at step 5: 5 steps in 3 s"
