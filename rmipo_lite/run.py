@@ -70,7 +70,8 @@ def train(
         model: a name, a folder, a PreTrainedModel or a PeftModel (its adapter goes on).
         dataset: a hub name, a path (.jsonl, .json, .csv, .parquet, also .gz), a Dataset or
             DatasetDict, a list of dicts, a dict of lists or a pandas DataFrame with prompt, chosen
-            and rejected; text, message lists, or message lists with the prompt inside.
+            and rejected; text, message lists, or message lists with the prompt inside. Several as
+            one: a list of names or paths, with shares as [("a.jsonl", 0.7), ("b.jsonl", 0.3)].
         split: which split of a dataset that has several; None takes train, or the only one.
         eval_dataset: likewise, or several by name ({"easy": ..., "hard": ...}); None holds out 5 %
             of the pairs, at most 200, sharing no prompt with the others.

@@ -44,7 +44,8 @@ def check_columns(records: list[Any], report: DataReport) -> None:
     missing = [name for name in COLUMNS if name not in columns]
     if has_prompt_inside and missing == ["prompt"]:
         missing = []
-    report.ignored_columns = [name for name in columns if name not in COLUMNS_READ]
+    known = (*COLUMNS_READ, *report.ignored_columns)
+    report.ignored_columns += [name for name in columns if name not in known]
     if missing:
         raise ValueError(_wrong_columns(list(columns), missing))
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from rmipo_lite.data.cells import unflatten
 from rmipo_lite.data.columns import check_columns
 from rmipo_lite.data.files import Broken
+from rmipo_lite.data.mixture import mixture_source, read_parts, rows_of_parts
 from rmipo_lite.data.normalise import Dropped, Identical, Message, Refused, normalise, system_of
 from rmipo_lite.data.report import DataReport, name_rows, shortened
-from rmipo_lite.data.sources import read_records
 
 Texts = tuple[str, str, str]  # prompt, chosen, rejected
 _MIN_PROMPT = 20  # characters from which repeating the prompt is no chance
@@ -52,7 +52,8 @@ def load_rows(
     Args:
         dataset: hub name; path (.jsonl .json .csv .tsv .parquet, also .gz, or a folder);
             `datasets.Dataset`, `DatasetDict`, `IterableDataset`; list of dicts; dict of lists;
-            pandas or polars DataFrame, arrow table; any finite iterable of dicts.
+            pandas or polars DataFrame, arrow table; any finite iterable of dicts. Several at once
+            as a list of names or paths, or of (dataset, share) pairs.
         split: which split of a dataset that has several; None takes train, or the only one.
         argument: what the caller calls it, for errors.
         as_messages: make messages of texts, as a system column does.
@@ -65,13 +66,18 @@ def load_rows(
         FileNotFoundError: a path that does not exist.
     """
     try:
-        source, records = read_records(dataset, split)
+        parts = read_parts(dataset, split)
+        source = mixture_source(parts)
+        report = DataReport(source=source, argument=argument, read_as=rows_of_parts(parts))
+        records: list[Any] = []
+        for part in parts:  # each has columns of its own
+            if as_text := unflatten(part.records):
+                report.read_as.append(f"{', '.join(as_text)}: messages that stand there as text")
+            check_columns(part.records, report)
+            records += part.records
+        report.total = len(records)
         if not records:
             raise ValueError(f"dataset: {source} has no rows, wanted at least one pair")
-        report = DataReport(source=source, total=len(records), argument=argument)
-        if as_text := unflatten(records):
-            report.read_as.append(f"{', '.join(as_text)}: messages that stand there as text")
-        check_columns(records, report)
     except (ValueError, FileNotFoundError) as error:
         if argument == "dataset":
             raise
