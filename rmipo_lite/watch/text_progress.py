@@ -29,6 +29,8 @@ class PlainLines:
         self._last_line = time.monotonic()
 
     def update(self, run: RunProgress) -> None:
+        if not run.max_steps and run.phase is None:  # between two phases before the first step
+            return
         now = time.monotonic()
         if now - self._last_line >= self.seconds:
             self._last_line = now
