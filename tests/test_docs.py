@@ -131,3 +131,28 @@ def test_the_tour_of_the_readme_runs_and_has_ten_lines(
     exec(tour.group(1).replace("max_steps=90", "max_steps=2"), {})
     for name in ("run.html", "my-adapter/adapter_model.safetensors", "merged/model.safetensors"):
         assert (tmp_path / name).is_file(), name
+
+
+def _messages() -> list[str]:
+    """Every text of the package, with … where a value stands in it."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        return "".join(map(text, node.values)) if isinstance(node, ast.JoinedStr) else "…"
+
+    return [
+        text(node)
+        for path in (ROOT / "rmipo_lite").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+
+
+def test_the_headings_of_the_troubleshooting_page_are_messages() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^### .*`([^`]+)`$", page, re.MULTILINE)
+    assert len(headings) > 35
+    messages = _messages()
+    gone = [heading for heading in headings if not any(heading in text for text in messages)]
+    assert gone == []

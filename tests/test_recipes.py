@@ -26,10 +26,10 @@ def _run(title: str) -> dict[str, object]:
 def test_every_block_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at its import
     pytest.importorskip("tensorboard")
     pytest.importorskip("trackio")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     shutil.copytree(demo.MODEL, "my-model")
     for name, rows in (("pairs", demo.load_rows()[:160]), ("more", demo.easy_rows()[:30])):
         lines = "\n".join(map(json.dumps, rows))
