@@ -11,6 +11,7 @@ __all__ = [
     "holdout",
     "length_balance",
     "load_rows",
+    "mixture",
     "normalise",
     "report",
     "rows",

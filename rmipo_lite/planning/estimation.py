@@ -157,7 +157,11 @@ def _card_of(gpu: str | float | None) -> Card:
         device, bf16 = torch.device(kind), has_native_bf16(kind)
         known = _known(name_of(device), total_bytes(device))
         return replace(
-            known, memory=total_bytes(device), capability=8.0 if bf16 else 0.0, kind=kind
+            known,
+            name=name_of(device),
+            memory=total_bytes(device),
+            capability=8.0 if bf16 else 0.0,
+            kind=kind,
         )
     if gpu is None or str(gpu).lower() == CPU:
         return Card(CPU, free_bytes(torch.device(CPU)), None, None, None, 0, 0.0, CPU)

@@ -42,7 +42,7 @@ def test_prior_scores_from_the_second_token(packing: bool) -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_prior_with_bos_scores_every_token(packing: bool) -> None:
-    inputs = batch.prior_input([PAIR], packing, bos_id=1)
+    inputs = batch.prior_input([PAIR], packing, front=[1])
     assert inputs.target_ids.tolist() == [7, 8, 2, 9, 2]
     assert inputs.input_ids.flatten()[inputs.logit_rows].tolist() == [1, 7, 8, 1, 9]
 

@@ -194,7 +194,7 @@ def _expect_scored(pair: TokenizedPair, ends: int, pad_id: int) -> None:
     """The end tokens are targets of policy and prior, in both forms, whatever the pad token is."""
     for packing in (True, False):
         policy = batch.policy_input([pair], packing, pad_id)
-        prior = batch.prior_input([pair], packing, None, pad_id)
+        prior = batch.prior_input([pair], packing, (), pad_id)
         for name, inputs in (("policy", policy), ("prior", prior)):
             count = int((inputs.target_ids == EOS_ID).sum())
             expect(count == 2 * ends, f"{count} end tokens scored by the {name}, packed {packing}")

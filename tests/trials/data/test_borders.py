@@ -26,8 +26,8 @@ def test_one_more_token_of_prompt_is_found(try_check, monkeypatch: pytest.Monkey
 def test_a_division_by_another_count_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     real = batch.prior_input
 
-    def scores_the_first_token(pairs, packing, bos_id=None, pad_id=0):
-        return real(pairs, packing, 1, pad_id)
+    def scores_the_first_token(pairs, packing, front=(), pad_id=0):
+        return real(pairs, packing, [1], pad_id)
 
     monkeypatch.setattr(batch, "prior_input", scores_the_first_token)
     assert try_check(10, *range(27)).lost > 5

@@ -107,7 +107,7 @@ def _step_loss(
     """Loss per pair as a step computes it, with `fill` applied to the unscored hidden rows."""
     policy = batch.policy_input(pairs, packing, pad_id)
     token_logps = _score(model, policy, packing, fill)
-    prior = batch.prior_input(pairs, packing, None, pad_id)
+    prior = batch.prior_input(pairs, packing, (), pad_id)
     with torch.no_grad():
         prior_logps = _score(model, prior, packing, fill)
     return pair_loss(token_logps, policy.cu_seqlens, prior_logps, prior.cu_seqlens).loss
