@@ -254,7 +254,8 @@ def overshooting(chart: Chart) -> Seen | None:
         f"({wanted:.1f}), and the rejected side lost {rejected[0] - rejected[1]:.1f} nats per "
         "token",
         f"The updates are too large: at a learning rate of {chart.learning_rate:.2g} these pairs "
-        "are long won, and what follows spoils the answers. Try a third of it, or stop earlier",
+        "are long won, and what follows spoils the answers. Try a third of it, or stop earlier; "
+        "loss_type='simper' loses least at a rate that is too high (docs/claims.md)",
     )
 
 
