@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-MOST_LINES = 21_500  # of Python
+MOST_LINES = 22_700  # of Python
 ROOMS = {
     "adapters", "checkpoints", "cli", "data", "demo", "inspection", "model", "ops", "options",
     "output", "planning", "results", "selftest", "system", "tokens", "training", "watch",
