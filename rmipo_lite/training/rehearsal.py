@@ -33,8 +33,8 @@ from rmipo_lite.watch.progress import phase
 _SHARE = 0.05  # of the run's work, which measuring it may take
 _LEAST_PAIRS = 4  # that a pace is read from
 _LONG_CPU_RUN_S = 1800.0
-# On a CPU the heap goes on growing after the first steps: runs of 24 steps on five small models took
-# 29 to 39 % more than their largest micro-step alone.
+# On a CPU the heap goes on growing after the first steps: runs of 24 steps on five small models
+# took 29 to 39 % more than their largest micro-step alone.
 _CPU_GROWTH = 1.33
 # Beside tensors and tokenizer a checkpoint holds the state of three random generators and options
 # (bytes), and for every trained weight its name in four files.
