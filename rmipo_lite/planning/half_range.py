@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.backbone import device_of, evaluating, scored_hidden
+from rmipo_lite.model.loading import load_config
 from rmipo_lite.output.console import say
 from rmipo_lite.tokens.pair import TokenizedPair
 
@@ -34,9 +35,9 @@ def is_beyond_half(config: PretrainedConfig) -> bool:
     return bool({config.model_type, config.get_text_config().model_type} & BEYOND_HALF)
 
 
-def keep_family_in_range(config: PretrainedConfig, args: RMiPOConfig) -> None:
+def keep_family_in_range(name: str, args: RMiPOConfig) -> None:
     """Before loading: float32 weights where nobody asked for float16 and the family needs them."""
-    if args.half_is_open and is_beyond_half(config):
+    if args.half_is_open and is_beyond_half(config := load_config(name)):
         say(f"The hidden states of {config.model_type} models {_WEIGHTS}")
         args.take_float32(weights_alone=True)
 

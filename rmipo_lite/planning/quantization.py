@@ -53,7 +53,7 @@ def load_for_run(
     Raises:
         ValueError, FileNotFoundError: as `quantization_for` and `loading.load_model`.
     """
-    keep_family_in_range(load_config(name), args)
+    keep_family_in_range(name, args)
     config = quantization_for(name, args, quantization)
     if config is not None and quantization == "auto":
         say("The weights would not fit beside training: they load in 4-bit (NF4).")

@@ -11,7 +11,6 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
 from rmipo_lite.checkpoints.weights import CONFIG_FILE, save_weights
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.generation import Prompt
@@ -21,7 +20,7 @@ from rmipo_lite.output.console import printable, say
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.comparison import Comparison
 from rmipo_lite.results.model_card import CARD_FILE, card_of_merged
-from rmipo_lite.results.trained import FACTS_FILE, Trained, write_run_facts
+from rmipo_lite.results.trained import FACTS_FILE, Trained
 from rmipo_lite.tokens.templates import prepare_tokenizer
 
 
@@ -47,15 +46,11 @@ class LoadedRun(Trained):
         what = "an adapter" if isinstance(self.model, PeftModel) else "a whole model"
         return printable(f"LoadedRun({short_name(str(self.folder))}: {what})")
 
-    def _write(self, target: Path, model: Any, card: str) -> Path:
-        with files_put_in_place(target) as staged:
-            save_weights(model, staged)
-            self.tokenizer.save_pretrained(staged)
-            (staged / CARD_FILE).write_text(card, encoding="utf-8")
-            write_run_facts(self, staged)
-            if (self.folder / CONFIG_FILE).is_file():
-                shutil.copyfile(self.folder / CONFIG_FILE, staged / CONFIG_FILE)
-        return target
+    def _write_run(self, model: Any, folder: Path) -> None:
+        save_weights(model, folder)
+        self.tokenizer.save_pretrained(folder)
+        if (self.folder / CONFIG_FILE).is_file():
+            shutil.copyfile(self.folder / CONFIG_FILE, folder / CONFIG_FILE)
 
     def _merged_card(self, how: str) -> str:
         card = self.folder / CARD_FILE

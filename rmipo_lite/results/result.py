@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
 from rmipo_lite.checkpoints.weights import save_run
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.output import page, plots
@@ -16,9 +15,9 @@ from rmipo_lite.output.console import say
 from rmipo_lite.output.table import html_table
 from rmipo_lite.results import run_page
 from rmipo_lite.results.comparison import Comparison
-from rmipo_lite.results.model_card import CARD_FILE, METRIC_HEAD, metric_rows, model_card
+from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, model_card
 from rmipo_lite.results.record import RunRecord
-from rmipo_lite.results.trained import Trained, write_run_facts
+from rmipo_lite.results.trained import Trained
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,13 +59,8 @@ class TrainResult(RunRecord, Trained):
         """Save adapter (safetensors), tokenizer with its template, options and a model card."""
         return self._write(Path(folder), self.model, model_card(self))
 
-    def _write(self, target: Path, model: Any, card: str) -> Path:
-        """All at once: a full disk or a kill leaves what was there before."""
-        with files_put_in_place(target) as staged:
-            save_run(model, self.tokenizer, self.args, staged)
-            (staged / CARD_FILE).write_text(card, encoding="utf-8")
-            write_run_facts(self, staged)
-        return target
+    def _write_run(self, model: Any, folder: Path) -> None:
+        save_run(model, self.tokenizer, self.args, folder)
 
     def _merged_card(self, how: str) -> str:
         return model_card(self, merged=how)

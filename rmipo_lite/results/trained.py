@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from transformers import PreTrainedModel
 
 from rmipo_lite.adapters import start
 from rmipo_lite.adapters.merge import merged_copy
+from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
 from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt_ids
 from rmipo_lite.model.loading import stored_dtype
 from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import say
 from rmipo_lite.results.agreement import agreement
 from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.model_card import CARD_FILE
 from rmipo_lite.system.files import is_empty
 from rmipo_lite.version import __version__
 
@@ -38,7 +41,7 @@ _TEXTS: list[Prompt] = [
 ]  # fmt: skip
 
 
-class Trained:
+class Trained(ABC):
     """A trained model that answers, compares itself with its start, and merges its adapter.
 
     Attributes:
@@ -116,8 +119,14 @@ class Trained:
 
         Before is the model at step 0: of a new adapter the base model, of one that went on what it
         had learnt before. The last comparison is shown with the result and in its report.
+
+        Raises:
+            TypeError: the model has no adapter, or none any more.
+            ValueError: there is no prompt.
         """
         prompts = self.held_out_prompts if prompts is None else prompts
+        if not prompts:
+            raise ValueError("prompts: none were given, and none held out here; pass some texts")
         with self.at_start():
             before = self.generate(prompts, max_new_tokens, **options)
         after = self.generate(prompts, max_new_tokens, **options)
@@ -167,13 +176,18 @@ class Trained:
         return merged
 
     def _write(self, target: Path, model: Any, card: str) -> Path:
-        raise NotImplementedError
+        """All at once: a full disk or a kill leaves what was there before."""
+        facts = {"rmipo_lite": __version__, "conversational": self.conversational}
+        with files_put_in_place(target) as staged:
+            self._write_run(model, staged)
+            (staged / CARD_FILE).write_text(card, encoding="utf-8")
+            (staged / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return target
 
+    @abstractmethod
+    def _write_run(self, model: Any, folder: Path) -> None:
+        """Weights, tokenizer and the run's options, as far as they are known."""
+
+    @abstractmethod
     def _merged_card(self, how: str) -> str:
-        raise NotImplementedError
-
-
-def write_run_facts(result: Trained, folder: Path) -> None:
-    """What a run's folder has to tell beside weights, tokenizer and options."""
-    facts = {"rmipo_lite": __version__, "conversational": result.conversational}
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        """The card of the merged model; `how` says how far it is from the trained one."""

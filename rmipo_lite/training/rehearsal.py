@@ -140,7 +140,7 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | No
     return Plan(
         steps=steps,
         pairs_per_step=size,
-        micro_step_tokens=batch.micro_step_tokens(largest, step.packing),
+        micro_step_tokens=_work(trainer, largest),
         checkpointing=step.checkpointing,
         on_cpu=device_of(trainer.model).type == "cpu",
         disk=disk,

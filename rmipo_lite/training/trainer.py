@@ -142,7 +142,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
                 "quantization_config is for a model given by name or folder; this one is loaded"
             )
         if isinstance(model, str):
-            keep_family_in_range(loading.load_config(model), args)
+            keep_family_in_range(model, args)
         loaded: nn.Module = (
             loading.load_model(model, args, quantization_config)
             if isinstance(model, str)

@@ -25,6 +25,11 @@ def _on_a_card_without_bf16(tmp_path: Path) -> RMiPOConfig:
     return args
 
 
+def _named(config: Any, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
 def _far(model: Any, down: float) -> Any:
     """The model with hidden states that pass 65,504; the last norm scales them back."""
     with torch.no_grad():
@@ -59,7 +64,7 @@ def test_a_model_whose_numbers_are_too_large_computes_in_float32(
 def test_what_somebody_asked_for_stays(tmp_path: Path) -> None:
     args = _on_a_card_without_bf16(tmp_path)
     args._half_is_open = False
-    keep_family_in_range(Gemma3TextConfig(), args)
+    keep_family_in_range(_named(Gemma3TextConfig(), tmp_path), args)
     keep_model_in_range(_far(tiny_model("llama"), 1e4), random_pairs(2), args)
     assert args.dtype == torch.float16
 
@@ -68,9 +73,9 @@ def test_a_known_family_is_seen_before_it_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = _on_a_card_without_bf16(tmp_path)
-    keep_family_in_range(LlamaConfig(), args)
-    assert args.dtype == torch.float16
-    keep_family_in_range(Gemma3TextConfig(), args)
+    keep_family_in_range(_named(LlamaConfig(), tmp_path), args)
+    assert args.weights_dtype == torch.float16
+    keep_family_in_range(_named(Gemma3TextConfig(), tmp_path), args)
     assert (args.dtype, args.weights_dtype) == (torch.float16, torch.float32)
     assert "hidden states of gemma3_text models leave float16" in capsys.readouterr().out
 

@@ -81,6 +81,8 @@ def test_what_the_folder_does_not_tell_is_said(
     assert not rmipo_lite.load_run(demo.MODEL, use_cpu=True, conversational=False).conversational
     with pytest.raises(TypeError, match="before/after needs an adapter, and this model has none"):
         loaded.compare(PROMPTS)
+    with pytest.raises(ValueError, match="prompts: none were given, and none held out here"):
+        rmipo_lite.load_run(run.output_dir, use_cpu=True).compare()
     with pytest.raises(FileNotFoundError):
         rmipo_lite.load_run(tmp_path / "absent", use_cpu=True)
 
