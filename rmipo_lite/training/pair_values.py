@@ -94,15 +94,12 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
     if not parts:
         return {}
     values = concat(parts)
-    scale = args.beta if args.loss.beta_in_rewards else 1.0
-    margin = values.chosen_logps - values.rejected_logps
+    scale, each = _scale(args), _of_pairs(values, args)
+    dtype = values.loss.dtype
     named = {
         "rewards/chosen": scale * values.chosen_logps.mean(),
         "rewards/rejected": scale * values.rejected_logps.mean(),
-        "rewards/accuracies": (margin > 0).to(margin.dtype).mean(),
-        "rewards/margins": scale * margin.mean(),
-        "logps/chosen": values.chosen_logps.mean(),
-        "logps/rejected": values.rejected_logps.mean(),
+        **{name: column.mean() for name, column in each.items()},
         "lengths/chosen": values.chosen_length.mean(),
         "lengths/rejected": values.rejected_length.mean(),
     }
@@ -114,13 +111,13 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
         named |= {
             "rmipo/gamma": values.gamma.mean(),
             "rmipo/gamma_std": values.gamma.std(correction=0),
-            "rmipo/gamma_at_max": at_max.to(margin.dtype).mean(),
-            "rmipo/gamma_at_min": at_min.to(margin.dtype).mean(),
+            "rmipo/gamma_at_max": at_max.to(dtype).mean(),
+            "rmipo/gamma_at_min": at_min.to(dtype).mean(),
             "rmipo/pmi_gap": values.pmi_gap.mean(),
             "rmipo/pmi_gap_std": values.pmi_gap.std(correction=0),
             "rmipo/pmi_chosen": _mean_of_defined(values.chosen_pmi),
             "rmipo/pmi_rejected": _mean_of_defined(values.rejected_pmi),
-            "rmipo/pmi_undefined": undefined.to(margin.dtype).mean(),
+            "rmipo/pmi_undefined": undefined.to(dtype).mean(),
         }
     # One transfer for all of them.
     numbers = torch.stack([value.float() for value in named.values()]).tolist()
@@ -129,18 +126,26 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
 
 def cases(values: PairValues, args: RMiPOConfig) -> dict[str, list[float]]:
     """Each pair's own part of the means that tell how a run went, by their names."""
-    margin = values.chosen_logps - values.rejected_logps
-    scale = args.beta if args.loss.beta_in_rewards else 1.0
-    named = {
-        "loss": values.loss,
-        "rewards/accuracies": (margin > 0).to(margin.dtype),
-        "rewards/margins": scale * margin,
-        "logps/chosen": values.chosen_logps,
-        "logps/rejected": values.rejected_logps,
-    }
+    named = {"loss": values.loss, **_of_pairs(values, args)}
     # One transfer for all of them.
     columns = torch.stack([value.float() for value in named.values()]).tolist()
     return dict(zip(named, columns, strict=True))
+
+
+def _scale(args: RMiPOConfig) -> float:
+    """Of rewards, to a log-prob."""
+    return args.beta if args.loss.beta_in_rewards else 1.0
+
+
+def _of_pairs(values: PairValues, args: RMiPOConfig) -> dict[str, Tensor]:
+    """(P,) each: what accuracy, margin and log-probs are the means of."""
+    margin = values.chosen_logps - values.rejected_logps
+    return {
+        "rewards/accuracies": (margin > 0).to(margin.dtype),
+        "rewards/margins": _scale(args) * margin,
+        "logps/chosen": values.chosen_logps,
+        "logps/rejected": values.rejected_logps,
+    }
 
 
 def _mean_of_defined(pmi: Tensor) -> Tensor:
