@@ -334,6 +334,12 @@ class RMiPOConfig(TrainingArguments):
         whole = pairs // self.pairs_per_step if self.dataloader_drop_last else 0
         return whole or math.ceil(pairs / self.pairs_per_step)
 
+    def steps_of_a_run(self, pairs: int) -> int:
+        """Optimizer steps of a whole run that trains on so many pairs."""
+        if self.max_steps > 0:
+            return int(self.max_steps)
+        return max(1, math.ceil(self.steps_of_an_epoch(pairs) * self.num_train_epochs))
+
     @property
     def dtype(self) -> torch.dtype:
         """What the run computes in."""

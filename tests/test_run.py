@@ -224,6 +224,19 @@ def test_too_few_pairs_to_hold_any_out(
     assert "Too few pairs or prompts to hold any out" in capsys.readouterr().out
 
 
+def test_a_short_run_says_how_many_pairs_it_evaluates(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"dataset": _rows(200), "max_steps": 2, "eval_completions": 0, "sample_prompts": 0}
+    options |= {"per_device_train_batch_size": 4}
+    short = _train(str(MODEL), tokenizer, tmp_path / "a", **options)
+    assert "2 of 10 held-out pairs are evaluated: the run is short" in capsys.readouterr().out
+    assert len(short.held_out_prompts) == 2
+    whole = _train(str(MODEL), tokenizer, tmp_path / "b", **{**options, "max_steps": 10})
+    assert len(whole.held_out_prompts) == 10
+    assert "held-out pairs are evaluated" not in capsys.readouterr().out
+
+
 def test_conversations_need_a_template_and_plain_gives_one(tokenizer: Any, tmp_path: Path) -> None:
     rows = [
         {

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from rmipo_lite.data.rows import Row
 
 MIN_PAIRS_TO_HOLD_OUT = 8  # fewer pairs are too few to lose any
-
+# One evaluation takes at most this share of a run. A trained pair goes through the model backward
+# too, which takes twice as long as forward.
+_SHARE_OF_A_RUN, _FORWARD = 0.1, 1 / 3
 
 Pair = TypeVar("Pair")
 
@@ -39,6 +41,18 @@ def split_holdout(
             held.update(positions)
     train = [pair for position, pair in enumerate(pairs) if position not in held]
     return train, [pair for position, pair in enumerate(pairs) if position in held]
+
+
+def evaluated_part(held_out: Sequence[Pair], trained: int, seed: int = 0) -> list[Pair]:
+    """As many of the held-out pairs as a run that trains on `trained` pairs has time to evaluate.
+
+    At most a tenth of the run's time, at least one pair; drawn at random, the same for the same
+    seed, a longer run's draw holding a shorter one's. Keeps their order.
+    """
+    room = max(1, int(trained * _SHARE_OF_A_RUN / _FORWARD))
+    drawn = list(range(len(held_out)))
+    random.Random(seed).shuffle(drawn)
+    return [held_out[position] for position in sorted(drawn[:room])]
 
 
 def _prompt_key(pair: Any) -> Any:

@@ -94,12 +94,8 @@ class FindsLearningRate(TrainerBeside):
 
     def run_steps(self) -> int:
         """Optimizer steps of a whole run."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        of_an_epoch = self.args.steps_of_an_epoch(
-            len(cast(list[TokenizedPair], self.train_dataset))
-        )
-        return max(1, math.ceil(of_an_epoch * self.args.num_train_epochs))
+        pairs = cast(list[TokenizedPair], self.train_dataset)
+        return int(self.args.steps_of_a_run(len(pairs)))
 
     def _schedule_factors(self) -> float:
         """The factors that the schedule multiplies the rate by, summed over the run's steps."""

@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 
 from rmipo_lite.data import files, normalise
-from rmipo_lite.data.holdout import split_holdout
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import Row, load_rows
 
@@ -579,28 +578,6 @@ def test_check_finds_a_lost_row() -> None:
 
 
 # ---- held-out pairs -------------------------------------------------------------------------
-
-
-def test_holdout_shares_no_prompt_and_repeats() -> None:
-    rows = [Row(i, f"p{i % 30}", "a", "b") for i in range(100)]
-    train, held = split_holdout(rows, share=0.1, seed=3)
-    assert len(train) + len(held) == 100
-    assert 8 <= len(held) <= 10  # 3 or 4 pairs a prompt: ten is not always met exactly
-    assert not {row.prompt for row in train} & {row.prompt for row in held}
-    assert (train, held) == split_holdout(rows, share=0.1, seed=3)
-    assert held != split_holdout(rows, share=0.1, seed=4)[1]
-    assert [row.index for row in train] == sorted(row.index for row in train)
-
-
-def test_holdout_bounds() -> None:
-    rows = [Row(i, f"p{i}", "a", "b") for i in range(1000)]
-    assert len(split_holdout(rows, share=0.5, at_most=200)[1]) == 200
-    assert len(split_holdout(rows[:8])[1]) == 1
-    assert split_holdout(rows[:7]) == (rows[:7], [])
-    one_prompt = [Row(i, "p", "a", "b") for i in range(20)]
-    assert split_holdout(one_prompt) == (one_prompt, [])
-    with pytest.raises(ValueError, match="share"):
-        split_holdout(rows, share=1.0)
 
 
 def test_transcripts_of_several_turns() -> None:
