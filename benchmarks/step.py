@@ -20,9 +20,9 @@ from benchmarks.records import Record
 from benchmarks.rounds import Run, interleave, ratios, summarize
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.demo.data import load_tokenizer
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.step import PairStep
 
 # (vocabulary, dtype) of the models measured by default
 CASES = ((32000, "fp32"), (131072, "fp32"), (32000, "bf16"), (131072, "bf16"))

@@ -12,24 +12,23 @@ import enum
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.ops.devices import accelerator, has_native_bf16
-from rmipo_lite.ops.losses import LOSSES, Loss, PairOptions, loss_named, losses_with, option_problem
+from rmipo_lite.ops.losses import option_problem
 from rmipo_lite.ops.native import Impl
 from rmipo_lite.options import inherited, own
+from rmipo_lite.options.method import MethodFields, described
 from rmipo_lite.options.types import enum_values, in_words, is_a, plain, union_members
 
-PriorMode = Literal["live", "cached"]
-PriorContext = Literal["auto", "none", "bos"]
 TokenizationMode = Literal["separate", "authors"]
 TruncationMode = Literal["keep_end", "keep_start"]
-LengthBalanceMode = Literal["auto", "off"]
 
 # What other packages and programs call options of ours, for errors.
 _OTHER_NAMES = {
@@ -43,12 +42,8 @@ _OTHER_NAMES = {
 _ALSO: dict[str, tuple[type, ...]] = {"accelerator_config": (AcceleratorConfig,)}
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class RMiPOConfig(TrainingArguments):
+class RMiPOConfig(MethodFields, TrainingArguments):
     """Options of a run: those of `transformers.TrainingArguments` and the ones below.
 
     One optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps` pairs. How
@@ -60,167 +55,115 @@ class RMiPOConfig(TrainingArguments):
             what came.
     """
 
-    # The method (arXiv 2604.24804, equation 11; formulas in ops/losses.py)
-    loss_type: str = _option("rmipo", f"Loss: {', '.join(LOSSES)}.")
-    beta: float = _option(2.0, "Scale of the log-probability gap, 1/nat, > 0.")
-    gamma_min: float = _option(
-        0.3, "rmipo: smallest target margin, reached at a large PMI gap, reward units."
-    )
-    gamma_max: float = _option(
-        1.6, "rmipo: largest target margin, at a PMI gap of 0 or below, reward units."
-    )
-    gamma_scaled_by_beta: bool = _option(
-        False,
-        "rmipo, with d = logps_chosen - logps_rejected: False is the paper's "
-        "sigma(beta*d - gamma); True the authors' released code's sigma(beta*(d - gamma)), where "
-        "gamma is in nats per token.",
-    )
-    simpo_gamma: float = _option(
-        0.5, f"{losses_with(margin='constant')}: constant target margin outside beta, reward units."
-    )
-    label_smoothing: float = _option(
-        0.0, f"{losses_with(smoothable=True)}: assumed share of swapped labels, in [0, 0.5)."
-    )
-    sft_weight: float = _option(
-        0.5,
-        "Weight of the mean negative log-probability per chosen token (nats per token, mean over "
-        "all chosen tokens of the optimizer step), >= 0: it keeps the wording whole and holds the "
-        "chosen side up, which a preference loss doesn't see. 0: the preference loss alone.",
-    )
-    length_balance: LengthBalanceMode = _option(
-        "auto",
-        "auto: pairs that length alone explains weigh less, so that length no longer tells chosen "
-        "from rejected (weights from the token counts, where the chosen side tends to be the "
-        "longer one); off: all pairs weigh alike, for data where longer is rightly preferred.",
-    )
-    end_anchor: float = _option(
-        0.1,
-        "Weight of the likelihood of where the chosen response ends, per nat of a response, >= 0: "
-        "the end is learnt from it rather than as a by-product of the lengths. 0: off.",
-    )
-    prior: PriorMode = _option(
-        "live",
-        "rmipo: live scores the bare response under the current policy at every step (exact); "
-        "cached scores it once before training: an approximation whose gamma drifts away, by "
-        "0.06-0.11 at learning rate 1e-4 and 0.4-0.6 at 1e-3 within 150 steps of a 260K-parameter "
-        "model.",
-    )
-    prior_context: PriorContext = _option(
-        "auto",
-        "rmipo: what stands in front of a bare response. bos: the tokenizer's BOS, every token is "
-        "scored; none: nothing, from the second token on, as the authors; auto: what the tokenizer "
-        "itself puts in front of a text, which is what no prompt means to the model.",
-    )
-
     # Data and tokens
-    max_length: int | None = _option(
+    max_length: int | None = described(
         1024,
         "Longest prompt + response, tokens; clamped to the model's context. None: the context.",
     )
-    max_prompt_length: int | None = _option(
+    max_prompt_length: int | None = described(
         None, "Longest prompt, tokens (needed for tokenization=authors); None: no own limit."
     )
-    truncation_mode: TruncationMode = _option(
+    truncation_mode: TruncationMode = described(
         "keep_end", "tokenization=authors only: which end of a too long prompt stays."
     )
-    tokenization: TokenizationMode = _option(
+    tokenization: TokenizationMode = described(
         "separate",
         "separate: prompt and response tokenised apart and joined; authors: the joint encoding of "
         "the authors' code, for exact comparison, with packing=False only.",
     )
-    chat_template: str | None = _option(
+    chat_template: str | None = described(
         None,
         "Chat template for conversational rows: plain ('User: ...\\nAssistant: '), a Jinja text, "
         "or None for the tokenizer's own.",
     )
-    dataset_num_proc: int | None = _option(None, "Processes for tokenising; None: this one.")
+    dataset_num_proc: int | None = described(None, "Processes for tokenising; None: this one.")
 
     # The adapter, where peft_config is "auto" or "new"
-    lora_r: int | None = _option(None, "Rank of the LoRA adapter; None: 16.")
-    lora_alpha: float | None = _option(
+    lora_r: int | None = described(None, "Rank of the LoRA adapter; None: 16.")
+    lora_alpha: float | None = described(
         None, "Scale of the adapter, alpha / r times its product; None: twice the rank."
     )
-    lora_dropout: float | None = _option(
+    lora_dropout: float | None = described(
         None, "Dropout in front of the adapter; None: 0. Needs disable_dropout=False."
     )
-    target_modules: str | list[str] | None = _option(
+    target_modules: str | list[str] | None = described(
         None, "Layers that get LoRA, names between commas or in a list; None: every linear layer."
     )
 
     # How a step is computed
-    packing: bool = _option(
+    packing: bool = described(
         True,
         "Pack the pairs of a micro-step into one row without padding, every prompt once. A "
         "self-check before training compares it with the padded form on the run's own data.",
     )
-    max_tokens_per_microstep: Literal["auto"] | int = _option(
+    max_tokens_per_microstep: Literal["auto"] | int = described(
         "auto",
         "Tokens that go through the model at once (prompts counted once when packed); auto: from "
         "the device's free memory. Splitting never changes the result. Where memory runs out all "
         "the same, the number is halved and the step repeated.",
     )
-    gradient_checkpointing: bool | None = _option(
+    gradient_checkpointing: bool | None = described(
         None,
         "Compute activations again in the backward pass, for memory; None: only where the longest "
         "pair would not fit otherwise, or memory ran out.",
     )
-    kernel_impl: Impl = _option(
+    kernel_impl: Impl = described(
         "auto", "auto, native (the compiled extension) or torch (the plain PyTorch reference)."
     )
-    disable_dropout: bool = _option(
+    disable_dropout: bool = described(
         True, "Switch every dropout off, so that policy and prior pass see the same network."
     )
-    max_dropped_in_a_row: int = _option(
+    max_dropped_in_a_row: int = described(
         10, "Stop after this many optimizer steps in a row that dropped pairs as not finite."
     )
-    save_pair_values: bool = _option(
+    save_pair_values: bool = described(
         False,
         "Write loss, log-probs, PMI and gamma of every pair of every step to pair_values.jsonl in "
         "the run's folder, about 300 bytes a pair.",
     )
-    sample_prompts: int = _option(
+    sample_prompts: int = described(
         3,
         "So many held-out prompts train() answers before and after training, to show them with the "
         "result; 0 for none.",
     )
 
-    eval_completions: int = _option(
+    eval_completions: int = described(
         8,
         "So many prompts of an evaluation are answered (sampled, at most 128 tokens), to see "
         "answers that repeat themselves or no longer end; 0 for none.",
     )
 
     # transformers' own options with another default
-    learning_rate: Literal["auto"] | float = _option(  # type: ignore[assignment]
+    learning_rate: Literal["auto"] | float = described(  # type: ignore[assignment]
         "auto",
         "Peak learning rate (AdamW); auto: a search before the first step raises it until the "
         "pairs' own responses fall apart; the run's rates then add up to the search's "
         "(docs/claims.md).",
     )
-    num_train_epochs: float = _option(1.0, "Passes over the pairs.")
-    per_device_train_batch_size: int = _option(32, "Pairs in a dataloader batch.")
-    per_device_eval_batch_size: int = _option(32, "Pairs in an evaluation batch.")
-    lr_scheduler_type: str = _option("cosine", "Learning-rate schedule.")
-    warmup_steps: float = _option(0.1, "Warm-up: steps, or a share of all steps when below 1.")
-    logging_steps: float = _option(10, "Log every so many optimizer steps.")
-    save_total_limit: int | None = _option(2, "Checkpoints kept; older ones are deleted.")
-    bf16: bool | None = _option(  # type: ignore[assignment]
+    num_train_epochs: float = described(1.0, "Passes over the pairs.")
+    per_device_train_batch_size: int = described(32, "Pairs in a dataloader batch.")
+    per_device_eval_batch_size: int = described(32, "Pairs in an evaluation batch.")
+    lr_scheduler_type: str = described("cosine", "Learning-rate schedule.")
+    warmup_steps: float = described(0.1, "Warm-up: steps, or a share of all steps when below 1.")
+    logging_steps: float = described(10, "Log every so many optimizer steps.")
+    save_total_limit: int | None = described(2, "Checkpoints kept; older ones are deleted.")
+    bf16: bool | None = described(  # type: ignore[assignment]
         None,
         "bfloat16 autocast; None: where the GPU has it in hardware (NVIDIA's Ampere and newer; "
         "Apple's compute in float32 unless asked).",
     )
-    fp16: bool | None = _option(  # type: ignore[assignment]
+    fp16: bool | None = described(  # type: ignore[assignment]
         None,
         "float16 autocast with a gradient scaler; None: on NVIDIA's and AMD's without bfloat16.",
     )
-    remove_unused_columns: bool = _option(False, "Kept False: the batch is ours.")
-    logging_nan_inf_filter: bool = _option(
+    remove_unused_columns: bool = described(False, "Kept False: the batch is ours.")
+    logging_nan_inf_filter: bool = described(
         False, "Kept False: a loss that is not finite is dropped and counted, never shown as 0."
     )
-    dataloader_pin_memory: bool = _option(
+    dataloader_pin_memory: bool = described(
         False, "Nothing to pin: rows are built per micro-step, after the dataloader."
     )
-    report_to: str | list[str] | None = _option("none", "Trackers to report to.")
+    report_to: str | list[str] | None = described("none", "Trackers to report to.")
 
     def __new__(cls, *args: Any, **options: Any) -> RMiPOConfig:
         """Raise TypeError for an option that isn't there, with the name of the nearest."""
@@ -241,6 +184,7 @@ class RMiPOConfig(TrainingArguments):
             self.max_tokens_per_microstep = int(self.max_tokens_per_microstep)
         if self.report_to is None:
             self.report_to = "none"
+        _refuse(own.take_defaults(self))
         self._check_types()
         self._check_inherited()
         self._check_method()
@@ -277,11 +221,8 @@ class RMiPOConfig(TrainingArguments):
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)
 
     def _check_method(self) -> None:
-        try:
-            problem = option_problem(self.pair_options, strict=True)
-        except ValueError as error:
-            problem = str(error)
-        _refuse(problem)
+        if not isinstance(self.loss, SumLoss):
+            _refuse(option_problem(self.pair_options, strict=True))
         _refuse(own.problem(self))
 
     def _resolve_precision(self) -> None:
@@ -348,21 +289,6 @@ class RMiPOConfig(TrainingArguments):
         return torch.float16 if self.fp16 else torch.float32
 
     @property
-    def loss(self) -> Loss:
-        """The table's entry of `loss_type`."""
-        return loss_named(self.loss_type)
-
-    @property
-    def pair_options(self) -> PairOptions:
-        """The constants of the loss."""
-        return PairOptions(*(getattr(self, name) for name in PairOptions._fields))
-
-    @property
-    def uses_prior(self) -> bool:
-        """Whether the loss needs the response scored without its prompt."""
-        return self.loss.needs_prior
-
-    @property
     def checkpointing_is_open(self) -> bool:
         """Whether nobody said yes or no to computing activations again."""
         return self._checkpointing_is_open and not self.wants_checkpointing
@@ -375,7 +301,7 @@ class RMiPOConfig(TrainingArguments):
 
 def own_option_names() -> list[str]:
     """Names of the options that `RMiPOConfig` defines or gives another default, in order."""
-    named = RMiPOConfig.__annotations__
+    named = MethodFields.__annotations__ | RMiPOConfig.__annotations__
     return [f.name for f in fields(RMiPOConfig) if f.name in named]
 
 

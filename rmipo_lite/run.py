@@ -35,6 +35,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.interrupt import GracefulInterrupt
+from rmipo_lite.training.known_before import RefModel
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_callbacks
 from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
@@ -59,6 +60,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
     peft_config: Adapter = "auto",
+    ref_model: RefModel = None,
     quantization: Quantization | BitsAndBytesConfig = "auto",
     resume: bool | str | Path = False,
     callbacks: list[TrainerCallback] | None = None,
@@ -83,6 +85,8 @@ def train(
             layer but the head), "new" (a fresh one), a peft config or a dict of its fields
             ({"r": 8}), or None (train what the model has: its adapter, or every weight).
             `lora_r`, `lora_alpha`, `lora_dropout` and `target_modules` change the default.
+        ref_model: what methods with a reference (`loss_type="dpo"` and its kind) measure from, a
+            name or a loaded model; None: the model as it came to the run.
         quantization: "auto" (4-bit on CUDA when the weights would not fit otherwise), "none",
             "4bit" (NF4, double quantisation) or a BitsAndBytesConfig; for a model given by name.
         resume: True goes on from the newest valid checkpoint in `output_dir`; a path from that one.
@@ -119,6 +123,7 @@ def train(
             eval_dataset=eval_pairs or None,
             processing_class=tokenizer,
             peft_config=peft_config,
+            ref_model=ref_model,
             callbacks=[interrupt, *(callbacks or [])],
         )
         trainer.data_report = trainer.doctor.report = data.report
@@ -149,7 +154,12 @@ def _run(
     resume: bool | str | Path,
 ) -> TrainResult:
     checkpoint = trainer.resolve_resume(str(resume) if isinstance(resume, Path) else resume)
-    done = None if checkpoint is None else int(trainer.check_resume(checkpoint)["step"])
+    done = None
+    if checkpoint is not None:
+        state = trainer.check_resume(checkpoint)
+        done = int(state["step"])
+        trainer.load_reference(state)
+    trainer.know_reference()
     before = trainer.evaluate_before() if eval_pairs else {}
     _rehearse_card(trainer, before, data, folder)
     if interrupt.requested:

@@ -19,10 +19,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.pair_values import StepOutcome
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.pair_values import StepOutcome
-from rmipo_lite.training.step import PairStep
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 

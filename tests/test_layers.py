@@ -28,8 +28,8 @@ def test_imports_go_one_way_through_faces_and_in_no_circle(texts: dict[str, str]
         ),
         (
             "ops.head",
-            "def f():\n    from rmipo_lite.training.step import PairStep\n",
-            "rmipo_lite.ops.head imports upward: rmipo_lite.training.step PairStep",
+            "def f():\n    from rmipo_lite.step.pair_step import PairStep\n",
+            "rmipo_lite.ops.head imports upward: rmipo_lite.step.pair_step PairStep",
         ),
         (
             "ops.head",
@@ -42,19 +42,19 @@ def test_imports_go_one_way_through_faces_and_in_no_circle(texts: dict[str, str]
             "rmipo_lite.output.page imports upward: rmipo_lite.ops linear_logps",
         ),
         (
-            "training.step",
+            "training.trainer",
             "from rmipo_lite.model.batch import _rows\n",
-            "rmipo_lite.training.step takes the private rmipo_lite.model.batch._rows",
+            "rmipo_lite.training.trainer takes the private rmipo_lite.model.batch._rows",
         ),
         (
-            "training.step",
+            "training.trainer",
             "from rmipo_lite.model import loading\nloading._NO_CODE\n",
-            "rmipo_lite.training.step takes the private rmipo_lite.model.loading._NO_CODE",
+            "rmipo_lite.training.trainer takes the private rmipo_lite.model.loading._NO_CODE",
         ),
         (
-            "training.step",
+            "training.trainer",
             "from rmipo_lite.data.sources import read_records\n",
-            "rmipo_lite.training.step imports rmipo_lite.data.sources, which its room doesn't name",
+            "rmipo_lite.training.trainer imports rmipo_lite.data.sources, which its room doesn't",
         ),
         ("attic.old", "", "rmipo_lite.attic.old is in no room of the order"),
     ],

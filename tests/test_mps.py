@@ -24,9 +24,9 @@ from rmipo_lite.ops import linear_logps, native, pair_loss
 from rmipo_lite.planning import budget, device, estimation, quantization
 from rmipo_lite.planning.footprint import Activations, Setup
 from rmipo_lite.results.agreement import agreement
-from rmipo_lite.training import pair_values
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.training.run_log import RunLog
-from rmipo_lite.training.step import PairStep
 from tests.kit import random_pairs, tiny_model, train_words, trained_weights, word_tokenizer
 from tests.mps_on_cpu import GIB, MPS, play_a_mac, simulated_mps
 

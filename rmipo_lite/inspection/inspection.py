@@ -39,13 +39,13 @@ from rmipo_lite.output.console import say
 from rmipo_lite.output.page import write_report
 from rmipo_lite.planning.half_range import keep_model_in_range
 from rmipo_lite.planning.quantization import load_for_run
+from rmipo_lite.step.make import make_step
 from rmipo_lite.tokens.options import options_for, prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.tokens.tokenize_rows import tokenize_in_chunks
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_vocabulary
 from rmipo_lite.training.restore import nothing_held, surroundings_restored
-from rmipo_lite.training.step import make_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

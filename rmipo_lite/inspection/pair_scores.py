@@ -22,17 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.score_file import LENGTHS, NUMBERS, Numbers, ScoreFile
+from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.model import batch
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.model.names import name_of
 from rmipo_lite.ops.devices import in_float64
-from rmipo_lite.ops.losses import loss_named
 from rmipo_lite.output.console import duration, say
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.losses import solve
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.training.step import PairStep
 
 _SAY_EVERY = 10.0  # seconds between two lines about the progress
 _SAMPLE = 512  # values of each weight that the model's fingerprint is made of
@@ -40,7 +41,8 @@ _OWN_MEANS = ("loss", "weight")
 # Options that change a pair's numbers.
 OPTIONS = (
     "loss_type", "beta", "gamma_min", "gamma_max", "gamma_scaled_by_beta", "simpo_gamma",
-    "label_smoothing", "prior_context", "bf16", "fp16", "kernel_impl",
+    "label_smoothing", "alpha", "dpop_lambda", "slic_delta", "ld_alpha", "prior_context", "bf16",
+    "fp16", "kernel_impl",
 )  # fmt: skip
 
 
@@ -140,6 +142,8 @@ def _numbers(
         "gamma": values.gamma,
         "loss": values.loss,
         "weight": loss_weight(values, args).float().to(values.loss.device),
+        "chosen_reward": values.chosen_reward,
+        "rejected_reward": values.rejected_reward,
     }
     lengths = torch.stack([values.chosen_length, values.rejected_length], 1).tolist()
     rows = torch.stack([table[name].float() for name in NUMBERS], dim=1).tolist()
@@ -154,10 +158,16 @@ def loss_weight(values: PairValues, args: RMiPOConfig) -> torch.Tensor:
     """How strongly a pair pulls, (P,) float64: |d loss / d chosen_logps|, without the factor beta.
 
     For the logistic losses that is sigma(-z), for hinge 1 or 0. A loss without beta, as simper, has
-    it as it is: the chosen response's inverse perplexity.
+    it as it is: the chosen response's inverse perplexity. Of a loss of sums it is the derivative in
+    the chosen side's sum.
     """
-    loss = loss_named(args.loss_type)
+    loss = args.loss
     chosen, rejected = in_float64(values.chosen_logps), in_float64(values.rejected_logps)
+    if isinstance(loss, SumLoss):
+        lengths = torch.stack([values.chosen_length, values.rejected_length], 1).flatten()
+        sums = torch.stack([chosen, rejected], 1).flatten() * in_float64(lengths)
+        reference = sums if loss.needs_reference else None
+        return solve(sums, lengths.long().to(sums.device), reference, args)[:, 1].abs() / args.beta
     _, slope, _ = loss.formula(chosen, rejected, in_float64(values.gamma), args.pair_options)
     return slope.abs() / (args.beta if loss.has_beta else 1.0)
 

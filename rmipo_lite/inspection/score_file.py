@@ -16,12 +16,13 @@ from rmipo_lite.checkpoints.sealed_folder import sync_file
 from rmipo_lite.output.console import say
 
 SCORES_FILE = "pair_scores.jsonl"
-FORMAT = 1
+FORMAT = 2
 NAME = "model_name"  # of the header: told, not compared
 LENGTHS = ("prompt_length", "chosen_length", "rejected_length")  # tokens; of responses the scored
 NUMBERS = (
     "chosen_logps", "rejected_logps", "chosen_prior_logps", "rejected_prior_logps",
     "chosen_pmi", "rejected_pmi", "pmi_gap", "gamma", "loss", "weight",
+    "chosen_reward", "rejected_reward",
 )  # fmt: skip
 _COLUMNS = (*LENGTHS, *NUMBERS)
 

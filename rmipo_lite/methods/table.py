@@ -199,6 +199,11 @@ def defaults_of(name: str) -> Defaults:
     return method.defaults if isinstance(method, SumLoss) else _OF_MEANS
 
 
+def is_of_sums(name: str) -> bool:
+    """Whether it is a loss of summed log-probs."""
+    return isinstance(method_named(name), SumLoss)
+
+
 def methods_with(option: str) -> str:
     """Names of the methods that have an option, for texts."""
     return ", ".join(name for name in methods() if _has(name, option))

@@ -12,7 +12,7 @@ computed on the CPU.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,6 +96,10 @@ class Loss:
     beta_in_rewards: bool
     smoothable: bool
     kernel: int | None
+
+    # As an entry of `methods.table` says it.
+    needs_reference: bool = field(default=False, init=False)
+    of_the_step: bool = field(default=False, init=False)
 
     @property
     def needs_prior(self) -> bool:

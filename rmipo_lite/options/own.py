@@ -2,7 +2,31 @@
 
 from typing import Any
 
+from rmipo_lite.methods import table
+
 _Check = tuple[bool, str, str, Any]  # (holds, name, wanted, what came)
+
+
+def take_defaults(args: Any) -> str | None:
+    """Set what nobody has set of the method's options; what is wrong where that can't be done."""
+    if not isinstance(args.loss_type, str):
+        return None  # its type is told next
+    try:
+        args.loss_type = table.full_name(args.loss_type)
+    except ValueError as error:
+        return str(error)
+    defaults = table.defaults_of(args.loss_type)
+    if args.beta is None:
+        args.beta = defaults["beta"]
+    if args.gamma_beta_ratio is not None and isinstance(args.gamma_beta_ratio, int | float):
+        gamma = args.beta * args.gamma_beta_ratio
+        if args.simpo_gamma not in (None, gamma):
+            return "simpo_gamma and gamma_beta_ratio say the same thing: give one of them"
+        args.simpo_gamma = gamma
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return None
 
 
 def problem(args: Any) -> str | None:
@@ -15,10 +39,27 @@ def problem(args: Any) -> str | None:
 
 
 def _of_method(args: Any) -> list[_Check]:
-    return [
+    own = table.defaults_of(args.loss_type)
+    checks: list[_Check] = [
         (0 <= getattr(args, name) < float("inf"), name, ">= 0", getattr(args, name))
         for name in ("sft_weight", "end_anchor")
     ]
+    for name, (holds, wanted) in table.RANGES.items():
+        value = getattr(args, name)
+        if name in own:
+            checks.append((holds(value), name, wanted, value))
+        else:
+            without = f"None, since loss_type={args.loss_type!r} has none"
+            checks.append((value is None, name, without, value))
+    apart = not args.loss.of_the_step or args.length_balance == "off"
+    alike = f"off with loss_type={args.loss_type!r}, whose pairs hang on each other"
+    checks.append((apart, "length_balance", alike, args.length_balance))
+    of_sums = table.is_of_sums(args.loss_type)
+    share = args.ld_alpha
+    checks.append((share is None or 0 <= share <= 1, "ld_alpha", "None or 0 to 1", share))
+    only = f"None, since loss_type={args.loss_type!r} takes means"
+    checks.append((share is None or of_sums, "ld_alpha", only, share))
+    return checks
 
 
 def _of_data(args: Any) -> list[_Check]:

@@ -115,7 +115,8 @@ def estimate(
         note=case.work.note,
         pairs=case.work.pairs,
         pairs_per_step=args.pairs_per_step,
-        tokens=case.work.policy + (case.work.prior if args.uses_prior else 0),
+        tokens=case.work.policy * (1 + args.loss.needs_reference)
+        + (case.work.prior if args.uses_prior else 0),
         fit=case.on(_card_of(gpu)),
         cards=[case.on(find_card(common)) for common in COMMON],
     )
@@ -313,6 +314,9 @@ def _seconds(
     adapter = 0 if setup.peft_config is None else 2 * weights.trained
     operations = work.policy * (forward + backward + 3 * adapter) + prior * (forward + adapter)
     operations += 2 * weights.head * (2 * work.scored + prior)  # logits, and their derivative
+    # Without gradients: the reference, and a step's pairs together where micro-steps cut them.
+    again = case.args.loss.needs_reference + (case.args.loss.of_the_step and work.step > tokens)
+    operations += again * (work.policy * (forward + adapter) + 2 * weights.head * work.scored)
     seconds = operations / speed
     if setup.quantized and card.bandwidth:
         passes = work.policy / tokens * (3 + checkpointing)  # forward, backward, prior

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 
+from rmipo_lite.methods.table import RANGES
 from rmipo_lite.model.names import short_name
 from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
@@ -27,7 +28,8 @@ that matters most. A preference loss can teach length as well as quality: look a
 the answers, and at the share that never ends, before using this model."""
 SHOWN_OPTIONS = (
     "loss_type", "beta", "gamma_min", "gamma_max", "gamma_scaled_by_beta", "simpo_gamma",
-    "label_smoothing", "sft_weight", "length_balance", "end_anchor",
+    "label_smoothing", "alpha", "dpop_lambda", "slic_delta", "ld_alpha", "reference",
+    "sft_weight", "length_balance", "end_anchor",
     "prior", "prior_context", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "tokenization",
@@ -43,7 +45,12 @@ def run_options(result: RunRecord) -> dict[str, Any]:
     values = redact(result.args.to_dict())
     if values["learning_rate"] == "auto" and result.learning_rate is not None:
         values["learning_rate"] = f"auto: {result.learning_rate:.3g} was found"
-    return {name: values[name] for name in SHOWN_OPTIONS if name in values}
+    absent = {name for name in (*RANGES, "ld_alpha") if values.get(name) is None}
+    if not result.args.uses_prior:
+        absent |= {"gamma_min", "gamma_max", "gamma_scaled_by_beta", "prior", "prior_context"}
+    if not result.args.loss.needs_reference:
+        absent.add("reference")
+    return {name: values[name] for name in SHOWN_OPTIONS if name in values and name not in absent}
 
 
 CARD_FILE = "README.md"

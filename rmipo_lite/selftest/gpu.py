@@ -17,8 +17,8 @@ from rmipo_lite.ops import linear_logps, pair_loss
 from rmipo_lite.selftest.check import Case, Check, expect
 from rmipo_lite.selftest.kernels import no_gpu
 from rmipo_lite.selftest.parts import random_pairs, tiny_model
-from rmipo_lite.training.pair_values import StepOutcome
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.pair_values import StepOutcome
 
 Backward = Callable[[Tensor], None]
 

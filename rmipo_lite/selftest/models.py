@@ -16,8 +16,8 @@ from rmipo_lite.model.head import read_head
 from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.selftest.check import Case, Check, expect
 from rmipo_lite.selftest.parts import ARCHITECTURES, VOCAB, random_pairs, tiny_model
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training.step import PairStep
 
 
 def head_kinds(_folder: Path, seed: int) -> Iterator[Case]:

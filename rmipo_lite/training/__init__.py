@@ -1,15 +1,14 @@
-"""A step, and the trainer around it: priors, pair values, log, interrupt, plan.
+"""A run of steps: the trainer, its evaluations, rate and plan, interruption and resuming.
 
-`step.make_step` runs pairs; `trainer.RMiPOTrainer` trains with it.
+`trainer.RMiPOTrainer` trains.
 """
 
 __all__ = [
     "interrupt",
-    "pair_values",
+    "known_before",
     "refusals",
     "rehearsal",
     "restore",
     "run_log",
-    "step",
     "trainer",
 ]

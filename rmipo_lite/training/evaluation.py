@@ -23,10 +23,10 @@ from rmipo_lite.data.report import name_rows
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.output.console import say
 from rmipo_lite.output.uncertainty import PairedValues
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
 from rmipo_lite.training.interrupt import GracefulInterrupt
-from rmipo_lite.training.pair_values import PairValues
 from rmipo_lite.watch.completions import (
     CLIPPED,
     MEAN_LENGTH,
@@ -144,7 +144,7 @@ class PairEvaluation(TrainerBeside):
         if len(values.loss):
             numbers = {"loss": float(values.loss.mean()), **pair_values.reduce([values], self.args)}
             sound = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if good]
-            self._note_errors(prefix, sound, pair_values.cases(values, self.args))
+            self._note_errors(prefix, sound, pair_values.cases(values))
         bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
         if bad:
             say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")

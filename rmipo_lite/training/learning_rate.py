@@ -25,10 +25,10 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import name_rows
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.range_test import FIRST_RATE, RangeTest
+from rmipo_lite.step.losses import SideMeans
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import set_mode
 from rmipo_lite.training.interrupt import GracefulInterrupt
-from rmipo_lite.training.prior import SideMeans
 from rmipo_lite.watch.progress import phase
 
 SEARCH_STEPS = 28  # that a search takes on real models, more or less

@@ -23,7 +23,7 @@ from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import redact
-from rmipo_lite.training.prior import pairs_digest
+from rmipo_lite.step.losses import pairs_digest
 
 _TENSORS, _VALUES = 64, 4  # of the weights that aren't trained, as many are compared
 _TOLERANCE = 0.02  # of a tensor's largest: the same weights may stand in 16 bits or in 32

@@ -19,8 +19,8 @@ import torch
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.length_balance import effective_sample
 from rmipo_lite.output.console import say
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.pair_values import PairValues, StepOutcome
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_values import PairValues, StepOutcome
 
 PAIR_VALUES_FILE = "pair_values.jsonl"
 
@@ -160,8 +160,7 @@ class RunLog:
                 StepOutcome(
                     loss=entry["loss"].to(device),
                     values=[
-                        PairValues(**{name: value.to(device) for name, value in part.items()})
-                        for part in entry["values"]
+                        pair_values.restored(part, self._args, device) for part in entry["values"]
                     ],
                     rows=entry["rows"],
                     weights=entry.get("weights", [1.0] * len(entry["rows"])),

@@ -39,15 +39,17 @@ from rmipo_lite.ops.devices import unused_gpu
 from rmipo_lite.output.console import say
 from rmipo_lite.output.uncertainty import PairedValues
 from rmipo_lite.planning.half_range import keep_family_in_range, keep_model_in_range
+from rmipo_lite.step.losses import balance_of
+from rmipo_lite.step.make import make_step
+from rmipo_lite.step.pair_values import StepOutcome
 from rmipo_lite.tokens.ending import anchored_end, scored_end
 from rmipo_lite.tokens.options import prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.evaluation import PairEvaluation, set_mode
+from rmipo_lite.training.known_before import KnowsBefore, RefModel
 from rmipo_lite.training.learning_rate import FindsLearningRate, with_own_rate
-from rmipo_lite.training.pair_values import StepOutcome
-from rmipo_lite.training.prior import balance_of, pairs_digest
 from rmipo_lite.training.refusals import (
     refuse_bad_schedule,
     refuse_bad_weights,
@@ -63,7 +65,6 @@ from rmipo_lite.training.refusals import (
 )
 from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
-from rmipo_lite.training.step import make_step
 from rmipo_lite.watch.doctor import Doctor
 from rmipo_lite.watch.progress import show_progress
 
@@ -82,7 +83,9 @@ class _LogLastStep(TrainerCallback):
             control.should_log = True
 
 
-class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation, Trainer):
+class RMiPOTrainer(
+    GoingOn, FindsLearningRate, KnowsBefore, SafeCheckpointing, PairEvaluation, Trainer
+):
     """Train a causal language model on preference pairs.
 
     Args:
@@ -95,6 +98,8 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         quantization_config: for a model given by name, how its weights are quantised.
         callbacks: transformers callbacks.
         optimizers: (optimizer, scheduler), or Nones for those of `args`.
+        ref_model: what methods with a reference measure from, a name or a loaded model; None: the
+            model as it came to the run, adapter and all.
         split, eval_split: which split of `train_dataset` and `eval_dataset`, where these have
             several; None takes train, or the only one.
 
@@ -122,6 +127,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         *,
+        ref_model: RefModel = None,
         split: str | None = None,
         eval_split: str | None = None,
     ) -> None:
@@ -196,6 +202,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
             self.model, self.args, train_pairs or [], tokenizer=self._tokenizer,
             prior_front=self._prior_front, autocast=self.accelerator.autocast,
         )  # fmt: skip
+        self.make_reference(ref_model, train_pairs or [])
         self.length_balance, self.pair_step.weights = balance_of(train_pairs or [], self.args)
         self.pair_step.end_id = anchored_end(train_pairs or [], self._tokenizer)
         self.doctor.is_anchored = self.pair_step.end_id is not None
@@ -243,7 +250,10 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         return int(self.state.best_global_step or 0)
 
     def before_training(self) -> None:
-        """Find the learning rate, where it is to be found."""
+        """Score by the reference, and find the learning rate, where these are asked for."""
+        self.know_reference()
+        if self.pair_step.reference is not None:
+            self.pair_step.reference.close()
         self.find_learning_rate()
         self.doctor.learning_rate = self.learning_rate or 0.0
 
@@ -251,9 +261,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
         self.run_log.clear()
         self.held_out_values.begin()
-        self.pair_step.prior_cache = None
-        self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
-        self._priors_are_ready = False
+        self.forget_priors()
         self._dropped_in_a_row = 0
         self._place = None
         if self.found_rate is not None:  # an earlier run's, which its optimizer has
@@ -296,7 +304,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         set_mode(self.optimizer, "train")
         pairs: list[TokenizedPair] = inputs["pairs"]
         if self.args.prior == "cached" and self.args.uses_prior:
-            self._fill_prior_cache()
+            self.fill_prior_cache()
         outcome = self.pair_step.train(pairs, self.accelerator.backward)
         self.run_log.add(self.state.global_step + 1, outcome)
         self._count_dropped(outcome)
@@ -304,21 +312,6 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return outcome.loss.to(self.args.device)
-
-    def _fill_prior_cache(self) -> None:
-        """Before the first step: the prior of every training pair under the untrained policy."""
-        if self._priors_are_ready:
-            return
-        pairs = cast(list[TokenizedPair], self.train_dataset)
-        digest, known = pairs_digest(pairs), self.pair_step.prior_cache is not None
-        if self._prior_front:
-            digest += f" behind {list(self._prior_front)}"
-        if known and self._priors_of not in ("", digest):
-            say("The checkpoint's cached priors are of other pairs or another prior_context: anew")
-            known = False
-        if not known:
-            self.pair_step.prior_cache = self.pair_step.prior_means(pairs)
-        self._priors_of, self._priors_are_ready = digest, True
 
     def _count_dropped(self, outcome: StepOutcome) -> None:
         if not outcome.dropped:
@@ -369,7 +362,6 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights, optimizer and random state (JSON)."""
-        cache = self.pair_step.prior_cache
         return {
             "step": int(self.state.global_step),
             **self.run_state(),
@@ -378,8 +370,7 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
             "max_tokens_per_microstep": self.pair_step.max_tokens,
             "packing": self.pair_step.packing,
             "checkpointing": self.pair_step.checkpointing,
-            "priors_of": self._priors_of,
-            "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
+            **self.known_state(),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -392,9 +383,4 @@ class RMiPOTrainer(GoingOn, FindsLearningRate, SafeCheckpointing, PairEvaluation
         if wanted and not self.pair_step.checkpointing:
             self.pair_step.enable_checkpointing()
         self.found_rate = state.get("found_rate")  # absent in older checkpoints
-        cache = state["prior_cache"]
-        self._priors_of = state.get("priors_of", "")  # absent in checkpoints of version 0.1.0
-        if cache is not None:
-            self.pair_step.prior_cache = {
-                int(row): (side_w, side_l) for row, side_w, side_l in cache
-            }
+        self.load_known_state(state)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.output.findings import Finding
 from rmipo_lite.output.uncertainty import share_text, wilson
 from rmipo_lite.watch.chart import LEAST_ANSWERS, SURE, Chart
@@ -240,9 +241,11 @@ def overshooting(chart: Chart) -> Seen | None:
     args = chart.args
     margin, rejected = chart.sure_change("rewards/margins"), chart.change("logps/rejected")
     loss = args.loss
-    if margin is None or rejected is None or not loss.beta_in_rewards or loss.margin == "none":
+    if margin is None or rejected is None or isinstance(loss, SumLoss):
         return None
-    wanted = args.simpo_gamma
+    if not loss.beta_in_rewards or loss.margin == "none":
+        return None
+    wanted = args.simpo_gamma or 0.0
     if loss.needs_prior:
         wanted = chart.held_out[-1]["eval_rmipo/gamma"]
     if args.gamma_scaled_by_beta:

@@ -11,7 +11,7 @@ from benchmarks.inputs import Lengths
 from benchmarks.records import Record
 from rmipo_lite.ops import native
 from rmipo_lite.ops.library import BackendStatus
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step.pair_step import PairStep
 
 TINY = Lengths(5, 7, 6)
 

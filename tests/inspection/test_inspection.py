@@ -21,7 +21,7 @@ from rmipo_lite.demo.facts import GENERIC
 from rmipo_lite.inspection import inspection
 from rmipo_lite.inspection.inspection import Inspection, inspect
 from rmipo_lite.inspection.score_file import SCORES_FILE
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step.pair_step import PairStep
 from tests.kit import tiny_model, word_rows, word_tokenizer
 
 HOSTILE = "<script>alert(1)</script> \x1b[31m red [/INST] and so on and on as it goes"

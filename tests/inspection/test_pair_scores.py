@@ -25,11 +25,12 @@ from rmipo_lite.inspection.pair_scores import (
 )
 from rmipo_lite.inspection.score_file import NUMBERS, SCORES_FILE, ScoreFile
 from rmipo_lite.ops import pair_loss
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.make import make_step
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.training.step import PairStep, make_step
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 COUNT, CHUNK = 23, 8
@@ -117,7 +118,7 @@ def test_weight_is_the_slope_of_the_loss(tmp_path: Path, loss_type: Any, smoothi
         logps, borders, *prior, loss_type=loss_type, label_smoothing=smoothing, beta=3.0
     )
     (slope,) = torch.autograd.grad(out.loss.sum(), logps)
-    weight = loss_weight(PairValues.of(out, borders), args)
+    weight = loss_weight(PairValues.of(out, borders, (out.loss, out.loss)), args)
     beta = 1.0 if loss_type == "simper" else 3.0
     torch.testing.assert_close(weight, slope[0::2].abs() / beta)
 

@@ -12,7 +12,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import ATTENTION_NAME, packed_attention
 from rmipo_lite.model.packing_check import packing_problem
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step.pair_step import PairStep
 from tests.kit import ARCHITECTURES, VOCAB, random_pairs, tiny_model
 
 

@@ -16,7 +16,7 @@ from rmipo_lite.checkpoints.weights import save_weights
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import loading, names
 from rmipo_lite.planning import quantization
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step.pair_step import PairStep
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 

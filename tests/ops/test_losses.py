@@ -18,13 +18,14 @@ from rmipo_lite.ops.checks import check_options
 from rmipo_lite.ops.losses import LOSSES, RANGES, Loss, PairOptions, losses_with, margins
 from rmipo_lite.ops.reference import pair_losses
 from rmipo_lite.results.model_card import model_card
-from rmipo_lite.training.pair_values import PairValues, reduce
+from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.watch.chart import Chart
 from rmipo_lite.watch.symptoms import examine
 from tests.conftest import ROOT
 from tests.kit import random_pairs, tiny_trainer
 
-ONE_OF = "loss_type must be one of rmipo, simpo, hinge, simper, got 'dpo'"
+OF_MEANS = "loss_type must be one of rmipo, simpo, hinge, simper, got 'nope'"
+ONE_OF = "loss_type must be one of rmipo, simpo, hinge, simper, dpo, robust, "
 
 
 def _squared(chosen: Tensor, rejected: Tensor, gamma: Tensor, options: PairOptions):
@@ -58,7 +59,7 @@ def test_a_loss_is_added_in_the_table_alone(
         loss_type="squared", simpo_gamma=0.5,
     )  # fmt: skip
     assert out.loss.item() == pytest.approx((2 * 1.0 - 0.5) ** 2)
-    values = PairValues.of(out, torch.tensor([0, 1, 2]))
+    values = PairValues.of(out, torch.tensor([0, 1, 2]), (torch.zeros(1), torch.zeros(1)))
     args = RMiPOConfig(str(tmp_path), loss_type="squared", simpo_gamma=0.5)
     assert loss_weight(values, args).item() == pytest.approx(2 * 1.5)
     rose = [
@@ -86,28 +87,27 @@ def test_a_loss_that_is_not_in_the_table_is_an_error_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(ONE_OF)):
-        RMiPOConfig(str(tmp_path), loss_type="dpo")
+        RMiPOConfig(str(tmp_path), loss_type="nope")
     args = RMiPOConfig(str(tmp_path))
-    args.loss_type = "dpo"
+    args.loss_type = "nope"
     means, borders = torch.tensor([-1.0, -2.0]), torch.tensor([0, 1, 2], dtype=torch.int32)
     known = pair_loss(means, borders, loss_type="simper")
-    values = PairValues.of(known, borders)
+    values = PairValues.of(known, borders, (torch.zeros(1), torch.zeros(1)))
     chart = Chart(
         args, held_out=[{"step": s, "eval_rewards/margins": 0.0, "eval_logps/rejected": -5.0}
                         for s in (0, 9)],
     )  # fmt: skip
-    for reader in (
-        lambda: args.uses_prior,
-        lambda: pair_loss(means, borders, loss_type="dpo"),
-        lambda: check_options(args.pair_options),
-        lambda: pair_losses(means, borders, None, None, args.pair_options),
-        lambda: margins(means, args.pair_options),
-        lambda: reduce([values], args),
-        lambda: loss_weight(values, args),
-        lambda: examine(chart),
-        lambda: model_card(_record(args)),
+    for wanted, reader in (
+        (ONE_OF, lambda: args.uses_prior),
+        (OF_MEANS, lambda: pair_loss(means, borders, loss_type="nope")),
+        (OF_MEANS, lambda: check_options(args.pair_options)),
+        (OF_MEANS, lambda: pair_losses(means, borders, None, None, args.pair_options)),
+        (OF_MEANS, lambda: margins(means, args.pair_options)),
+        (ONE_OF, lambda: loss_weight(values, args)),
+        (ONE_OF, lambda: examine(chart)),
+        (ONE_OF, lambda: model_card(_record(args))),
     ):
-        with pytest.raises(ValueError, match=re.escape(ONE_OF)):
+        with pytest.raises(ValueError, match=re.escape(wanted)):
             reader()
 
 
@@ -137,8 +137,8 @@ def test_texts_name_the_losses_by_their_facts() -> None:
     help_of = {
         f.name: f.metadata.get("help", "") for f in RMiPOConfig.__dataclass_fields__.values()
     }
-    assert help_of["loss_type"] == "Loss: rmipo, simpo, hinge, simper."
-    assert help_of["simpo_gamma"].startswith("simpo, hinge: ")
+    assert help_of["loss_type"].startswith("Method: rmipo, simpo, hinge, simper, dpo, ")
+    assert help_of["simpo_gamma"].startswith("simpo, hinge, alphapo: ")
 
 
 @pytest.mark.parametrize("name", RANGES)

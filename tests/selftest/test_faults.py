@@ -16,7 +16,7 @@ from rmipo_lite.ops import head_blocks, native
 from rmipo_lite.selftest import models, survival
 from rmipo_lite.selftest.check import Lost
 from rmipo_lite.selftest.processes import run_job
-from rmipo_lite.training import step
+from rmipo_lite.step import pair_step
 
 
 @pytest.mark.parametrize("number", [4, 12, 22, 24, 31])
@@ -42,12 +42,12 @@ def test_a_gradient_of_another_size_is_found(try_check, monkeypatch: pytest.Monk
 
 
 def test_the_other_place_of_gamma_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = step.losses
+    real = pair_step.losses
 
     def losses(token_logps, cu_seqlens, prior, args):
         return real(token_logps, cu_seqlens, prior, replace(args, gamma_scaled_by_beta=True))
 
-    monkeypatch.setattr(step, "losses", losses)
+    monkeypatch.setattr(pair_step, "losses", losses)
     outcome = try_check(12)
     assert len(outcome.losses) == outcome.trials
 
@@ -67,13 +67,13 @@ def test_packed_rows_that_differ_are_found(try_check, monkeypatch: pytest.Monkey
 
 
 def test_another_result_each_time_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = step.losses, itertools.count()
+    real, calls = pair_step.losses, itertools.count()
 
     def losses(*arguments):
         out = real(*arguments)
         return out._replace(loss=out.loss * (1 + next(calls) / 1000))
 
-    monkeypatch.setattr(step, "losses", losses)
+    monkeypatch.setattr(pair_step, "losses", losses)
     assert "three steps of training" in [loss[0] for loss in try_check(24).losses]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rmipo_lite.model import batch
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.training import rehearsal
 from rmipo_lite.training.rehearsal import plan_run
-from rmipo_lite.training.step import PairStep
 from tests.kit import random_pairs, tiny_trainer
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.training import step as step_module
+from rmipo_lite.step import pair_step as step_module
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.conftest import REFERENCES
 from tests.kit import random_pairs, tiny_model

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.step import PairStep
 from tests.kit import BOS_ID, EOS_ID, tiny_model, tiny_trainer, word_level
 from tests.trials.data.borders import WORDS, tokenized
 from tests.trials.scorecard import Check, Trial, Trials, expect

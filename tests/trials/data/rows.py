@@ -9,11 +9,11 @@ import torch
 
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import load_rows
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.tokenize_rows import tokenize_rows
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.step import PairStep
 from tests.kit import byte_level, tiny_model, tiny_trainer, word_rows, word_tokenizer
 from tests.trials.data.bad_rows import KINDS, MAX_LENGTH, Bad, Record
 from tests.trials.scorecard import Check, Trial, Trials, expect

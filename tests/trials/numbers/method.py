@@ -19,9 +19,9 @@ from torch import nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
 from rmipo_lite.selftest.models import response_logps
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.training.step import PairStep
 from tests.kit import random_pairs, tiny_model
 from tests.trials.numbers.truth import Formula, PairTruth, mean, pair_truth
 from tests.trials.scorecard import Check, Trials, expect

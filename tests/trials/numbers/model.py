@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from rmipo_lite.config import PriorContext, RMiPOConfig
 from rmipo_lite.planning import quantization
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values
-from rmipo_lite.training.pair_values import PairValues
-from rmipo_lite.training.step import PairStep
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import ARCHITECTURES, random_pairs, tiny_model, word_tokenizer
 from tests.trials.scorecard import Check, Trial, Trials, expect

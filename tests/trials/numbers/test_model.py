@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 
 from rmipo_lite.model import loading
-from rmipo_lite.training import step, trainer
+from rmipo_lite.step import pair_step
+from rmipo_lite.training import trainer
 
 
 def test_a_pair_that_depends_on_its_company_is_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = step.scored_hidden
+    real = pair_step.scored_hidden
 
     def scored_hidden(model, inputs):
         hidden = real(model, inputs)
         return hidden + 1e-2 * hidden.mean(0)
 
-    monkeypatch.setattr(step, "scored_hidden", scored_hidden)
+    monkeypatch.setattr(pair_step, "scored_hidden", scored_hidden)
     assert try_check(23, 0, 1, 2).lost == 3
 
 
@@ -36,6 +37,6 @@ def test_four_bit_layers_without_protection_are_found(
 
 
 def test_an_adapter_without_a_gradient_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = step.scored_hidden
-    monkeypatch.setattr(step, "scored_hidden", lambda *arguments: real(*arguments).detach())
+    real = pair_step.scored_hidden
+    monkeypatch.setattr(pair_step, "scored_hidden", lambda *arguments: real(*arguments).detach())
     assert try_check(32, 0).lost == 1

@@ -9,7 +9,7 @@ import torch
 
 from rmipo_lite.ops import head_blocks, head_rows, native
 from rmipo_lite.ops.reference import PairParts
-from rmipo_lite.training import step
+from rmipo_lite.step import pair_step
 from tests.trials.numbers import extremes
 
 
@@ -53,13 +53,13 @@ def test_another_value_or_gradient_is_found(
 
 
 def test_the_other_place_of_gamma_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = step.losses
+    real = pair_step.losses
 
     def losses(token_logps, cu_seqlens, prior, args):
         swapped = replace(args, gamma_scaled_by_beta=not args.gamma_scaled_by_beta)
         return real(token_logps, cu_seqlens, prior, swapped)
 
-    monkeypatch.setattr(step, "losses", losses)
+    monkeypatch.setattr(pair_step, "losses", losses)
     outcome = try_check(12, 1, 2, 3)
     assert outcome.lost == 3
     assert "loss is" in outcome.losses[0].message

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.model.backbone import scored_hidden
+from rmipo_lite.step import pair_step as step_module
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import step as step_module
 from rmipo_lite.training.trainer import RMiPOTrainer
 
 Place = Literal["loss", "logits", "gradient"]

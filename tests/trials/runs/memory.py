@@ -26,7 +26,7 @@ from rmipo_lite.adapters.attach import detach_adapter
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import linear_logps, rmipo_loss
-from rmipo_lite.training import step as step_module
+from rmipo_lite.step import pair_step as step_module
 from tests.kit import tiny_model, train_words, word_tokenizer
 from tests.trials.scorecard import Check, Trial, Trials, expect
 
@@ -46,8 +46,8 @@ class _Planted(RuntimeError):
 def _fails_at(place: str, error: type[BaseException]) -> Any:
     """Let train() fail in the middle: while it packs, steps, evaluates or saves."""
     owner, name = {
-        "self-check": ("rmipo_lite.training.step.packing_problem", ""),
-        "a step": ("rmipo_lite.training.step.read_head", ""),
+        "self-check": ("rmipo_lite.step.pair_step.packing_problem", ""),
+        "a step": ("rmipo_lite.step.pair_step.read_head", ""),
         "the update": ("torch.optim.AdamW.step", ""),
         "the result": ("rmipo_lite.run.TrainResult", ""),
     }[place]

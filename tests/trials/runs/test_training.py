@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rmipo_lite.checkpoints.trainer_mixin import SafeCheckpointing
-from rmipo_lite.training import pair_values, run_log
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step import pair_values
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.training import run_log
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.ops import head as head_module, head_blocks
+from rmipo_lite.step import pair_step as step_module, pair_values
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training import pair_values, step as step_module
-from rmipo_lite.training.step import PairStep
 from tests.conftest import ROOT
 from tests.kit import random_pairs, tiny_model
 
@@ -330,7 +330,7 @@ _SHORT_OF_MEMORY = """
 import resource, sys
 import torch
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.training.step import PairStep
+from rmipo_lite.step.pair_step import PairStep
 from tests.kit import random_pairs, tiny_model
 
 torch.set_num_threads(1)

@@ -18,10 +18,10 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.methods.sums import sequence_sums
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
 from rmipo_lite.model.backbone import (
@@ -34,20 +34,21 @@ from rmipo_lite.model.backbone import (
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.model.head import end_nll, read_head
-from rmipo_lite.model.packing_check import packing_problem
-from rmipo_lite.ops import device_flag
 from rmipo_lite.output.console import say
-from rmipo_lite.planning.budget import is_out_of_memory, plan_micro_steps
-from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training.neftune import embedding_noise
-from rmipo_lite.training.pair_values import PairValues, StepOutcome
-from rmipo_lite.training.prior import (
+from rmipo_lite.planning.budget import is_out_of_memory
+from rmipo_lite.step.gradients import clear_gradients, is_finite, void_gradients
+from rmipo_lite.step.losses import (
     SideMeans,
     cached_prior,
     chosen_token_nll,
     losses,
     side_means,
+    solve,
 )
+from rmipo_lite.step.neftune import embedding_noise
+from rmipo_lite.step.pair_values import PairValues, StepOutcome
+from rmipo_lite.step.reference import Reference
+from rmipo_lite.tokens.pair import TokenizedPair
 
 T = TypeVar("T")
 Backward = Callable[[Tensor], None]
@@ -70,9 +71,11 @@ class PairStep:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     prior_cache: SideMeans | None = None  # prior="cached": used by training steps only
     weights: Mapping[int, float] | None = None  # of pairs by row, in training; None: all alike
+    reference: Reference | None = None  # of methods that measure from one
     end_id: int | None = None  # the token that ends an answer, for `end_anchor`
     checkpointing: bool = False  # activations are computed again in the backward pass
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
+    _solved: Mapping[int, Tensor] | None = None  # by row, of methods whose pairs aren't apart
     _noise_seed: int | None = None  # of the training step in progress, with NEFTune
 
     def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
@@ -87,16 +90,16 @@ class PairStep:
         good: list[TokenizedPair] = []
         dropped: list[TokenizedPair] = []
         for pair in pairs:
-            self._clear_gradients()
+            clear_gradients(self.model)
             finite = self._is_finite(self._accumulate([pair], backward))
             (good if finite else dropped).append(pair)
-        self._clear_gradients()
+        clear_gradients(self.model)
         if good:  # all of them, if what went wrong was no pair's fault and is over
             set_random_state(drawn)
             outcome = self._accumulate(good, backward)
         if not good or not self._is_finite(outcome):
             # Finite one by one and not together, or nothing left: the step as a whole is dropped.
-            self._void_gradients()
+            void_gradients(self.model, bool(self.args.fp16))
             nothing = torch.zeros((), device=device_of(self.model))
             return StepOutcome(loss=nothing, dropped=list(pairs))
         outcome.dropped = dropped
@@ -107,10 +110,12 @@ class PairStep:
         self, pairs: Sequence[TokenizedPair]
     ) -> Iterator[tuple[list[TokenizedPair], PairValues]]:
         """Pairs and their values without a gradient, micro-step by micro-step, longest first."""
-        for part, (values, *_) in self._in_parts(
-            pairs, lambda part: self._forward(part, self._live_prior)
-        ):
-            yield part, values
+        self._know_reference(pairs)
+        with self._solved_for(pairs):
+            for part, (values, *_) in self._in_parts(
+                pairs, lambda part: self._forward(part, self._live_prior)
+            ):
+                yield part, values
 
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
@@ -128,6 +133,22 @@ class PairStep:
         """Mean log-prob of both sides of every pair given the prompt; nothing random is drawn."""
         with evaluating(self.model):
             return self._side_means(pairs, self._scored)
+
+    @torch.no_grad()
+    def response_sums(self, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
+        """Log-probs of both sides of every pair, summed, as the run's method sums them."""
+        found: dict[int, tuple[float, float]] = {}
+        with evaluating(self.model):
+            for part, (logps, borders) in self._in_parts(pairs, self._scored):
+                sums = sequence_sums(logps, borders, self.args.ld_alpha).tolist()
+                found |= {
+                    id(p): (w, r) for p, w, r in zip(part, sums[0::2], sums[1::2], strict=True)
+                }
+        return [found[id(pair)] for pair in pairs]
+
+    def _know_reference(self, pairs: Sequence[TokenizedPair]) -> None:
+        if self.reference is not None:
+            self.reference.know(pairs)
 
     def enable_checkpointing(self) -> None:
         """Compute activations again in the backward pass from now on."""
@@ -169,7 +190,7 @@ class PairStep:
                 failure = str(error)
             finally:
                 self._noise_seed = None
-            self._clear_gradients()
+            clear_gradients(self.model)
             self._make_room(self._running, failure)
             set_random_state(drawn)
 
@@ -207,10 +228,22 @@ class PairStep:
         )
 
     def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
+        self._know_reference(pairs)  # not between the micro-steps: it has other weights
         num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
         outcome = StepOutcome(
             loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
         )
+        with self._solved_for(pairs):
+            self._backward_over(pairs, num_chosen, backward, outcome)
+        return outcome
+
+    def _backward_over(
+        self,
+        pairs: Sequence[TokenizedPair],
+        num_chosen: int,
+        backward: Backward,
+        outcome: StepOutcome,
+    ) -> None:
         for part in self._split(pairs):
             self._running = part
             # The backward pass inside the block: checkpointing runs the forward pass again.
@@ -229,7 +262,6 @@ class PairStep:
             outcome.weights += self._weights_of(part)
             outcome.end_nll += [] if ends is None else [ends]
             outcome.num_tokens += num_tokens
-        return outcome
 
     def _forward(
         self, pairs: Sequence[TokenizedPair], prior_of: PriorOf
@@ -247,14 +279,47 @@ class PairStep:
         if self.args.uses_prior:
             prior = prior_of(pairs)
             num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
-        out = losses(token_logps, policy.cu_seqlens, prior, self.args)
+        reference = None if self.reference is None else self.reference.sums(pairs)
+        solved = None if self._solved is None else torch.stack([self._solved[p.row] for p in pairs])
+        out, rewards = losses(token_logps, policy.cu_seqlens, prior, self.args, reference, solved)
         nll = chosen_token_nll(token_logps, policy.cu_seqlens)
         pair_losses, ends, c = out.loss, None, self.args.end_anchor
         if c and self.end_id is not None and torch.is_grad_enabled():
             lengths = [batch.scored_lengths(pair) for pair in pairs]
             ends = end_nll(head, hidden, token_logps, policy.target_ids, lengths, self.end_id)
             pair_losses, ends = pair_losses + c * ends, ends.detach()
-        return PairValues.of(out, policy.cu_seqlens), pair_losses, nll, num_tokens, ends
+        return PairValues.of(out, policy.cu_seqlens, rewards), pair_losses, nll, num_tokens, ends
+
+    @contextmanager
+    def _solved_for(self, pairs: Sequence[TokenizedPair]) -> Iterator[None]:
+        """A step's pairs solved together, where the method asks for it and micro-steps cut them.
+
+        A forward pass more: what each pair pulls at is known when all are.
+        """
+        parts = self._split(pairs)
+        if self.args.loss.of_the_step and len(parts) > 1:
+            self._solved = self._solve(parts)
+        try:
+            yield
+        finally:
+            self._solved = None
+
+    @torch.no_grad()
+    def _solve(self, parts: Sequence[Sequence[TokenizedPair]]) -> dict[int, Tensor]:
+        drawn = random_state()  # both passes draw the same dropout
+        sums, lengths = [], []
+        for part in parts:
+            self._running = part
+            policy = self._policy(part)
+            with self._engaged(), self._noise(part):
+                logps = self._score(policy)
+            sums.append(sequence_sums(logps, policy.cu_seqlens, self.args.ld_alpha))
+            lengths.append(policy.cu_seqlens.diff().to(sums[-1].device))
+        set_random_state(drawn)
+        pairs = [pair for part in parts for pair in part]
+        reference = None if self.reference is None else self.reference.sums(pairs)
+        solved = solve(torch.cat(sums), torch.cat(lengths), reference, self.args)
+        return {pair.row: row for pair, row in zip(pairs, solved, strict=True)}
 
     def _weights_of(self, pairs: Sequence[TokenizedPair]) -> list[float]:
         return [1.0 if self.weights is None else self.weights[pair.row] for pair in pairs]
@@ -289,6 +354,9 @@ class PairStep:
         head = read_head(self.model)
         return head.token_logps(self._hidden(inputs), inputs.target_ids, self.args.kernel_impl)
 
+    def _is_finite(self, outcome: StepOutcome) -> bool:
+        return is_finite(self.model, outcome.loss, bool(self.args.fp16))
+
     @contextmanager
     def _engaged(self) -> Iterator[None]:
         """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
@@ -301,97 +369,3 @@ class PairStep:
             return nullcontext()
         alpha = self.args.neftune_noise_alpha
         return embedding_noise(self.model, alpha, self._noise_seed, pairs, self.packing)
-
-    def _is_finite(self, outcome: StepOutcome) -> bool:
-        """Whether loss and gradient norm are; the one wait for the device in the whole step.
-
-        Raises:
-            ValueError: a GPU met a target outside the vocabulary. (On the CPU the operator itself
-                refuses it.)
-        """
-        device = outcome.loss.device
-        checks = [torch.isfinite(outcome.loss)]
-        # With fp16's loss scaling an infinite gradient is the scaler's to see and skip.
-        if not self.args.fp16:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if grads:
-                checks.append(torch.isfinite(nn.utils.get_total_norm(grads)))
-        if device.type != "cpu":
-            checks.append(device_flag(device).eq(0).squeeze())
-        results = torch.stack(checks).tolist()
-        if device.type != "cpu" and not results[-1]:
-            device_flag(device).zero_()
-            raise ValueError(
-                "a pair of this step has a token id outside the model's vocabulary; the tokenizer "
-                "is not the model's"
-            )
-        return all(results)
-
-    def _clear_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
-
-    def _void_gradients(self) -> None:
-        """Leave gradients that make the optimizer's step change nothing.
-
-        None does: the optimizer passes such a parameter over. fp16's scaler wants a gradient to
-        look at, and skips the step when it is infinite.
-        """
-        if not self.args.fp16:
-            self._clear_gradients()
-            return
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.full_like(parameter, torch.inf)
-
-
-def make_step(
-    model: nn.Module,
-    args: RMiPOConfig,
-    pairs: Sequence[TokenizedPair],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    prior_front: Sequence[int] = (),
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> PairStep:
-    """A `PairStep` for this model and data: packing where the self-check allows it, and a budget.
-
-    What it decides against the options it says in one line.
-
-    Args:
-        model: the model as it will run.
-        args: the options of the run.
-        pairs: what will run, or some of it: the self-check takes its sample from them, and the
-            longest decides on checkpointing. None at all: nothing is checked.
-        tokenizer: for the token that fills padded rows.
-        prior_front: as for `PairStep`.
-        autocast: as for `PairStep`.
-
-    Raises:
-        UnsupportedModelError: our head disagrees with the model's own logits.
-        RuntimeError: the kernels, or this device's products, are wrong.
-    """
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(i for i in ids if i is not None)
-    packing = args.packing
-    if packing and pairs:
-        problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
-        if problem is not None:
-            packing = False
-            say(f"Packed batches are off for this model, padded ones are used: {problem}")
-    longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
-    plan = plan_micro_steps(model, args, longest)
-    step = PairStep(
-        model=model,
-        args=args,
-        max_tokens=plan.max_tokens,
-        packing=packing,
-        prior_front=prior_front,
-        pad_id=pad_id,
-        autocast=autocast,
-    )
-    if plan.checkpointing:
-        step.enable_checkpointing()
-        if args.checkpointing_is_open:
-            say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
-    return step

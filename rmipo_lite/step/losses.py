@@ -1,9 +1,10 @@
-"""From token log-probs to what a step adds to its loss: the options applied to the operator.
+"""From token log-probs to what a step adds to its loss: the options applied to the method.
 
-    token log-probs -> means -> PMI, gamma -> loss          (all in `ops.pair_loss`)
+    token log-probs -> means -> PMI, gamma -> loss          RMiPO and its nearest: `ops.pair_loss`
+    token log-probs -> sums, reference's sums -> loss       the others: `methods.formulas`
 
-This file only decides what the operator is given: which prior (live, cached or none) and which
-constants. The formulas stand in `ops/reference.py`.
+This file only decides what these are given: which prior (live, cached or none), which reference and
+which constants.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.length_balance import LengthBalance, fit_length_balance
+from rmipo_lite.methods.sums import pair_sums, sequence_sums
+from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.ops import PairLossOutput, pair_loss
 from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -33,17 +36,25 @@ def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
     return found.hexdigest()
 
 
+Rewards = tuple[Tensor, Tensor]  # (P,) each, chosen and rejected, detached
+
+
 def losses(
     token_logps: Tensor,  # (N,) nats, sequences C1 R1 C2 R2 ...
     cu_seqlens: Tensor,  # (2P + 1,) int32
     prior: tuple[Tensor, Tensor] | None,  # (M,) nats and (2P + 1,) int32; None: no prior pass
     args: RMiPOConfig,
-) -> PairLossOutput:
-    """Loss and its parts for every pair, with the run's options."""
+    reference: Tensor | None = None,  # (2P,) float64, the reference's sums; None: without one
+    solved: Tensor | None = None,  # (P, 3) float64, what `solve` found of these pairs
+) -> tuple[PairLossOutput, Rewards]:
+    """Loss and its parts for every pair, with the run's options, and both sides' rewards."""
+    method = args.loss
+    if isinstance(method, SumLoss):
+        return _of_sums(method, token_logps, cu_seqlens, reference, solved, args)
     prior_logps, prior_cu_seqlens = (None, None) if prior is None else prior
     if prior_logps is not None:  # a cached or an empty one is float32, whatever the model is
         prior_logps = prior_logps.to(token_logps.dtype)
-    return pair_loss(
+    out = pair_loss(
         token_logps,
         cu_seqlens,
         prior_logps,
@@ -51,6 +62,53 @@ def losses(
         **args.pair_options._asdict(),
         impl=args.kernel_impl,
     )
+    rewards = (args.beta if method.beta_in_rewards else 1.0) * out.logps.detach()
+    return out, (rewards[0::2], rewards[1::2])
+
+
+def _of_sums(
+    method: SumLoss,
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    reference: Tensor | None,
+    solved: Tensor | None,
+    args: RMiPOConfig,
+) -> tuple[PairLossOutput, Rewards]:
+    sums = sequence_sums(token_logps, cu_seqlens, args.ld_alpha)
+    if reference is None and method.needs_reference:
+        reference = sums  # a model that nobody trains is its own
+    pairs = pair_sums(sums, cu_seqlens, reference)
+    if solved is None:
+        loss = method.formula(pairs, args.method_options).to(token_logps)
+    else:  # the value is the loss, the gradient that of the step's loss
+        known = solved.to(sums)
+        pull = (known[:, 1:].flatten() * sums).view(-1, 2).sum(1)
+        loss = (known[:, 0] + pull - pull.detach()).to(token_logps)
+    rewards = (side.detach().to(token_logps) for side in method.rewards(pairs, args.method_options))
+    whole = sequence_sums(token_logps.detach(), cu_seqlens)
+    means = (whole / cu_seqlens.to(whole.device).diff()).to(token_logps)
+    none = torch.zeros_like(loss.detach())
+    return PairLossOutput(loss, none, none, means, None), (next(rewards), next(rewards))
+
+
+def solve(
+    sums: Tensor,  # (2P,) float64, of all pairs of an optimizer step
+    lengths: Tensor,  # (2P,) scored tokens
+    reference: Tensor | None,  # (2P,) float64
+    args: RMiPOConfig,
+) -> Tensor:
+    """(P, 3) float64: every pair's loss, and the derivatives of their sum in both its sides.
+
+    For methods whose pairs aren't apart: the micro-steps of a step then are.
+    """
+    method = args.loss
+    assert isinstance(method, SumLoss)
+    with torch.enable_grad():
+        leaf = sums.detach().requires_grad_()
+        borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        loss = method.formula(pair_sums(leaf, borders, reference), args.method_options)
+        (slopes,) = torch.autograd.grad(loss.sum(), leaf)
+    return torch.cat([loss.detach()[:, None], slopes.view(-1, 2)], dim=1)
 
 
 def balance_of(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.training.prior import cached_prior, chosen_token_nll, losses
+from rmipo_lite.step.losses import cached_prior, chosen_token_nll, losses
 from tests.kit import random_pairs, tiny_trainer
 
 
@@ -20,7 +20,7 @@ def _out(chosen, rejected, prior_chosen, prior_rejected, tmp_path: Path, **optio
     borders = torch.tensor([0, len(chosen), len(chosen) + len(rejected)], dtype=torch.int32)
     prior_borders = torch.tensor([0, len(prior_chosen), len(prior)], dtype=torch.int32)
     args = RMiPOConfig(str(tmp_path), **options)
-    return losses(token_logps, borders, (prior, prior_borders), args)
+    return losses(token_logps, borders, (prior, prior_borders), args)[0]
 
 
 def test_equal_sides(tmp_path: Path) -> None:
@@ -76,10 +76,27 @@ def test_cached_prior_equals_the_live_one(tmp_path: Path) -> None:
     )
     cache = {7: (-4.0, -3.0), 9: (-2.0, math.nan)}
     cached = cached_prior([7, 9], cache, torch.device("cpu"))
-    a = losses(token_logps, borders, live, args)
-    b = losses(token_logps, borders, cached, args)
+    a = losses(token_logps, borders, live, args)[0]
+    b = losses(token_logps, borders, cached, args)[0]
     assert torch.equal(a.loss, b.loss)
     assert torch.equal(a.gamma, b.gamma)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "wanted"), [("rmipo", -4.0), ("simpo", -4.0), ("hinge", -2.0), ("simper", -2.0),
+                              ("cpo", 0.1 * -4.0), ("orpo", 0.1 * -2.0), ("dpo", 0.1 * 1.5)],
+)  # fmt: skip
+def test_rewards_are_those_of_the_method(loss_type: str, wanted: float, tmp_path: Path) -> None:
+    """Tokens of -1 and -3: mean -2, sum -4, and -5.5 under the reference."""
+    token_logps = torch.tensor([-1.0, -3.0, -2.0])
+    borders = torch.tensor([0, 2, 3], dtype=torch.int32)
+    args = RMiPOConfig(str(tmp_path), loss_type=loss_type)
+    prior = (token_logps, borders) if args.uses_prior else None
+    reference = torch.tensor([-5.5, -2.0], dtype=torch.float64)
+    if not args.loss.needs_reference:
+        reference = None
+    _, (chosen, _) = losses(token_logps, borders, prior, args, reference)
+    assert chosen.item() == pytest.approx(wanted)
 
 
 def test_chosen_token_nll_counts_chosen_tokens_only() -> None:

@@ -11,8 +11,9 @@ import torch
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
+from rmipo_lite.step import pair_step
+from rmipo_lite.step.neftune import embedding_noise
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training.neftune import embedding_noise
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
@@ -69,16 +70,15 @@ def test_the_cut_changes_no_number(tmp_path: Path) -> None:
 
 
 def test_the_prior_has_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rmipo_lite.training import step
 
     seen: list[tuple[bool, bool]] = []
-    real = step.scored_hidden
+    real = pair_step.scored_hidden
 
     def watching(model: torch.nn.Module, inputs: batch.ModelInput) -> torch.Tensor:
         hooks = causal_lm(model).get_input_embeddings()._forward_hooks
         seen.append((torch.is_grad_enabled(), bool(hooks)))
         return real(model, inputs)
 
-    monkeypatch.setattr(step, "scored_hidden", watching)
+    monkeypatch.setattr(pair_step, "scored_hidden", watching)
     _losses(tmp_path, neftune_noise_alpha=5.0)
     assert set(seen) == {(True, True), (False, False)}

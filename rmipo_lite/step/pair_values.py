@@ -6,7 +6,7 @@ the per-pair values. Reading a value waits for the device, so that happens only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,10 +36,12 @@ class PairValues:
     rejected_pmi: Tensor  # (P,), NaN where the response has no prior
     chosen_length: Tensor  # (P,) scored tokens
     rejected_length: Tensor  # (P,) scored tokens
+    chosen_reward: Tensor  # (P,) reward units, as the method's own code logs them
+    rejected_reward: Tensor  # (P,)
 
     @staticmethod
-    def of(out: PairLossOutput, cu_seqlens: Tensor) -> PairValues:
-        """Read the operator's output and the sequence borders."""
+    def of(out: PairLossOutput, cu_seqlens: Tensor, rewards: tuple[Tensor, Tensor]) -> PairValues:
+        """Read the operator's output, the sequence borders and both sides' rewards, (P,) each."""
         logps = out.logps.detach()
         lengths = cu_seqlens.diff().to(logps.dtype)
         prior = torch.full_like(logps, torch.nan) if out.prior_logps is None else out.prior_logps
@@ -54,6 +56,8 @@ class PairValues:
             rejected_pmi=pmi[1::2],
             chosen_length=lengths[0::2],
             rejected_length=lengths[1::2],
+            chosen_reward=rewards[0],
+            rejected_reward=rewards[1],
         )
 
 
@@ -77,6 +81,15 @@ def concat(parts: Sequence[PairValues]) -> PairValues:
     return PairValues(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
+def restored(part: Mapping[str, Tensor], args: RMiPOConfig, device: torch.device) -> PairValues:
+    """Values as a checkpoint keeps them; an older one has no rewards, which were of means then."""
+    kept = {name: value.to(device) for name, value in part.items()}
+    for side in ("chosen", "rejected"):
+        scale = args.beta if getattr(args.loss, "beta_in_rewards", True) else 1.0
+        kept.setdefault(f"{side}_reward", scale * kept[f"{side}_logps"])
+    return PairValues(**kept)
+
+
 def finite_pairs(values: PairValues) -> Tensor:
     """(P,) bool: pairs whose loss and log-probs are numbers. A PMI may be undefined."""
     numbers = torch.stack([values.loss, values.chosen_logps, values.rejected_logps])
@@ -94,11 +107,11 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
     if not parts:
         return {}
     values = concat(parts)
-    scale, each = _scale(args), _of_pairs(values, args)
+    each = _of_pairs(values)
     dtype = values.loss.dtype
     named = {
-        "rewards/chosen": scale * values.chosen_logps.mean(),
-        "rewards/rejected": scale * values.rejected_logps.mean(),
+        "rewards/chosen": values.chosen_reward.mean(),
+        "rewards/rejected": values.rejected_reward.mean(),
         **{name: column.mean() for name, column in each.items()},
         "lengths/chosen": values.chosen_length.mean(),
         "lengths/rejected": values.rejected_length.mean(),
@@ -124,25 +137,20 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
     return dict(zip(named, numbers, strict=True))
 
 
-def cases(values: PairValues, args: RMiPOConfig) -> dict[str, list[float]]:
+def cases(values: PairValues) -> dict[str, list[float]]:
     """Each pair's own part of the means that tell how a run went, by their names."""
-    named = {"loss": values.loss, **_of_pairs(values, args)}
+    named = {"loss": values.loss, **_of_pairs(values)}
     # One transfer for all of them.
     columns = torch.stack([value.float() for value in named.values()]).tolist()
     return dict(zip(named, columns, strict=True))
 
 
-def _scale(args: RMiPOConfig) -> float:
-    """Of rewards, to a log-prob."""
-    return args.beta if args.loss.beta_in_rewards else 1.0
-
-
-def _of_pairs(values: PairValues, args: RMiPOConfig) -> dict[str, Tensor]:
+def _of_pairs(values: PairValues) -> dict[str, Tensor]:
     """(P,) each: what accuracy, margin and log-probs are the means of."""
-    margin = values.chosen_logps - values.rejected_logps
+    margin = values.chosen_reward - values.rejected_reward
     return {
         "rewards/accuracies": (margin > 0).to(margin.dtype),
-        "rewards/margins": _scale(args) * margin,
+        "rewards/margins": margin,
         "logps/chosen": values.chosen_logps,
         "logps/rejected": values.rejected_logps,
     }

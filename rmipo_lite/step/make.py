@@ -1,0 +1,67 @@
+"""A `PairStep` for a model and its data: what the run decides by looking at both."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import batch
+from rmipo_lite.model.packing_check import packing_problem
+from rmipo_lite.output.console import say
+from rmipo_lite.planning.budget import plan_micro_steps
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.tokens.pair import TokenizedPair
+
+
+def make_step(
+    model: nn.Module,
+    args: RMiPOConfig,
+    pairs: Sequence[TokenizedPair],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prior_front: Sequence[int] = (),
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> PairStep:
+    """A `PairStep` for this model and data: packing where the self-check allows it, and a budget.
+
+    What it decides against the options it says in one line.
+
+    Args:
+        model: the model as it will run.
+        args: the options of the run.
+        pairs: what will run, or some of it: the self-check takes its sample from them, and the
+            longest decides on checkpointing. None at all: nothing is checked.
+        tokenizer: for the token that fills padded rows.
+        prior_front: as for `PairStep`.
+        autocast: as for `PairStep`.
+
+    Raises:
+        UnsupportedModelError: our head disagrees with the model's own logits.
+        RuntimeError: the kernels, or this device's products, are wrong.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(i for i in ids if i is not None)
+    packing = args.packing
+    if packing and pairs:
+        problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
+        if problem is not None:
+            packing = False
+            say(f"Packed batches are off for this model, padded ones are used: {problem}")
+    longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
+    plan = plan_micro_steps(model, args, longest)
+    step = PairStep(
+        model=model,
+        args=args,
+        max_tokens=plan.max_tokens,
+        packing=packing,
+        prior_front=prior_front,
+        pad_id=pad_id,
+        autocast=autocast,
+    )
+    if plan.checkpointing:
+        step.enable_checkpointing()
+        if args.checkpointing_is_open:
+            say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
+    return step

@@ -1,0 +1,145 @@
+"""What a run scores before its first step and keeps: cached priors, the reference's log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rmipo_lite.adapters.start import Weights, trained_weights
+from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import loading
+from rmipo_lite.output.console import say
+from rmipo_lite.step.losses import pairs_digest
+from rmipo_lite.step.make import make_step
+from rmipo_lite.step.pair_step import PairStep
+from rmipo_lite.step.reference import Reference
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.refusals import refuse_other_vocabulary
+from rmipo_lite.watch.progress import phase
+
+_AT_ONCE = 256  # pairs between two lines of progress
+
+RefModel = str | PreTrainedModel | None
+
+
+class KnowsBefore(TrainerBeside):
+    """Mixin for `transformers.Trainer`; put it before Trainer in the bases."""
+
+    pair_step: PairStep
+    start: Weights | None
+    train_dataset: Any
+    eval_dataset: Any
+    _prior_front: Sequence[int]
+    _tokenizer: Any
+
+    def make_reference(self, ref_model: RefModel, pairs: Sequence[TokenizedPair]) -> None:
+        """Give the step its reference, where the method measures from one.
+
+        Raises:
+            ValueError: a model is given and the method has no use for it, or its vocabulary is
+                another one.
+        """
+        args: RMiPOConfig = self.args
+        step, is_live = self.pair_step, args.reference == "live"
+        if not args.loss.needs_reference:
+            if ref_model is not None:
+                raise ValueError(
+                    f"ref_model: loss_type={args.loss_type!r} measures from no reference model"
+                )
+            return
+        if ref_model is not None:
+            other = self._as_reference(ref_model, pairs)
+            step.reference = Reference(other.model, {}, other.response_sums)
+            return
+        start = self.start
+        if start is None and is_live:  # trained in full: a copy, on the CPU
+            start = trained_weights(self.model)
+        step.reference = Reference(self.model, start, step.response_sums, is_live=is_live)
+
+    def _as_reference(self, ref_model: str | PreTrainedModel, pairs: Any) -> PairStep:
+        loaded: nn.Module = (
+            loading.load_model(ref_model, self.args, None)
+            if isinstance(ref_model, str)
+            else ref_model
+        )
+        if loaded is self.model:
+            raise ValueError(
+                "ref_model is the model that is trained; leave it out: the reference then is that "
+                "model as it came to the run"
+            )
+        refuse_other_vocabulary(pairs, loaded, self._tokenizer)
+        if not isinstance(getattr(loaded, "hf_device_map", None), dict):
+            loaded.to(self.args.device)
+        return make_step(
+            loaded, self.args, pairs, tokenizer=self._tokenizer, autocast=self.pair_step.autocast
+        )
+
+    def know_reference(self) -> None:
+        """Score every pair of training and evaluation by the reference, once."""
+        reference = self.pair_step.reference
+        if reference is None or self.args.reference == "live":
+            return
+        named = (
+            self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        )
+        pairs = [pair for part in (self.train_dataset, *named.values()) for pair in part or []]
+        missing = reference.missing(pairs)
+        if not missing:
+            return
+        with phase(cast(Any, self), "scoring by the reference", len(missing), "pairs") as advance:
+            for begin in range(0, len(missing), _AT_ONCE):
+                reference.know(missing[begin : begin + _AT_ONCE])
+                advance(min(begin + _AT_ONCE, len(missing)))
+
+    def forget_priors(self) -> None:
+        """A new run has no cached priors, unless a checkpoint gives some."""
+        self.pair_step.prior_cache = None
+        self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
+        self._priors_are_ready = False
+
+    def fill_prior_cache(self) -> None:
+        """Before the first step: the prior of every training pair under the untrained policy."""
+        if self._priors_are_ready:
+            return
+        pairs = cast(list[TokenizedPair], self.train_dataset)
+        digest, known = pairs_digest(pairs), self.pair_step.prior_cache is not None
+        if self._prior_front:
+            digest += f" behind {list(self._prior_front)}"
+        if known and self._priors_of not in ("", digest):
+            say("The checkpoint's cached priors are of other pairs or another prior_context: anew")
+            known = False
+        if not known:
+            self.pair_step.prior_cache = self.pair_step.prior_means(pairs)
+        self._priors_of, self._priors_are_ready = digest, True
+
+    def known_state(self) -> dict[str, Any]:
+        """Of a checkpoint, as JSON."""
+        cache, reference = self.pair_step.prior_cache, self.pair_step.reference
+        return {
+            "priors_of": self._priors_of,
+            "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
+            "reference": {} if reference is None else dict(sorted(reference.known.items())),
+        }
+
+    def load_known_state(self, state: dict[str, Any]) -> None:
+        """Go on with what the checkpoint knows: its run's reference is this one's."""
+        cache = state["prior_cache"]
+        self._priors_of = state.get("priors_of", "")  # absent in checkpoints of version 0.1.0
+        if cache is not None:
+            self.pair_step.prior_cache = {
+                int(row): (side_w, side_l) for row, side_w, side_l in cache
+            }
+        self.load_reference(state)
+
+    def load_reference(self, state: dict[str, Any]) -> None:
+        """Likewise of the reference alone; nothing where the checkpoint has none."""
+        reference = self.pair_step.reference
+        if reference is not None and self.args.reference == "cached":
+            known = state.get("reference", {})  # absent in older checkpoints
+            reference.known |= {
+                key: (chosen, rejected) for key, (chosen, rejected) in known.items()
+            }
