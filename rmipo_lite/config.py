@@ -300,9 +300,13 @@ class RMiPOConfig(MethodFields, TrainingArguments):
 
 
 def own_option_names() -> list[str]:
-    """Names of the options that `RMiPOConfig` defines or gives another default, in order."""
+    """Names of the options that `RMiPOConfig` defines or gives another default.
+
+    In the order of the source: the method, then data, then transformers' with our defaults.
+    """
+    known = {f.name for f in fields(RMiPOConfig)}
     named = MethodFields.__annotations__ | RMiPOConfig.__annotations__
-    return [f.name for f in fields(RMiPOConfig) if f.name in named]
+    return [name for name in named if name in known]
 
 
 def _refuse(problem: str | None) -> None:

@@ -83,12 +83,11 @@ def _default_text(option: Field[Any]) -> str:
 
 def add_config_options(parser: argparse.ArgumentParser, *, show_all: bool) -> None:
     """Add an option for every field: ours shown first, transformers' hidden unless `show_all`."""
-    from rmipo_lite.config import RMiPOConfig
+    from rmipo_lite.config import own_option_names
     from rmipo_lite.options.types import union_members
 
     known = config_fields()
-    # the order of the source: the method first, then data, then transformers' with our defaults
-    own = [name for name in RMiPOConfig.__annotations__ if name in known]
+    own = [name for name in own_option_names() if name in known]
     ours = parser.add_argument_group("options of the run")
     theirs = parser.add_argument_group("options of transformers.TrainingArguments")
     for name in [*own, *(n for n in known if n not in own)]:
