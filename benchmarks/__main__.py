@@ -18,7 +18,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "name",
-        choices=("head", "step", "memory", "estimate", "data", "merge", "claims", "gpu", "report"),
+        choices=(
+            "head",
+            "step",
+            "memory",
+            "estimate",
+            "data",
+            "merge",
+            "methods",
+            "claims",
+            "gpu",
+            "report",
+        ),
     )
     parser.add_argument(
         "--output_dir",

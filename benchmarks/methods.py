@@ -1,0 +1,132 @@
+"""Methods beside trl's own trainers: the same model, pairs and order, the losses step by step.
+
+The demo's model is trained in full, in float32, so that neither side draws a random number.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.peers import module
+from benchmarks.records import Record
+from rmipo_lite import RMiPOConfig, RMiPOTrainer
+from rmipo_lite.demo import MODEL, load_rows
+from rmipo_lite.ops.reference import IGNORED
+from rmipo_lite.output.console import say
+
+STEPS, PAIRS_OF_A_STEP = 20, 4
+_SHARED: dict[str, Any] = {
+    "per_device_train_batch_size": PAIRS_OF_A_STEP, "max_steps": STEPS, "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "report_to": "none",
+    "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
+    "train_sampling_strategy": "sequential", "gradient_checkpointing": False, "max_length": 256,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of ours and what trl calls it."""
+
+    ours: dict[str, Any]
+    trainer: str  # of trl: dpo, cpo or orpo
+    theirs: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "dpo": Method({"beta": 0.1}, "dpo", {"loss_type": "sigmoid"}),
+    "robust": Method({"label_smoothing": 0.1}, "dpo", {"loss_type": "robust", "label_smoothing": 0.1}),
+    "dpo_norm": Method({"beta": 2.0}, "dpo", {"loss_type": "sigmoid_norm", "beta": 2.0}),
+    "ipo": Method({}, "dpo", {"loss_type": "ipo"}),
+    "apo_zero": Method({}, "dpo", {"loss_type": "apo_zero"}),
+    "apo_down": Method({}, "dpo", {"loss_type": "apo_down"}),
+    "dpo_hinge": Method({}, "dpo", {"loss_type": "hinge"}),
+    "cpo": Method({}, "cpo", {"loss_type": "sigmoid", "cpo_alpha": 1.0}),
+    "alphapo": Method(
+        {}, "cpo",
+        {"loss_type": "simpo", "alpha": 0.25, "beta": 2.5, "simpo_gamma": 0.1, "cpo_alpha": 0.0},
+    ),
+    "orpo": Method({}, "orpo"),
+}  # fmt: skip
+
+
+def bench(names: Sequence[str] = tuple(METHODS)) -> Iterator[Record]:
+    """The largest difference of a step's loss, method by method."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            ours = _ours(name, METHODS[name], folder)
+            theirs = _theirs(METHODS[name], folder)
+        worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        say(f"{name:10} {len(ours)} steps, {ours[0]:.3f} to {ours[-1]:.3f}, off by {worst:.1e}")
+        shape = f"demo's model, {STEPS} steps of {PAIRS_OF_A_STEP} pairs"
+        yield Record(
+            "methods", name, shape, "float32", "loss, largest difference to trl", "", worst
+        )
+
+
+def _rows() -> list[dict[str, str]]:
+    """As many of the demo's pairs as a run takes, as texts."""
+    return load_rows()[: STEPS * PAIRS_OF_A_STEP]
+
+
+def _model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+def _ours(name: str, method: Method, folder: str) -> list[float]:
+    args = RMiPOConfig(
+        f"{folder}/ours", loss_type=name, eval_completions=0, **_SHARED, **method.ours
+    )
+    trainer = RMiPOTrainer(
+        _model(), args, train_dataset=_rows(), processing_class=AutoTokenizer.from_pretrained(MODEL)
+    )
+    trainer.train()
+    return _logged(trainer)
+
+
+def _theirs(method: Method, folder: str) -> list[float]:
+    datasets = module("datasets")
+    if method.trainer == "dpo":
+        trl, kind = module("trl"), "DPO"
+    else:
+        kind = method.trainer.upper()
+        trl = module(f"trl.experimental.{method.trainer}")
+    options = {**_SHARED, "remove_unused_columns": False, **method.theirs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = getattr(trl, f"{kind}Config")(f"{folder}/trl", **options)
+        trainer_of = getattr(trl, f"{kind}Trainer")
+        trainer = (_with_response_alone(trainer_of) if kind == "ORPO" else trainer_of)(
+            model=_model() if kind != "DPO" else str(MODEL), args=args,
+            train_dataset=datasets.Dataset.from_list(_rows()),
+            processing_class=AutoTokenizer.from_pretrained(MODEL),
+        )  # fmt: skip
+        trainer.train()
+    return _logged(trainer)
+
+
+def _with_response_alone(trainer_of: Any) -> Any:
+    """trl's ORPOTrainer with the likelihood of the response; its own is of the prompt too."""
+
+    class ResponseAlone(trainer_of):  # type: ignore[misc]
+        def concatenated_forward(self, model: Any, batch: Any) -> Any:
+            found = list(super().concatenated_forward(model, batch))
+            logits, labels = found[2][:, :-1], batch["chosen_labels"][:, 1:]
+            short = logits.shape[1] - labels.shape[1]
+            labels = torch.nn.functional.pad(labels, (0, short), value=IGNORED)
+            found[4] = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=IGNORED
+            )
+            return tuple(found)
+
+    return ResponseAlone
+
+
+def _logged(trainer: Any) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
