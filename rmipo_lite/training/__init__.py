@@ -5,6 +5,7 @@
 
 __all__ = [
     "interrupt",
+    "learning_rate",
     "pair_values",
     "refusals",
     "rehearsal",
