@@ -36,6 +36,7 @@ from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.training.known_before import RefModel
+from rmipo_lite.training.learning_rate import pairs_of_a_search
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_callbacks
 from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
@@ -108,6 +109,7 @@ def train(
     folder = _output_folder(model, output_dir, resume)
     with surroundings_restored(model):
         args = RMiPOConfig(output_dir=str(folder), **config)
+        say("Reading the pairs")
         data = load_rows(dataset, split=split)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
@@ -300,8 +302,7 @@ def _pairs(
         )
         if not held_out:
             say("Too few pairs or prompts to hold any out: nothing is evaluated")
-        trained = args.steps_of_a_run(len(train_pairs)) * args.pairs_per_step
-        part = evaluated_part(held_out, trained, args.seed)
+        part = evaluated_part(held_out, _trained_pairs(args, len(train_pairs)), args.seed)
         if len(part) < len(held_out):
             say(f"{len(part)} of {len(held_out)} held-out pairs are evaluated: the run is short")
         held_out = part
@@ -324,6 +325,12 @@ def _pairs(
                 f"{_forms(data.rows)}; only messages go through the chat template"
             )
     return pairs, eval_pairs.get("", eval_pairs), prompts
+
+
+def _trained_pairs(args: RMiPOConfig, pairs: int) -> int:
+    """How many pairs a run on so many trains on, one pass or several, its search included."""
+    search = pairs_of_a_search(args.pairs_per_step) if args.learning_rate == "auto" else 0.0
+    return int(args.steps_of_a_run(pairs) * args.pairs_per_step + search)
 
 
 def _forms(rows: list[Row]) -> str:

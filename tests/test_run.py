@@ -229,10 +229,11 @@ def test_a_short_run_says_how_many_pairs_it_evaluates(
 ) -> None:
     options = {"dataset": _rows(200), "max_steps": 2, "eval_completions": 0, "sample_prompts": 0}
     options |= {"per_device_train_batch_size": 4}
-    short = _train(str(MODEL), tokenizer, tmp_path / "a", **options)
+    options |= {"learning_rate": 1e-3}  # a search would be part of the run
+    short = _train(str(MODEL), tokenizer, tmp_path / "a", **{**options, "max_steps": 3})
     assert "2 of 10 held-out pairs are evaluated: the run is short" in capsys.readouterr().out
     assert len(short.held_out_prompts) == 2
-    whole = _train(str(MODEL), tokenizer, tmp_path / "b", **{**options, "max_steps": 10})
+    whole = _train(str(MODEL), tokenizer, tmp_path / "b", **{**options, "max_steps": 15})
     assert len(whole.held_out_prompts) == 10
     assert "held-out pairs are evaluated" not in capsys.readouterr().out
 

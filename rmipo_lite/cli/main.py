@@ -103,9 +103,16 @@ def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list
     return [text for action in chosen._actions for text in action.option_strings]
 
 
+# What imports PyTorch and transformers before anything else, for seconds.
+_SLOW_TO_START = {"train", "generate", "compare-answers", "merge"}
+_HELP = {"-h", "--help", "--help-all"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (also the entry point of `rmipo-lite`)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in _SLOW_TO_START and not _HELP & set(words):
+        _complain("starting")
     parser = parser_for(words)
     try:
         options, unknown = parser.parse_known_args(words)
@@ -131,7 +138,6 @@ COMMANDS = {
     "selftest": _selftest, "generate": runs.generate, "compare-answers": runs.compare_answers,
     "merge": runs.merge,
 }  # fmt: skip
-
 
 def _run(command: str, given: dict[str, Any]) -> int:
     from rmipo_lite.cli.config_options import UsageError

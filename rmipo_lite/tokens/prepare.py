@@ -8,9 +8,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import LoadedRows, Row, load_rows
+from rmipo_lite.output.console import say
 from rmipo_lite.tokens.options import options_for
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.tokenize_rows import tokenize_rows
+
+_MANY = 10_000  # rows that take so long that something is said of it
 
 
 class Prepared(NamedTuple):
@@ -64,5 +67,7 @@ def prepare(
         return Prepared(list(dataset), [], None)
     is_loaded = isinstance(dataset, LoadedRows)
     rows, report = dataset if is_loaded else load_rows(dataset, split=split, argument=argument)
+    if len(rows) >= _MANY:
+        say(f"Tokenising {len(rows):,} pairs")
     pairs = tokenize_rows(rows, tokenizer, options_for(args, config), report)
     return Prepared(pairs, rows, report)

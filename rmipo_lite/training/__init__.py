@@ -6,6 +6,7 @@
 __all__ = [
     "interrupt",
     "known_before",
+    "learning_rate",
     "refusals",
     "rehearsal",
     "restore",

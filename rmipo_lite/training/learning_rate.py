@@ -33,7 +33,12 @@ from rmipo_lite.watch.progress import phase
 
 SEARCH_STEPS = 28  # that a search takes on real models, more or less
 PAIRS_OF_A_STEP = 16  # at most: the size of an Adam step doesn't hang on the batch
-_MEASURED_PAIRS = 16
+_MEASURED_PAIRS = 16  # after every step, forward alone
+
+
+def pairs_of_a_search(pairs_per_step: int) -> float:
+    """What a search takes, in trained pairs: its steps' own, and a third for one that is scored."""
+    return SEARCH_STEPS * (min(pairs_per_step, PAIRS_OF_A_STEP) + _MEASURED_PAIRS / 3)
 
 
 class FindsLearningRate(TrainerBeside):

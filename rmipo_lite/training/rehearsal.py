@@ -26,7 +26,7 @@ from rmipo_lite.output.console import duration, size
 from rmipo_lite.planning.device import PeakMemory
 from rmipo_lite.planning.footprint import optimizer_width
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.training.learning_rate import PAIRS_OF_A_STEP, SEARCH_STEPS
+from rmipo_lite.training.learning_rate import SEARCH_STEPS, pairs_of_a_search
 from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.progress import phase
 
@@ -126,16 +126,15 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | No
         (_largest_part(trainer, pairs) for pairs in coming), key=lambda part: _work(trainer, part)
     )
     searches = trainer.learning_rate is None and done is None
+    search = pairs_of_a_search(size) / size if searches else 0.0
     seconds = memory = None
     with kept_random_state():
-        measured = _measure(trainer, largest, coming, left)
+        measured = _measure(trainer, largest, coming, left + search)
     if measured is not None:
         pace, memory = measured
         step_seconds = pace * statistics.mean(_work(trainer, pairs) for pairs in coming)
         evaluations = _times(args.eval_strategy, args.eval_steps, trainer, left)
-        seconds = left * step_seconds + evaluations * eval_seconds
-        if searches:  # each step's pairs, and as many again that are measured
-            seconds += SEARCH_STEPS * step_seconds * 1.5 * min(size, PAIRS_OF_A_STEP) / size
+        seconds = (left + search) * step_seconds + evaluations * eval_seconds
     disk, folder = _disk(trainer, steps), _nearest_folder(Path(str(args.output_dir)))
     return Plan(
         steps=steps,
@@ -215,7 +214,7 @@ def _measure(
     trainer: RMiPOTrainer,
     largest: list[TokenizedPair],
     coming: list[list[TokenizedPair]],
-    steps: int,
+    steps: float,
 ) -> tuple[float, int | None] | None:
     """(seconds a token, peak bytes above what is there, optimizer's moments included).
 

@@ -6,8 +6,10 @@ ones whose answers went on ending, held-out chosen responses lost at most 0.16 n
 those half of whose answers no longer ended, 0.97 to 2.6.
 """
 
+import math
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from rmipo_lite.methods.table import SumLoss
@@ -127,7 +129,10 @@ def _fall_of_chosen(chart: Chart) -> tuple[float, str] | None:
     seen = chart.series("logps/chosen")
     if len(seen) < _LEAST_LOGS or chart.step < _LEAST_STEPS:
         return None
-    return statistics.mean(seen[:2]) - statistics.mean(seen[-2:]), "training"
+    fall = statistics.mean(seen[:2]) - statistics.mean(seen[-2:])
+    # Other pairs at the end than at the beginning: how much lines differ by that, neighbours tell.
+    error = math.sqrt(statistics.mean((b - a) ** 2 for a, b in pairwise(seen)) / 2)
+    return (fall, "training") if fall > SURE * error else None
 
 
 def chosen_collapsing(chart: Chart) -> Seen | None:

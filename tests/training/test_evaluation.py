@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,34 @@ def test_callbacks_hear_of_nothing_before_the_run_begins(tmp_path: Path) -> None
     assert heard.events[0] == "on_train_begin"
     assert heard.events[-1] == "on_evaluate"
     assert heard.events.count("on_evaluate") == 1  # after the run; the one before was ours alone
+
+
+def _logp_gap(model: Any, pair: TokenizedPair) -> float:
+    """Chosen over rejected, mean log-prob of a token, by the model's own logits."""
+
+    def mean_logp(response: list[int]) -> float:
+        ids = torch.tensor([[*pair.prompt_ids, *response]])
+        with torch.no_grad():
+            logps = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+        return float(logps.gather(1, ids[0, 1:, None])[-len(response) :].mean())
+
+    return mean_logp(pair.chosen_ids) - mean_logp(pair.rejected_ids)
+
+
+def test_a_change_is_as_sure_as_its_pairs_agree(tmp_path: Path) -> None:
+    held_out = random_pairs(7, seed=9)
+    trainer = _trainer(tmp_path, eval_dataset=held_out, learning_rate=1e-2)
+    trainer.evaluate_before()
+    before = [_logp_gap(trainer.model, pair) for pair in held_out]
+    trainer.train()
+    trainer.evaluate()
+    changes = [
+        trainer.args.beta * (_logp_gap(trainer.model, pair) - was)
+        for pair, was in zip(held_out, before, strict=True)
+    ]
+    wanted = statistics.stdev(changes) / math.sqrt(len(changes))
+    assert wanted > 1e-2
+    assert trainer.held_out_values.errors["eval_rewards/margins"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_several_sets_by_name_in_train(tmp_path: Path) -> None:

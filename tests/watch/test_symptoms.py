@@ -177,6 +177,13 @@ def test_a_collapse_shows_in_training_too(args: RMiPOConfig) -> None:
     assert "the training chosen responses" in found.text
 
 
+def test_other_pairs_are_no_collapse(args: RMiPOConfig) -> None:
+    """Lines of ten pairs each: the last ones happen to be less likely."""
+    seen = [-2.6, -1.9, -2.2, -3.1, -2.4, -3.0]
+    logs = [_line(5 * n, **{"logps/chosen": value}) for n, value in enumerate(seen, start=1)]
+    assert _names(replace(_healthy(args), logs=logs, held_out=[])) == []
+
+
 def test_accuracy_that_falls_is_a_rate_too_high(args: RMiPOConfig) -> None:
     chart = _with_evaluations(
         _healthy(args), {"rewards/accuracies": 0.9}, {"rewards/accuracies": 0.7, "loss": 0.95}
