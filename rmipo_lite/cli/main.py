@@ -139,6 +139,7 @@ COMMANDS = {
     "merge": runs.merge,
 }  # fmt: skip
 
+
 def _run(command: str, given: dict[str, Any]) -> int:
     from rmipo_lite.cli.config_options import UsageError
 

@@ -58,7 +58,9 @@ def test_train_help_is_made_from_the_configs_texts(capsys: pytest.CaptureFixture
     text = " ".join(capsys.readouterr().out.split())
     for name in ("beta", "gamma_max", "prior", "learning_rate"):
         assert f"--{name} " in text
-    assert "Scale of the log-probability gap, > 0; None: the method's own (rmipo 2, dpo 0.1)." in text
+    assert (
+        "Scale of the log-probability gap, > 0; None: the method's own (rmipo 2, dpo 0.1)." in text
+    )
     assert "--weight_decay" not in text
     assert main(["train", "--help-all"]) == 0
     everything = capsys.readouterr().out
