@@ -231,6 +231,7 @@ def _answer_samples(result: TrainResult) -> None:
         return
     if not isinstance(result.model, PeftModel):
         return  # trained in full: there is no adapter to switch off
+    say(f"Answering {len(prompts)} prompts before and after training")
     try:
         result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
     except KeyboardInterrupt:

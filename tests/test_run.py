@@ -231,8 +231,8 @@ def test_a_short_run_says_how_many_pairs_it_evaluates(
     options |= {"per_device_train_batch_size": 4}
     options |= {"learning_rate": 1e-3}  # a search would be part of the run
     short = _train(str(MODEL), tokenizer, tmp_path / "a", **{**options, "max_steps": 3})
-    assert "2 of 10 held-out pairs are evaluated: the run is short" in capsys.readouterr().out
-    assert len(short.held_out_prompts) == 2
+    assert "8 of 10 held-out pairs are evaluated: the run is short" in capsys.readouterr().out
+    assert len(short.held_out_prompts) == 8
     whole = _train(str(MODEL), tokenizer, tmp_path / "b", **{**options, "max_steps": 15})
     assert len(whole.held_out_prompts) == 10
     assert "held-out pairs are evaluated" not in capsys.readouterr().out

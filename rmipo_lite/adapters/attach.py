@@ -1,7 +1,6 @@
 """LoRA on a model: attached once, gone on with, taken off; never nested."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.base_model import causal_lm, quiet_peft
 from rmipo_lite.adapters.embeddings import EMBEDDINGS, look_at_embeddings
 from rmipo_lite.adapters.lora import Adapter, adapter_config, lora_config, refuse_another
 from rmipo_lite.adapters.refusals import (
@@ -88,16 +87,11 @@ def attach_adapter(model: nn.Module, peft_config: Adapter, args: Any = None) -> 
     own = {id(parameter) for parameter in base.parameters()}
     # peft's prepare_model_for_kbit_training is left out on purpose: it turns embedding and head
     # into fp32 copies, which takes more memory than 4-bit saves. get_peft_model freezes the rest.
-    with warnings.catch_warnings():
-        # peft asks for transformers' former name of activation checkpointing
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        # and says which way round gpt2 keeps its weights, which it then sees to itself
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-        with _base_kept(base, config):
-            try:
-                adapted = get_peft_model(base, config)
-            except (ValueError, TypeError, ImportError) as error:
-                raise ValueError(f"peft_config: {error} {_linear_layers(base)}") from error
+    with quiet_peft(), _base_kept(base, config):
+        try:
+            adapted = get_peft_model(base, config)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ValueError(f"peft_config: {error} {_linear_layers(base)}") from error
     remember_start(adapted, own)
     try:
         refuse_tied_lora(adapted)

@@ -1,5 +1,9 @@
 """The transformers model inside: what an adapter sits on, or what is trained as a whole."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from peft import PeftMixedModel, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,3 +32,14 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__}"
         )
     return base
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """What peft's making of a model warns of and its user can do nothing about isn't shown."""
+    with warnings.catch_warnings():
+        # peft asks for transformers' former name of activation checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        # and says which way round gpt2 keeps its weights, which it then sees to itself
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        yield

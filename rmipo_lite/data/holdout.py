@@ -12,6 +12,7 @@ MIN_PAIRS_TO_HOLD_OUT = 8  # fewer pairs are too few to lose any
 # One evaluation takes at most this share of a run. A trained pair goes through the model backward
 # too: with an adapter, on Gemma 3 270M, that is some 80 % more.
 _SHARE_OF_A_RUN, _FORWARD = 0.1, 0.55
+_LEAST_EVALUATED = 8  # pairs; of fewer no number says anything
 
 Pair = TypeVar("Pair")
 
@@ -46,10 +47,10 @@ def split_holdout(
 def evaluated_part(held_out: Sequence[Pair], trained: int, seed: int = 0) -> list[Pair]:
     """As many of the held-out pairs as a run that trains on `trained` pairs has time to evaluate.
 
-    At most a tenth of the run's time, at least one pair; drawn at random, the same for the same
-    seed, a longer run's draw holding a shorter one's. Keeps their order.
+    At most a tenth of the run's time, but eight pairs at least; drawn at random, the same for the
+    same seed, a longer run's draw holding a shorter one's. Keeps their order.
     """
-    room = max(1, int(trained * _SHARE_OF_A_RUN / _FORWARD))
+    room = max(_LEAST_EVALUATED, int(trained * _SHARE_OF_A_RUN / _FORWARD))
     drawn = list(range(len(held_out)))
     random.Random(seed).shuffle(drawn)
     return [held_out[position] for position in sorted(drawn[:room])]

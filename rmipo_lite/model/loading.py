@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.base_model import causal_lm, quiet_peft
 from rmipo_lite.adapters.saved import require_adapter_weights, resize_for
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.model_files import (
@@ -101,7 +101,8 @@ def load_model(
         base = load_model(base_of_adapter(folder), args, quantization_config)
         with named_errors("adapter", name, "Is its base the model it was trained on?"):
             resize_for(base, folder)
-            adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+            with quiet_peft():
+                adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         require_adapter_weights(adapted, folder)
         if (folder / GENERATION_CONFIG_NAME).is_file():  # what it was taught to end with
             stops = GenerationConfig.from_pretrained(folder, local_files_only=True)

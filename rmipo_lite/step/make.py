@@ -45,6 +45,7 @@ def make_step(
     pad_id = next(i for i in ids if i is not None)
     packing = args.packing
     if packing and pairs:
+        say("Checking packed batches against padded ones")
         problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
         if problem is not None:
             packing = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def test_it_answers_as_the_run_did(run: Any) -> None:
     checkpoint = next(run.output_dir.glob("checkpoint-*"))
     of_checkpoint = rmipo_lite.load_run(checkpoint, use_cpu=True)
     assert of_checkpoint.generate(PROMPTS, 12) == run.generate(PROMPTS, 12)
+
+
+def test_loading_shows_no_words_of_other_packages(run: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what the tests' own settings pass over too
+        rmipo_lite.load_run(run.output_dir)
 
 
 def test_it_merges_as_the_run_does(run: Any, tmp_path: Path) -> None:
