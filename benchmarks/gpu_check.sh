@@ -33,7 +33,7 @@ if [ "${3:-}" = --rehearse ]; then
 else
   device=cuda mark=cuda quick="" slow=1 csv="$out/gpu.csv"
   tools="0 1 2 3" # memcheck, racecheck, initcheck, synccheck
-  tests="tests/planning/test_budget.py tests/training/test_step.py" # whose others are everybody's
+  tests="tests/planning/test_budget.py tests/step/test_pair_step.py" # whose others are everybody's
 fi
 case $call in first) total=$((185 * slow)) ;; second) total=$((560 * slow)) ;; esac
 kill_after=10 worst=0 # what doesn't end when it is told to: 195 and 570 s in all

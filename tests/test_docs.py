@@ -119,6 +119,7 @@ def test_numbers_of_the_readme_stand_in_the_table() -> None:
     assert set(numbers) <= medians
 
 
+@pytest.mark.slow
 def test_the_tour_of_the_readme_runs_and_has_ten_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_rows_survive_the_file_and_newer_ones_replace(tmp_path: Path) -> None:
     assert [row.value for row in records.read(path)] == [9.0, "absent: no triton, no GPU"]
 
 
+@pytest.mark.slow
 def test_a_quick_benchmark_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +204,7 @@ def test_so_is_what_a_child_says_of_them(
     ]
 
 
+@pytest.mark.slow
 def test_preparing_the_demo_pairs_is_measured() -> None:
     rows = list(run._rows("data", True, None, None))
     speeds = {row.impl: row.value for row in rows if row.metric == "rows per second"}

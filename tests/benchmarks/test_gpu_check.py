@@ -57,7 +57,7 @@ def test_the_first_call_builds_tests_and_measures_the_head(tmp_path: Path) -> No
     assert [re.split("  +", line)[0] for line in summary] == names
     assert all(line.endswith(" ok") for line in summary)
     assert "-W default" in asked[2]
-    assert asked[2].endswith("tests/training/test_step.py ")
+    assert asked[2].endswith("tests/step/test_pair_step.py ")
 
 
 def test_without_kernels_nothing_is_measured(tmp_path: Path) -> None:

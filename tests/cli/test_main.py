@@ -133,7 +133,8 @@ def test_an_error_is_one_sentence_and_1(
     calls["error"] = ValueError("RMiPOConfig: beta must be > 0,\n got -1 \x1b[2J hf_secretsecret")
     assert main(["train", "m", "d"]) == 1
     text = capsys.readouterr().err
-    assert text.count("\n") == 1
+    assert text.splitlines()[0] == "rmipo-lite: starting"
+    assert text.count("\n") == 2
     assert "error: RMiPOConfig: beta must be > 0, got -1 \\x1b[2J <redacted>" in text
     assert "Traceback" not in text
     with pytest.raises(ValueError, match="beta must be"):

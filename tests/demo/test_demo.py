@@ -159,6 +159,7 @@ def test_score_by_hand() -> None:
     assert score.mean_tokens == (6 + 6 + 6 + 64 + 6) / 5
 
 
+@pytest.mark.slow
 def test_a_short_demo_runs_and_reports(tmp_path) -> None:
     demo = run_demo(tmp_path / "run", max_steps=2)
     assert demo.prompts >= 200

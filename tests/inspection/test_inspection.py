@@ -339,7 +339,7 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"beta": -1.0}, ValueError, "beta must be"),
         ({"tokenizer": 3}, TypeError, "tokenizer: wanted a tokenizer"),
         ({"tokenizer": None}, ValueError, "names no folder to load a tokenizer"),
-        ({"loss_type": "dpo"}, ValueError, "loss_type must be"),
+        ({"loss_type": "nope"}, ValueError, "loss_type must be"),
         ({"output_dir": __file__}, ValueError, "output_dir: wanted a folder"),
     ],
 )

@@ -42,6 +42,7 @@ def on_3060(eight_billion: str) -> Estimate:
     return rmipo_lite.estimate(eight_billion, gpu="RTX 3060 12GB")
 
 
+@pytest.mark.slow
 def test_8b_on_a_card_of_12_gb(on_3060: Estimate) -> None:
     """6.98 billion numbers in 4 bits, 1.05 in 16; r=16 on seven layers of each block."""
     fit = on_3060.fit
@@ -131,6 +132,7 @@ def test_it_shows(on_3060: Estimate) -> None:
     assert "weights" in axes.get_legend_handles_labels()[1]
 
 
+@pytest.mark.slow
 def test_precision_is_the_cards(eight_billion: str) -> None:
     config = LlamaConfig(**_SMALL)
     weights = {
@@ -140,6 +142,7 @@ def test_precision_is_the_cards(eight_billion: str) -> None:
     assert rmipo_lite.estimate(config, gpu="cpu", bf16=True).fit.weights == "bf16"
 
 
+@pytest.mark.slow
 def test_longer_pairs_and_whole_training_take_more() -> None:
     config = LlamaConfig(**_SMALL)
 

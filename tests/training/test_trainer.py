@@ -341,7 +341,7 @@ def test_signature_users_know() -> None:
     names = list(inspect.signature(RMiPOTrainer.__init__).parameters)[1:]
     assert names == [
         "model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config",
-        "quantization_config", "callbacks", "optimizers", "split", "eval_split",
+        "quantization_config", "callbacks", "optimizers", "ref_model", "split", "eval_split",
     ]  # fmt: skip
 
 

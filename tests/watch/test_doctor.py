@@ -46,6 +46,7 @@ def test_a_healthy_run_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "findings" not in repr(result)
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pairs whose chosen side is always longer, at a rate far too high."""
     result = _train(

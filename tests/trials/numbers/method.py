@@ -17,7 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rmipo_lite.config import PriorContext, RMiPOConfig
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.options.method import PriorContext
 from rmipo_lite.selftest.models import response_logps
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.step.pair_values import PairValues

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from rmipo_lite.config import PriorContext, RMiPOConfig
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.options.method import PriorContext
 from rmipo_lite.planning import quantization
 from rmipo_lite.step import pair_values
 from rmipo_lite.step.pair_step import PairStep
