@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -64,42 +63,44 @@ def _mean_logp(model: Any, before: list[int], response: list[int]) -> float:
     return float(told[max(0, len(before) - 1) :].mean())
 
 
-@pytest.mark.parametrize("context", ["auto", "none"])
-def test_scores_are_plain_transformers(gemma: str, rows: Any, context: Any) -> None:
+def test_scores_are_plain_transformers(gemma: str, rows: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gemma)
-    found = rmipo_lite.inspect(rows[:4], model, tokenizer=tokenizer, prior_context=context)
-    front = [tokenizer.bos_token_id] if context == "auto" else []
-    for side in ("chosen", "rejected"):
-        wanted = []
-        for row in rows[:4]:
-            prompt = tokenizer(row["prompt"]).input_ids
-            assert prompt[0] == tokenizer.bos_token_id
+    few, contexts = rows[:2], {"auto": [tokenizer.bos_token_id], "none": []}
+    found = {
+        name: rmipo_lite.inspect(few, model, tokenizer=tokenizer, prior_context=name).columns
+        for name in contexts
+    }
+    for place, row in enumerate(few):
+        prompt = tokenizer(row["prompt"]).input_ids
+        assert prompt[0] == tokenizer.bos_token_id
+        for side in ("chosen", "rejected"):
             response = tokenizer(row[side], add_special_tokens=False).input_ids
             response.append(tokenizer.eos_token_id)
             given = _mean_logp(model, prompt, response)
-            wanted.append((given, given - _mean_logp(model, front, response)))
-        ours = [found.columns[f"{side}_{name}"] for name in ("logps", "pmi")]
-        np.testing.assert_allclose(np.transpose(ours), wanted, rtol=1e-4, atol=1e-4)
+            for name, front in contexts.items():
+                ours = [found[name][f"{side}_{column}"][place] for column in ("logps", "pmi")]
+                wanted = (given, given - _mean_logp(model, front, response))
+                assert ours == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_run_alarms_about_nothing_and_its_folder_answers_as_it_did(
     gemma: str, rows: Any, tmp_path: Path
 ) -> None:
     result = rmipo_lite.train(
-        gemma, rows[:60], output_dir=tmp_path / "run", max_steps=3, learning_rate=1e-5,
-        per_device_train_batch_size=4, gradient_accumulation_steps=1, eval_completions=2,
+        gemma, rows[:40], output_dir=tmp_path / "run", max_steps=2, learning_rate=1e-5,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, eval_completions=0,
         sample_prompts=0, use_cpu=True,
     )  # fmt: skip
     assert [finding.name for finding in result.findings] == []
     assert 0 < result.metrics["eval_rmipo/pmi_chosen"] < 2  # with BOS in front, as it was trained
     prompt = rows[70]["prompt"]
-    before = result.generate([prompt], max_new_tokens=8)
+    before = result.generate([prompt], max_new_tokens=4)
     loaded = rmipo_lite.load_run(tmp_path / "run")
-    assert loaded.generate([prompt], max_new_tokens=8) == before
+    assert loaded.generate([prompt], max_new_tokens=4) == before
     loaded.merge(tmp_path / "merged")
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as tensors:
-        dtypes = {tensors.get_slice(name).get_dtype() for name in tensors}
+        dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no dict
     assert dtypes == {"BF16"}  # as the base model's files, though the run was in float32
 
 
