@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-MOST_LINES = 23_600  # of Python
+MOST_LINES = 23_800  # of Python
 ROOMS = {
     "adapters", "checkpoints", "cli", "data", "demo", "inspection", "methods", "model", "ops",
     "options", "output", "planning", "results", "selftest", "step", "system", "tokens", "training",

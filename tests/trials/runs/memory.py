@@ -46,7 +46,7 @@ class _Planted(RuntimeError):
 def _fails_at(place: str, error: type[BaseException]) -> Any:
     """Let train() fail in the middle: while it packs, steps, evaluates or saves."""
     owner, name = {
-        "self-check": ("rmipo_lite.step.pair_step.packing_problem", ""),
+        "self-check": ("rmipo_lite.step.make.packing_problem", ""),
         "a step": ("rmipo_lite.step.pair_step.read_head", ""),
         "the update": ("torch.optim.AdamW.step", ""),
         "the result": ("rmipo_lite.run.TrainResult", ""),
