@@ -177,9 +177,14 @@ def test_a_collapse_shows_in_training_too(args: RMiPOConfig) -> None:
     assert "the training chosen responses" in found.text
 
 
-def test_other_pairs_are_no_collapse(args: RMiPOConfig) -> None:
-    """Lines of ten pairs each: the last ones happen to be less likely."""
-    seen = [-2.6, -1.9, -2.2, -3.1, -2.4, -3.0]
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [-2.222, -2.267, -2.549, -2.415, -3.127, -2.629],  # lines of five pairs, Gemma 3 270M
+        [-2.156, -2.4, -2.913, -2.079, -2.604, -2.995],  # of ten
+    ],
+)
+def test_other_pairs_are_no_collapse(seen: list[float], args: RMiPOConfig) -> None:
     logs = [_line(5 * n, **{"logps/chosen": value}) for n, value in enumerate(seen, start=1)]
     assert _names(replace(_healthy(args), logs=logs, held_out=[])) == []
 
