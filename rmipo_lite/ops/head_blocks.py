@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rmipo_lite.ops import native
+from rmipo_lite.ops.devices import x86_has_bf16
 from rmipo_lite.ops.reference import IGNORED, LogitTransform, accumulate_dtype
 
 # Measured on two Sapphire Rapids cores: both products of 1024 rows by 4096 columns run 13 % (fp32)
@@ -41,9 +42,7 @@ _BF16_SECOND_ROWS = 256
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 matrix arithmetic, so that casting to float32 would not pay."""
-    return bool(
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x86_has_bf16() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def even_slices(count: int, most: int) -> list[slice]:

@@ -35,7 +35,7 @@ from rmipo_lite.model import loading, names, upstream
 from rmipo_lite.model.backbone import disable_dropout
 from rmipo_lite.model.batch import packed_length
 from rmipo_lite.model.generation import other_ends, savable_generation_config
-from rmipo_lite.ops.devices import unused_gpu
+from rmipo_lite.ops.devices import slow_bf16, unused_gpu
 from rmipo_lite.output.console import say
 from rmipo_lite.output.uncertainty import PairedValues
 from rmipo_lite.planning.half_range import keep_family_in_range, keep_model_in_range
@@ -141,6 +141,9 @@ class RMiPOTrainer(
         unused = None if args.use_cpu else unused_gpu()
         if unused:
             say(f"WARNING: {unused}")
+        slow = slow_bf16() if args.bf16 and args.device.type == "cpu" else None
+        if slow:
+            say(f"WARNING: {slow}")
         if processing_class is None:
             processing_class = loading.load_tokenizer(names.name_of(model))
         if not isinstance(model, str) and quantization_config is not None:

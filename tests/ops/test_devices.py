@@ -61,3 +61,20 @@ def test_some_of_intels_have_no_float64(has: bool, monkeypatch: pytest.MonkeyPat
     assert devices.has_float64(torch.device("xpu")) is has
     assert devices.has_float64(torch.device("cpu"))
     assert not devices.has_float64(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "has", "slow"),
+    [
+        ("x86_64", False, True),
+        ("AMD64", False, True),
+        ("x86_64", True, False),
+        ("arm64", False, False),
+    ],
+)
+def test_where_bfloat16_is_slow(
+    machine: str, has: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(devices, "x86_has_bf16", lambda: has)
+    assert (devices.slow_bf16() is not None) == slow
