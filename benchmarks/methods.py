@@ -114,7 +114,7 @@ def _theirs(method: Method, folder: str) -> list[float]:
 def _with_response_alone(trainer_of: Any) -> Any:
     """trl's ORPOTrainer with the likelihood of the response; its own is of the prompt too."""
 
-    class ResponseAlone(trainer_of):  # type: ignore[misc]
+    class ResponseAlone(trainer_of):
         def concatenated_forward(self, model: Any, batch: Any) -> Any:
             found = list(super().concatenated_forward(model, batch))
             logits, labels = found[2][:, :-1], batch["chosen_labels"][:, 1:]
