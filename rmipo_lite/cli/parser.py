@@ -22,6 +22,7 @@ OWN_NAMES = {
         "eval_split",
         "output_dir",
         "quantization",
+        "ref_model",
         "resume",
         "report",
     ),
@@ -116,6 +117,10 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
         "--output_dir", "--output-dir", help="folder of the run (default: rmipo-<model name>)"
     )
     _add_quantization(train)
+    train.add_argument(
+        "--ref_model", "--ref-model",
+        help="what dpo and its kind measure from (default: the model as it came to the run)",
+    )  # fmt: skip
     train.add_argument(
         "--resume",
         nargs="?",

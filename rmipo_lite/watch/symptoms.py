@@ -65,6 +65,13 @@ def chosen_longer(chart: Chart) -> Seen | None:
             "length_balance='off', and watch the answers' length",
             level="note",
         )
+    if isinstance(chart.args.loss, SumLoss):
+        return Seen(
+            seen,
+            "Length can be learnt in place of quality, and answers grow: length_balance='auto' "
+            "weighs the pairs where that can be done (not with kto_pair); of these methods r_dpo "
+            "and ld_alpha are made for it. Watch the answers' length",
+        )
     return Seen(
         seen,
         "This loss takes means over tokens, and on such pairs it can run away to answers that "
@@ -87,6 +94,8 @@ def ends_differ(chart: Chart) -> Seen | None:
 
 
 def _accuracy_before(chart: Chart) -> float | None:
+    if chart.args.loss.needs_reference:
+        return None  # measured from itself the model prefers neither side
     before = chart.before or {}
     accuracy = before.get("eval_rewards/accuracies")
     return None if accuracy is None or chart.pairs < _LEAST_PAIRS else float(accuracy)

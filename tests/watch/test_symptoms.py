@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +176,24 @@ def test_a_collapse_shows_in_training_too(args: RMiPOConfig) -> None:
     (found,) = examine(replace(_healthy(args), logs=logs, held_out=[]))
     assert found.name == "chosen_collapsing"
     assert "the training chosen responses" in found.text
+
+
+def test_a_model_that_is_its_own_reference_prefers_no_side(tmp_path: Path) -> None:
+    args = RMiPOConfig(str(tmp_path), loss_type="dpo")
+    chart = _with_evaluations(
+        _healthy(args),
+        {"rewards/accuracies": 0.0, "loss": 0.69},
+        {"rewards/accuracies": 0.6, "loss": 0.6},
+    )
+    assert _names(chart) == []
+
+
+def test_what_is_said_of_length_is_the_methods(tmp_path: Path) -> None:
+    report = DataReport(kept=100, chosen_longer_pairs=70)
+    args = RMiPOConfig(str(tmp_path), loss_type="dpo")
+    (found,) = examine(replace(_healthy(args), report=report))
+    assert found.name == "chosen_longer"
+    assert "r_dpo" in found.advice
 
 
 @pytest.mark.parametrize(
