@@ -117,7 +117,7 @@ def _with_response_alone(trainer_of: Any) -> Any:
     class ResponseAlone(trainer_of):
         def concatenated_forward(self, model: Any, batch: Any) -> Any:
             found = list(super().concatenated_forward(model, batch))
-            logits, labels = found[2][:, :-1], batch["chosen_labels"][:, 1:]
+            logits, labels = found[2], batch["chosen_labels"][:, 1:]  # logits end one earlier
             short = logits.shape[1] - labels.shape[1]
             labels = torch.nn.functional.pad(labels, (0, short), value=IGNORED)
             found[4] = torch.nn.functional.cross_entropy(

@@ -44,8 +44,9 @@ def test_a_gradient_of_another_size_is_found(try_check, monkeypatch: pytest.Monk
 def test_the_other_place_of_gamma_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pair_step.losses
 
-    def losses(token_logps, cu_seqlens, prior, args):
-        return real(token_logps, cu_seqlens, prior, replace(args, gamma_scaled_by_beta=True))
+    def losses(token_logps, cu_seqlens, prior, args, *others):
+        inside = replace(args, gamma_scaled_by_beta=True)
+        return real(token_logps, cu_seqlens, prior, inside, *others)
 
     monkeypatch.setattr(pair_step, "losses", losses)
     outcome = try_check(12)
@@ -70,8 +71,8 @@ def test_another_result_each_time_is_found(try_check, monkeypatch: pytest.Monkey
     real, calls = pair_step.losses, itertools.count()
 
     def losses(*arguments):
-        out = real(*arguments)
-        return out._replace(loss=out.loss * (1 + next(calls) / 1000))
+        out, rewards = real(*arguments)
+        return out._replace(loss=out.loss * (1 + next(calls) / 1000)), rewards
 
     monkeypatch.setattr(pair_step, "losses", losses)
     assert "three steps of training" in [loss[0] for loss in try_check(24).losses]

@@ -55,9 +55,9 @@ def test_another_value_or_gradient_is_found(
 def test_the_other_place_of_gamma_is_found(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pair_step.losses
 
-    def losses(token_logps, cu_seqlens, prior, args):
+    def losses(token_logps, cu_seqlens, prior, args, *others):
         swapped = replace(args, gamma_scaled_by_beta=not args.gamma_scaled_by_beta)
-        return real(token_logps, cu_seqlens, prior, swapped)
+        return real(token_logps, cu_seqlens, prior, swapped, *others)
 
     monkeypatch.setattr(pair_step, "losses", losses)
     outcome = try_check(12, 1, 2, 3)
