@@ -40,7 +40,7 @@ class Method:
 
 
 METHODS = {
-    "dpo": Method({"beta": 0.1}, "dpo", {"loss_type": "sigmoid"}),
+    "dpo": Method({}, "dpo", {"loss_type": "sigmoid"}),
     "robust": Method({}, "dpo", {"loss_type": "robust", "label_smoothing": 0.1}),
     "dpo_norm": Method({"beta": 2.0}, "dpo", {"loss_type": "sigmoid_norm", "beta": 2.0}),
     "ipo": Method({}, "dpo", {"loss_type": "ipo"}),

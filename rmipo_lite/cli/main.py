@@ -111,7 +111,7 @@ _HELP = {"-h", "--help", "--help-all"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (also the entry point of `rmipo-lite`)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] and words[0] in _SLOW_TO_START and not _HELP & set(words):
+    if words and words[0] in _SLOW_TO_START and not _HELP & set(words):
         _complain("starting")
     parser = parser_for(words)
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rmipo_lite.methods import formulas
 from rmipo_lite.methods.formulas import MethodOptions
 from rmipo_lite.methods.sums import PairSums
+from rmipo_lite.ops import losses
 from rmipo_lite.ops.losses import LOSSES, Loss
 
 Defaults = Mapping[str, Any]
@@ -47,10 +48,7 @@ class SumLoss:
     needs_reference: bool = True
     of_the_step: bool = False
 
-    # As an entry of `ops.losses` says it.
-    margin: str = field(default="none", init=False)
-    needs_prior: bool = field(default=False, init=False)
-    kernel: None = field(default=None, init=False)
+    needs_prior: bool = field(default=False, init=False)  # as `ops.losses` says it
 
     @property
     def smoothable(self) -> bool:
@@ -160,12 +158,13 @@ _ALIASES = {"sigmoid_norm": "dpo_norm"}
 _AMBIGUOUS = {"sigmoid": "dpo (trl's DPOTrainer, LLaMA-Factory) or cpo (trl's CPOTrainer)"}
 # Options that a method has or hasn't, by what they must be.
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "beta": (lambda x: 0 < x < math.inf, "a number > 0"),
-    "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
-    "simpo_gamma": (lambda x: 0 <= x < math.inf, "a number >= 0"),
-    "alpha": (lambda x: 0 <= x < math.inf, "a number >= 0"),
-    "dpop_lambda": (lambda x: 0 <= x < math.inf, "a number >= 0"),
-    "slic_delta": (lambda x: 0 <= x < math.inf, "a number >= 0"),
+    **{
+        name: (losses.RANGES[name].strict, losses.RANGES[name].strictly_wanted)
+        for name in ("beta", "label_smoothing", "simpo_gamma")
+    },
+    **dict.fromkeys(
+        ("alpha", "dpop_lambda", "slic_delta"), (lambda x: 0 <= x < math.inf, "a number >= 0")
+    ),
 }
 
 
@@ -197,11 +196,6 @@ def defaults_of(name: str) -> Defaults:
     """What a method's options are where nobody says otherwise."""
     method = method_named(name)
     return method.defaults if isinstance(method, SumLoss) else _OF_MEANS
-
-
-def is_of_sums(name: str) -> bool:
-    """Whether it is a loss of summed log-probs."""
-    return isinstance(method_named(name), SumLoss)
 
 
 def methods_with(option: str) -> str:

@@ -54,7 +54,7 @@ def _of_method(args: Any) -> list[_Check]:
     apart = not args.loss.of_the_step or args.length_balance == "off"
     alike = f"off with loss_type={args.loss_type!r}, whose pairs hang on each other"
     checks.append((apart, "length_balance", alike, args.length_balance))
-    of_sums = table.is_of_sums(args.loss_type)
+    of_sums = isinstance(args.loss, table.SumLoss)
     share = args.ld_alpha
     checks.append((share is None or 0 <= share <= 1, "ld_alpha", "None or 0 to 1", share))
     only = f"None, since loss_type={args.loss_type!r} takes means"

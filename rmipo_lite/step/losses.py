@@ -22,6 +22,7 @@ from rmipo_lite.methods.sums import pair_sums, sequence_sums
 from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.ops import PairLossOutput, pair_loss
 from rmipo_lite.ops.devices import in_float64
+from rmipo_lite.ops.losses import Loss
 from rmipo_lite.tokens.pair import TokenizedPair
 
 # Mean nats per token of both sides, NaN where a response has no scored token.
@@ -62,8 +63,13 @@ def losses(
         **args.pair_options._asdict(),
         impl=args.kernel_impl,
     )
-    rewards = (args.beta if method.beta_in_rewards else 1.0) * out.logps.detach()
+    rewards = reward_scale(method, args) * out.logps.detach()
     return out, (rewards[0::2], rewards[1::2])
+
+
+def reward_scale(loss: Loss, args: RMiPOConfig) -> float:
+    """Of rewards to mean log-probs, in a loss of means."""
+    return args.beta if loss.beta_in_rewards else 1.0
 
 
 def _of_sums(

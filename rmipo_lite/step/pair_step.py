@@ -135,16 +135,17 @@ class PairStep:
             return self._side_means(pairs, self._scored)
 
     @torch.no_grad()
-    def response_sums(self, pairs: Sequence[TokenizedPair]) -> list[tuple[float, float]]:
-        """Log-probs of both sides of every pair, summed, as the run's method sums them."""
-        found: dict[int, tuple[float, float]] = {}
+    def response_sums(
+        self, pairs: Sequence[TokenizedPair]
+    ) -> list[tuple[TokenizedPair, tuple[float, float]]]:
+        """Pairs with both sides' log-probs, summed as the run's method sums them."""
+        found: list[tuple[TokenizedPair, tuple[float, float]]] = []
         with evaluating(self.model):
             for part, (logps, borders) in self._in_parts(pairs, self._scored):
                 sums = sequence_sums(logps, borders, self.args.ld_alpha).tolist()
-                found |= {
-                    id(p): (w, r) for p, w, r in zip(part, sums[0::2], sums[1::2], strict=True)
-                }
-        return [found[id(pair)] for pair in pairs]
+                sides = zip(sums[0::2], sums[1::2], strict=True)
+                found += zip(part, sides, strict=True)
+        return found
 
     def _know_reference(self, pairs: Sequence[TokenizedPair]) -> None:
         if self.reference is not None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import PairLossOutput
+from rmipo_lite.ops.losses import Loss
+from rmipo_lite.step.losses import reward_scale
 from rmipo_lite.tokens.pair import TokenizedPair
 
 # One float32 rounding step around gamma_max: exp(0) is exact, the affine map after it may not be.
@@ -84,8 +86,9 @@ def concat(parts: Sequence[PairValues]) -> PairValues:
 def restored(part: Mapping[str, Tensor], args: RMiPOConfig, device: torch.device) -> PairValues:
     """Values as a checkpoint keeps them; an older one has no rewards, which were of means then."""
     kept = {name: value.to(device) for name, value in part.items()}
+    loss = args.loss  # another one than the checkpoint's, perhaps
+    scale = reward_scale(loss, args) if isinstance(loss, Loss) else args.beta
     for side in ("chosen", "rejected"):
-        scale = args.beta if getattr(args.loss, "beta_in_rewards", True) else 1.0
         kept.setdefault(f"{side}_reward", scale * kept[f"{side}_logps"])
     return PairValues(**kept)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from rmipo_lite.adapters.start import swapped
 from rmipo_lite.tokens.pair import TokenizedPair
 
 Sums = dict[str, tuple[float, float]]  # key of a pair -> sums of chosen and rejected, nats
-Score = Callable[[Sequence[TokenizedPair]], list[tuple[float, float]]]
+Score = Callable[[Sequence[TokenizedPair]], Iterable[tuple[TokenizedPair, tuple[float, float]]]]
 
 
 def key_of(pair: TokenizedPair) -> str:
@@ -38,7 +37,7 @@ class Reference:
         model: the policy.
         start: its trained weights as they came to the run, by name; None: none were kept, and the
             reference is the model itself until `close`.
-        score: the sums of pairs under the model that is in force.
+        score: pairs, in any order, with their sums under the model that is in force.
         is_live: whether nothing is kept.
 
     Attributes:
@@ -83,15 +82,9 @@ class Reference:
                 "the model has changed since; pass them as eval_dataset, or reference='live', "
                 "which keeps a copy of the weights"
             )
-        with self._as_it_came():
-            scored = self._score(missing)
-        self.known |= {key_of(pair): sums for pair, sums in zip(missing, scored, strict=True)}
+        with swapped(self._model, self._start or {}):
+            self.known |= {key_of(pair): sums for pair, sums in self._score(missing)}
 
     def sums(self, pairs: Sequence[TokenizedPair]) -> Tensor:
         """(2P,) float64, chosen and rejected in turn, of pairs that are known."""
         return torch.tensor([s for p in pairs for s in self.known[key_of(p)]], dtype=torch.float64)
-
-    @contextmanager
-    def _as_it_came(self) -> Iterator[None]:
-        with swapped(self._model, self._start or {}):
-            yield

@@ -48,5 +48,19 @@ def test_means_over_pairs_whatever_the_parts(tmp_path: Path) -> None:
     assert reduced["lengths/chosen"] == 4.0
 
 
+@pytest.mark.parametrize(("loss_type", "scale"), [("rmipo", 2.0), ("simper", 1.0), ("dpo", 0.1)])
+def test_an_older_checkpoints_values_have_rewards_of_means(
+    loss_type: str, scale: float, tmp_path: Path
+) -> None:
+    """Whatever the run goes on with."""
+    whole = vars(_values([-1.0, -3.0], [-2.0, -2.0], [0.5, 0.5]))
+    older = {name: value for name, value in whole.items() if not name.endswith("_reward")}
+    args = RMiPOConfig(str(tmp_path), loss_type=loss_type)
+    values = pair_values.restored(older, args, torch.device("cpu"))
+    assert values.chosen_reward.tolist() == pytest.approx([-scale, -3 * scale])
+    kept = pair_values.restored(whole, args, torch.device("cpu"))
+    assert torch.equal(kept.chosen_reward, whole["chosen_reward"])
+
+
 def test_no_pairs_no_numbers(tmp_path: Path) -> None:
     assert pair_values.reduce([], RMiPOConfig(str(tmp_path))) == {}
