@@ -1,6 +1,6 @@
 """A real model as a world of the study: its supervised start, its own answers, two annotators.
 
-The start is a base model's: 150 steps on answers that a program wrote, half of them beside the
+The start is a base model's: 50 steps on answers that a program wrote, half of them beside the
 point, so that it ends its answers, knows every form asked for, and seldom chooses the right one.
 """
 
@@ -33,7 +33,7 @@ from rmipo_lite.model.generation import generate_ids, prompt_ids
 from rmipo_lite.output.console import say
 from rmipo_lite.tokens.templates import prepare_tokenizer
 
-STEPS, BATCH, RATE = 150, 16, 5e-5
+STEPS, BATCH, RATE = 50, 16, 5e-5
 ANSWERS = 4  # to each prompt; two and two are compared
 MAX_NEW_TOKENS = 48
 RIGHT = 0.5  # share of the supervised answers that are

@@ -82,9 +82,13 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def fill(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
-    """Write weights into the parameters of their names."""
+    """Write weights into the parameters of their names; LoRA's may have another rank."""
     for name, weight in weights.items():
-        parameters[name].copy_(weight)
+        parameter = parameters[name]
+        if parameter.shape == weight.shape:
+            parameter.copy_(weight)
+        else:
+            parameter.data = weight.to(parameter)
 
 
 @contextmanager
@@ -104,13 +108,54 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 def as_difference(state: Weights, start: Weights) -> Weights:
     """Trained and first LoRA weights (by the names of files) as one LoRA of twice the rank."""
-    joined = dict(state)
-    for name, tensor in state.items():
-        if "lora_A" in name or "lora_embedding_A" in name:
-            joined[name] = torch.cat([tensor, start[name].to(tensor)], dim=0)
-        elif "lora_B" in name or "lora_embedding_B" in name:
-            joined[name] = torch.cat([tensor, -start[name].to(tensor)], dim=1)
-    return joined
+    return {**state, **_summed(state, start, 1.0, -1.0)}
+
+
+def _is_first(name: str) -> bool:
+    return "lora_A" in name or "lora_embedding_A" in name
+
+
+def _is_second(name: str) -> bool:
+    return ("lora_B" in name and not name.endswith("bias")) or "lora_embedding_B" in name
+
+
+def _summed(one: Weights, other: Mapping[str, Tensor], first: float, second: float) -> Weights:
+    """The factors of first B1 A1 + second B2 A2, whose ranks add up."""
+    found = {}
+    for name, tensor in one.items():
+        also = other[name].to(tensor) if _is_first(name) or _is_second(name) else tensor
+        if _is_first(name):
+            found[name] = torch.cat([tensor, also], dim=0)
+        elif _is_second(name):
+            found[name] = torch.cat([first * tensor, second * also], dim=1)
+    return found
+
+
+def has_averages(model: nn.Module) -> bool:
+    """Whether an average of its weights is to be had by `moved_towards`: trained in full, LoRA."""
+    if not isinstance(model, PeftModel):
+        return True
+    config = model.active_peft_config
+    return config.peft_type == "LORA" and not getattr(config, "use_dora", False)
+
+
+@torch.no_grad()
+def moved_towards(model: nn.Module, start: Mapping[str, Tensor], share: float) -> Weights:
+    """share * (the model's trained weights) + (1 - share) * `start`, as weights, on the CPU.
+
+    Of LoRA it is what the layers add that is averaged, not A and B: exact, at the price of a rank
+    that grows by the adapter's own every time. What nothing is left of isn't carried along.
+    """
+    now = trained_weights(model)
+    if share == 1.0:
+        return now
+    if not any(weight.any() for name, weight in start.items() if _is_second(name)):
+        factors = {n: share * w if _is_second(n) else w for n, w in now.items()
+                   if _is_first(n) or _is_second(n)}  # fmt: skip
+    else:
+        factors = _summed(now, start, share, 1 - share)
+    rest = {n: w.lerp(start[n].to(w), 1 - share) for n, w in now.items() if n not in factors}
+    return {**factors, **rest}
 
 
 def of_difference(joined: Weights, own: Weights) -> tuple[Weights, Weights]:

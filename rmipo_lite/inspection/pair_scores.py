@@ -29,7 +29,7 @@ from rmipo_lite.model.names import name_of
 from rmipo_lite.ops.devices import in_float64
 from rmipo_lite.output.console import duration, say
 from rmipo_lite.step import pair_values
-from rmipo_lite.step.losses import solve
+from rmipo_lite.step.losses import memory_of, solve
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.step.pair_values import PairValues
 from rmipo_lite.tokens.options import TokenizationOptions
@@ -167,7 +167,10 @@ def loss_weight(values: PairValues, args: RMiPOConfig) -> torch.Tensor:
         lengths = torch.stack([values.chosen_length, values.rejected_length], 1).flatten()
         sums = torch.stack([chosen, rejected], 1).flatten() * in_float64(lengths)
         reference = sums if loss.needs_reference else None
-        return solve(sums, lengths.long().to(sums.device), reference, args)[:, 1].abs() / args.beta
+        solved = solve(
+            sums, lengths.long().to(sums.device), reference, args, memory_of(args), training=False
+        )
+        return solved[:, 1].abs() / args.beta
     _, slope, _ = loss.formula(chosen, rejected, in_float64(values.gamma), args.pair_options)
     return slope.abs() / (args.beta if loss.has_beta else 1.0)
 

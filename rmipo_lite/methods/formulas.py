@@ -27,9 +27,13 @@ class MethodOptions(NamedTuple):
     alpha: float
     dpop_lambda: float
     slic_delta: float
+    beta_dpo_rho: float
+    gamma_po_tau: float
+    epsilon: float
+    length_norm: bool
 
 
-def _logistic(z: Tensor, label_smoothing: float) -> Tensor:
+def logistic(z: Tensor, label_smoothing: float) -> Tensor:
     """(1 - e) sp(-z) + e sp(z)."""
     if not label_smoothing:  # not added where it is off: 0 * inf would be NaN
         return -F.logsigmoid(z)
@@ -38,7 +42,7 @@ def _logistic(z: Tensor, label_smoothing: float) -> Tensor:
 
 def dpo(pairs: PairSums, o: MethodOptions) -> Tensor:
     """sp(-beta h), Rafailov et al. 2023 (arXiv 2305.18290); with label smoothing conservative."""
-    return _logistic(o.beta * pairs.gap, o.label_smoothing)
+    return logistic(o.beta * pairs.gap, o.label_smoothing)
 
 
 def robust(pairs: PairSums, o: MethodOptions) -> Tensor:
@@ -50,7 +54,7 @@ def robust(pairs: PairSums, o: MethodOptions) -> Tensor:
 
 def dpo_norm(pairs: PairSums, o: MethodOptions) -> Tensor:
     """sp(-beta G): DPO of means over tokens."""
-    return _logistic(o.beta * pairs.mean_gap, o.label_smoothing)
+    return logistic(o.beta * pairs.mean_gap, o.label_smoothing)
 
 
 def ipo(pairs: PairSums, o: MethodOptions) -> Tensor:
@@ -86,7 +90,7 @@ def orpo(pairs: PairSums, o: MethodOptions) -> Tensor:
 
 def cpo(pairs: PairSums, o: MethodOptions) -> Tensor:
     """sp(-beta (S_w - S_l)), Xu et al. 2024 (arXiv 2401.08417); its NLL is `sft_weight`."""
-    return _logistic(o.beta * (pairs.chosen - pairs.rejected), o.label_smoothing)
+    return logistic(o.beta * (pairs.chosen - pairs.rejected), o.label_smoothing)
 
 
 def dpo_hinge(pairs: PairSums, o: MethodOptions) -> Tensor:
@@ -107,19 +111,19 @@ def _alpha_reward(mean: Tensor, alpha: float) -> Tensor:
 def alphapo(pairs: PairSums, o: MethodOptions) -> Tensor:
     """sp(-(beta (r_w - r_l) - gamma)), r = (1 - p^-alpha) / alpha (arXiv 2501.03884)."""
     chosen, rejected = (_alpha_reward(mean, o.alpha) for mean in pairs.means)
-    return _logistic(o.beta * (chosen - rejected) - o.simpo_gamma, o.label_smoothing)
+    return logistic(o.beta * (chosen - rejected) - o.simpo_gamma, o.label_smoothing)
 
 
 def dpop(pairs: PairSums, o: MethodOptions) -> Tensor:
     """sp(-beta (h - lambda relu(-W))), Pal et al. 2024 (arXiv 2402.13228)."""
     penalty = o.dpop_lambda * F.relu(-pairs.chosen_ratio)
-    return _logistic(o.beta * (pairs.gap - penalty), o.label_smoothing)
+    return logistic(o.beta * (pairs.gap - penalty), o.label_smoothing)
 
 
 def r_dpo(pairs: PairSums, o: MethodOptions) -> Tensor:
     """sp(-(beta h + alpha (n_w - n_l))), Park et al. 2024 (arXiv 2403.19159), n in tokens."""
     longer = pairs.chosen_length - pairs.rejected_length
-    return _logistic(o.beta * pairs.gap + o.alpha * longer, o.label_smoothing)
+    return logistic(o.beta * pairs.gap + o.alpha * longer, o.label_smoothing)
 
 
 def apo_zero(pairs: PairSums, o: MethodOptions) -> Tensor:
@@ -135,13 +139,26 @@ def apo_down(pairs: PairSums, o: MethodOptions) -> Tensor:
 
 def ratio_rewards(pairs: PairSums, o: MethodOptions) -> tuple[Tensor, Tensor]:
     """beta times each side's ratio to the reference: trl's rewards, (P,) each."""
-    return o.beta * pairs.chosen_ratio, o.beta * pairs.rejected_ratio
+    chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
+    if o.length_norm:
+        chosen, rejected = chosen / pairs.chosen_length, rejected / pairs.rejected_length
+    return o.beta * chosen, o.beta * rejected
 
 
 def mean_rewards(pairs: PairSums, o: MethodOptions) -> tuple[Tensor, Tensor]:
     """beta times each side's mean log-prob."""
     chosen, rejected = pairs.means
     return o.beta * chosen, o.beta * rejected
+
+
+def alpha_dpo_rewards(pairs: PairSums, o: MethodOptions) -> tuple[Tensor, Tensor]:
+    """beta (m - alpha (m - m_ref)): alpha-DPO's."""
+    chosen, rejected = mean_rewards(pairs, o)
+    share = o.beta * o.alpha
+    return (
+        chosen - share * pairs.chosen_ratio / pairs.chosen_length,
+        rejected - share * pairs.rejected_ratio / pairs.rejected_length,
+    )
 
 
 def alpha_rewards(pairs: PairSums, o: MethodOptions) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,11 @@ class PairSums(NamedTuple):
     rejected_length: Tensor  # (P,)
     chosen_reference: Tensor  # (P,) under the reference, no gradient; 0 without one
     rejected_reference: Tensor  # (P,)
+    signs: Tensor | None = None  # (P,) -1, 0 or 1: `step.perturbed`, where a method asks for it
+
+    def detached(self) -> "PairSums":
+        """The same numbers without a gradient."""
+        return PairSums(*(part if part is None else part.detach() for part in self))  # type: ignore[arg-type]
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -76,9 +81,14 @@ def _tail_weights(lengths: Tensor, ld_alpha: float) -> Tensor:
     return weights.masked_fill(place < shared.repeat_interleave(lengths), 1.0)
 
 
-def pair_sums(sums: Tensor, cu_seqlens: Tensor, reference: Tensor | None = None) -> PairSums:
+def pair_sums(
+    sums: Tensor, cu_seqlens: Tensor, reference: Tensor | None = None, signs: Tensor | None = None
+) -> PairSums:
     """Both sides of every pair from sums C1 R1 C2 R2 ..., (2P,), and the reference's."""
     lengths = cu_seqlens.to(sums.device).diff().to(sums.dtype)
     known = torch.zeros_like(sums) if reference is None else reference.to(sums)
     known = known.detach()
-    return PairSums(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], known[0::2], known[1::2])
+    return PairSums(
+        sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], known[0::2], known[1::2],
+        None if signs is None else signs.to(sums),
+    )  # fmt: skip

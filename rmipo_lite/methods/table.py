@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rmipo_lite.methods import formulas
+from rmipo_lite.methods import formulas, memory
 from rmipo_lite.methods.formulas import MethodOptions
+from rmipo_lite.methods.memory import Remembers
 from rmipo_lite.methods.sums import PairSums
 from rmipo_lite.ops import losses
 from rmipo_lite.ops.losses import LOSSES, Loss
@@ -33,20 +34,25 @@ class SumLoss:
     """A loss of summed log-probs.
 
     Attributes:
-        formula: loss of every pair from the sums and the constants; autograd gives its gradient.
+        formula: loss of every pair from the sums and the constants, of one that remembers from the
+            step's terms too; autograd gives its gradient.
         words: what it is, for a model card; one line.
         defaults: the constants that it has, as its authors or their code set them.
         rewards: what `rewards/*` are, by its own code.
         needs_reference: whether it measures from the model as it came to the run.
         of_the_step: whether a pair's loss hangs on the others of its optimizer step.
+        remembers: what it carries from step to step, if anything.
+        needs_logits: whether it looks at the reference's logits, at every step.
     """
 
-    formula: Callable[[PairSums, MethodOptions], Tensor]
+    formula: Callable[..., Tensor]
     words: str
     defaults: Defaults
     rewards: Callable[[PairSums, MethodOptions], tuple[Tensor, Tensor]] = formulas.ratio_rewards
     needs_reference: bool = True
     of_the_step: bool = False
+    remembers: Remembers | None = None
+    needs_logits: bool = False
 
     needs_prior: bool = field(default=False, init=False)  # as `ops.losses` says it
 
@@ -150,6 +156,50 @@ _SUM_LOSSES: dict[str, SumLoss] = {
         "rejected one more",
         {"beta": 0.1, **_BARE},
     ),
+    "alpha_dpo": SumLoss(
+        memory.of_means,
+        "alpha-DPO ([arXiv:2410.10148](https://arxiv.org/abs/2410.10148)): SimPO with a margin "
+        "that grows with the change from the reference model, beside its running mean and spread",
+        _dpo_like(beta=10.0, simpo_gamma=4.0, alpha=0.05),
+        rewards=formulas.alpha_dpo_rewards,
+        of_the_step=True,
+        remembers=memory.ALPHA_DPO,
+    ),
+    "beta_dpo": SumLoss(
+        memory.of_gaps,
+        "beta-DPO ([arXiv:2407.08639](https://arxiv.org/abs/2407.08639)): DPO with a beta that "
+        "follows the step's gaps, on pairs drawn near their running mean",
+        {"beta": 0.1, "alpha": 0.6, "beta_dpo_rho": 0.2, **_BARE},
+        of_the_step=True,
+        remembers=memory.BETA_DPO,
+    ),
+    "epsilon_dpo": SumLoss(
+        memory.of_gaps,
+        "epsilon-DPO ([arXiv:2502.13177](https://arxiv.org/abs/2502.13177)): DPO with a beta for "
+        "every pair, by what a small step to or from the reference model does to it",
+        {"beta": 0.01, "epsilon": 0.01, **_BARE},
+        of_the_step=True,
+        remembers=memory.EPSILON_DPO,
+        needs_logits=True,
+    ),
+    "gamma_simpo": SumLoss(
+        memory.of_means,
+        "gamma-SimPO ([arXiv:2506.03690](https://arxiv.org/abs/2506.03690)): SimPO with margins "
+        "that a small optimisation over recent gaps finds",
+        {"beta": 10.0, "simpo_gamma": 4.0, "gamma_po_tau": 10.0, **_BARE},
+        rewards=formulas.mean_rewards,
+        needs_reference=False,
+        of_the_step=True,
+        remembers=memory.GAMMA_SIMPO,
+    ),
+    "gamma_dpo": SumLoss(
+        memory.of_gaps,
+        "gamma-DPO ([arXiv:2506.03690](https://arxiv.org/abs/2506.03690)): DPO with margins that a "
+        "small optimisation over recent gaps finds",
+        {"beta": 10.0, "simpo_gamma": 4.0, "gamma_po_tau": 10.0, "length_norm": True, **_BARE},
+        of_the_step=True,
+        remembers=memory.GAMMA_DPO,
+    ),
 }
 
 
@@ -165,6 +215,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("alpha", "dpop_lambda", "slic_delta"), (lambda x: 0 <= x < math.inf, "a number >= 0")
     ),
+    "beta_dpo_rho": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "gamma_po_tau": (lambda x: 0 < x < math.inf, "a number > 0"),
+    "epsilon": (lambda x: 0 < x < 1, "in (0, 1)"),
+    "length_norm": (lambda x: isinstance(x, bool), "True or False"),
 }
 
 

@@ -1,7 +1,7 @@
 """A model's output layer as our operator needs it: weight, bias, conventions of its logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -42,6 +42,16 @@ class ModelHead:
             logit_scale=self.logit_scale,
             impl=impl,
         )
+
+    def copied(self) -> "ModelHead":
+        """The same numbers where nobody writes to them."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return replace(self, weight=self.weight.detach().clone(), bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) fp32 from hidden rows (N, H): for few rows, these are large."""
+        product = (hidden.to(self.weight.dtype) @ self.weight.T).float()
+        return self._logit(product, product.new_zeros(()) if self.bias is None else self.bias)
 
     def lead_of(self, token_id: int, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Logit of one token minus that of each row's own, (N,) fp32, from hidden rows (N, H)."""

@@ -45,7 +45,7 @@ class MethodFields:
     simpo_gamma: float | None = described(
         None,
         f"{methods_with('simpo_gamma')}: constant target margin outside beta, reward units; None: "
-        "0.5, alphapo 0.1.",
+        "0.5, alphapo 0.1, alpha_dpo and gamma_* 4.",
     )
     gamma_beta_ratio: float | None = described(
         None,
@@ -59,12 +59,34 @@ class MethodFields:
     alpha: float | None = described(
         None,
         f"{methods_with('alpha')}: alphapo's power of the probability (None: 0.25), r_dpo's reward "
-        "for a token that the chosen side is longer (None: 0.05).",
+        "for a token that the chosen side is longer (None: 0.05), alpha_dpo's weight of the change "
+        "from the reference (None: 0.05), beta_dpo's of the gap in beta (None: 0.6).",
     )
     dpop_lambda: float | None = described(
         None, "dpop: weight of the penalty below the reference; None: 0.1."
     )
     slic_delta: float | None = described(None, "slic: the margin, nats; None: 1.")
+    beta_dpo_rho: float | None = described(
+        None, "beta_dpo: share of a step's pairs that is left out, in [0, 1); None: 0.2."
+    )
+    gamma_po_tau: float | None = described(
+        None,
+        f"{methods_with('gamma_po_tau')}: how near to each other margins are held; None: 10.",
+    )
+    epsilon: float | None = described(
+        None, "epsilon_dpo: size of the step to and from the reference, in (0, 1); None: 0.01."
+    )
+    length_norm: bool | None = described(
+        None, "gamma_dpo: gaps of means over tokens, or of sums; None: True."
+    )
+    ref_sync_steps: int | None = described(
+        None,
+        "Methods with a reference: after so many steps it moves towards the model (TR-DPO; its "
+        "authors: 512); None: it stays.",
+    )
+    ref_sync_alpha: float = described(
+        0.6, "How far it moves, in (0, 1]: reference = alpha model + (1 - alpha) reference."
+    )
     ld_alpha: float | None = described(
         None,
         "Methods of sums: how much a token counts past the length that both sides have, 0 to 1 "
@@ -123,7 +145,8 @@ class MethodFields:
     @property
     def method_options(self) -> MethodOptions:
         """The constants of a loss of sums; those it hasn't are 0."""
-        return MethodOptions(*(getattr(self, name) or 0.0 for name in MethodOptions._fields))
+        values: Any = (getattr(self, name) or 0.0 for name in MethodOptions._fields)
+        return MethodOptions(*values)
 
     @property
     def uses_prior(self) -> bool:

@@ -55,11 +55,26 @@ def _of_method(args: Any) -> list[_Check]:
     alike = f"off with loss_type={args.loss_type!r}, whose pairs hang on each other"
     checks.append((apart, "length_balance", alike, args.length_balance))
     of_sums = isinstance(args.loss, table.SumLoss)
+    least = getattr(getattr(args.loss, "remembers", None), "least_pairs", 1)
+    size = args.pairs_per_step
+    enough = f"at least {least} with loss_type={args.loss_type!r}, which takes a step's spread"
+    checks.append((size >= least, "the number of pairs per step", enough, size))
+    checks += _of_moving_reference(args)
     share = args.ld_alpha
     checks.append((share is None or 0 <= share <= 1, "ld_alpha", "None or 0 to 1", share))
     only = f"None, since loss_type={args.loss_type!r} takes means"
     checks.append((share is None or of_sums, "ld_alpha", only, share))
     return checks
+
+
+def _of_moving_reference(args: Any) -> list[_Check]:
+    steps, share = args.ref_sync_steps, args.ref_sync_alpha
+    none = f"None, since loss_type={args.loss_type!r} measures from no reference model"
+    return [
+        (steps is None or steps >= 1, "ref_sync_steps", "None or a whole number >= 1", steps),
+        (steps is None or args.loss.needs_reference, "ref_sync_steps", none, steps),
+        (0 < share <= 1, "ref_sync_alpha", "in (0, 1]", share),
+    ]
 
 
 def _of_data(args: Any) -> list[_Check]:

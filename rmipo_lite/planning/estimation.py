@@ -33,6 +33,7 @@ from rmipo_lite.planning.estimation_view import Estimate, Fit
 from rmipo_lite.planning.footprint import Activations, Setup, Weights, optimizer_width, weights_of
 from rmipo_lite.planning.half_range import is_beyond_half
 from rmipo_lite.planning.workload import Workload, shortened, workload
+from rmipo_lite.step.together import needs_logits
 from rmipo_lite.tokens.options import options_for
 
 CPU = "cpu"
@@ -115,7 +116,7 @@ def estimate(
         note=case.work.note,
         pairs=case.work.pairs,
         pairs_per_step=args.pairs_per_step,
-        tokens=case.work.policy * (1 + args.loss.needs_reference)
+        tokens=case.work.policy * (1 + args.loss.needs_reference + 2 * needs_logits(args))
         + (case.work.prior if args.uses_prior else 0),
         fit=case.on(_card_of(gpu)),
         cards=[case.on(find_card(common)) for common in COMMON],
@@ -315,7 +316,8 @@ def _seconds(
     operations = work.policy * (forward + backward + 3 * adapter) + prior * (forward + adapter)
     operations += 2 * weights.head * (2 * work.scored + prior)  # logits, and their derivative
     # Without gradients: the reference, and a step's pairs together where micro-steps cut them.
-    again = case.args.loss.needs_reference + (case.args.loss.of_the_step and work.step > tokens)
+    loss, asks = case.args.loss, needs_logits(case.args)
+    again = loss.needs_reference + asks + (loss.of_the_step and (asks or work.step > tokens))
     operations += again * (work.policy * (forward + adapter) + 2 * weights.head * work.scored)
     seconds = operations / speed
     if setup.quantized and card.bandwidth:

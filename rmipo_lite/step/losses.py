@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.length_balance import LengthBalance, fit_length_balance
-from rmipo_lite.methods.sums import pair_sums, sequence_sums
+from rmipo_lite.methods.memory import Memory
+from rmipo_lite.methods.sums import PairSums, pair_sums, sequence_sums
 from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.ops import PairLossOutput, pair_loss
 from rmipo_lite.ops.devices import in_float64
@@ -47,11 +48,12 @@ def losses(
     args: RMiPOConfig,
     reference: Tensor | None = None,  # (2P,) float64, the reference's sums; None: without one
     solved: Tensor | None = None,  # (P, 3) float64, what `solve` found of these pairs
+    memory: Memory | None = None,  # of methods that have one
 ) -> tuple[PairLossOutput, Rewards]:
     """Loss and its parts for every pair, with the run's options, and both sides' rewards."""
     method = args.loss
     if isinstance(method, SumLoss):
-        return _of_sums(method, token_logps, cu_seqlens, reference, solved, args)
+        return _of_sums(method, token_logps, cu_seqlens, reference, solved, memory, args)
     prior_logps, prior_cu_seqlens = (None, None) if prior is None else prior
     if prior_logps is not None:  # a cached or an empty one is float32, whatever the model is
         prior_logps = prior_logps.to(token_logps.dtype)
@@ -78,6 +80,7 @@ def _of_sums(
     cu_seqlens: Tensor,
     reference: Tensor | None,
     solved: Tensor | None,
+    memory: Memory | None,
     args: RMiPOConfig,
 ) -> tuple[PairLossOutput, Rewards]:
     sums = sequence_sums(token_logps, cu_seqlens, args.ld_alpha)
@@ -85,7 +88,9 @@ def _of_sums(
         reference = sums  # a model that nobody trains is its own
     pairs = pair_sums(sums, cu_seqlens, reference)
     if solved is None:
-        loss = method.formula(pairs, args.method_options).to(token_logps)
+        # Where no gradient is wanted nothing is trained, and nothing remembered.
+        training = torch.is_grad_enabled()
+        loss = _formula(method, pairs, args, memory, training).to(token_logps)
     else:  # the value is the loss, the gradient that of the step's loss
         known = solved.to(sums)
         pull = (known[:, 1:].flatten() * sums).view(-1, 2).sum(1)
@@ -97,11 +102,32 @@ def _of_sums(
     return PairLossOutput(loss, none, none, means, None), (next(rewards), next(rewards))
 
 
+def memory_of(args: RMiPOConfig) -> Memory | None:
+    """What the run's method remembers, at the beginning; None where it remembers nothing."""
+    method = args.loss
+    if not isinstance(method, SumLoss) or method.remembers is None:
+        return None
+    return Memory(method.remembers, args.method_options, int(args.seed))
+
+
+def _formula(
+    method: SumLoss, pairs: PairSums, args: RMiPOConfig, memory: Memory | None, training: bool
+) -> Tensor:
+    if memory is None:
+        return method.formula(pairs, args.method_options)
+    terms = memory.terms(pairs) if training else memory.at_rest(pairs)
+    return method.formula(pairs, args.method_options, terms)
+
+
 def solve(
     sums: Tensor,  # (2P,) float64, of all pairs of an optimizer step
     lengths: Tensor,  # (2P,) scored tokens
     reference: Tensor | None,  # (2P,) float64
     args: RMiPOConfig,
+    memory: Memory | None = None,
+    signs: Tensor | None = None,  # (P,), of methods that look at logits
+    *,
+    training: bool = True,
 ) -> Tensor:
     """(P, 3) float64: every pair's loss, and the derivatives of their sum in both its sides.
 
@@ -112,7 +138,8 @@ def solve(
     with torch.enable_grad():
         leaf = sums.detach().requires_grad_()
         borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        loss = method.formula(pair_sums(leaf, borders, reference), args.method_options)
+        pairs = pair_sums(leaf, borders, reference, signs)
+        loss = _formula(method, pairs, args, memory, training)
         (slopes,) = torch.autograd.grad(loss.sum(), leaf)
     return torch.cat([loss.detach()[:, None], slopes.view(-1, 2)], dim=1)
 

@@ -11,6 +11,7 @@ from rmipo_lite.model import batch
 from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.budget import plan_micro_steps
+from rmipo_lite.step.losses import memory_of
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
 
@@ -60,6 +61,7 @@ def make_step(
         prior_front=prior_front,
         pad_id=pad_id,
         autocast=autocast,
+        memory=memory_of(args),
     )
     if plan.checkpointing:
         step.enable_checkpointing()

@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.methods.memory import Memory
 from rmipo_lite.methods.sums import sequence_sums
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
@@ -33,7 +35,7 @@ from rmipo_lite.model.backbone import (
 )
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.fused_lora import fused_lora
-from rmipo_lite.model.head import end_nll, read_head
+from rmipo_lite.model.head import ModelHead, end_nll, read_head
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.budget import is_out_of_memory
 from rmipo_lite.step.gradients import clear_gradients, is_finite, void_gradients
@@ -43,11 +45,11 @@ from rmipo_lite.step.losses import (
     chosen_token_nll,
     losses,
     side_means,
-    solve,
 )
 from rmipo_lite.step.neftune import embedding_noise
 from rmipo_lite.step.pair_values import PairValues, StepOutcome
 from rmipo_lite.step.reference import Reference
+from rmipo_lite.step.together import needs_logits, solve_step
 from rmipo_lite.tokens.pair import TokenizedPair
 
 T = TypeVar("T")
@@ -72,6 +74,7 @@ class PairStep:
     prior_cache: SideMeans | None = None  # prior="cached": used by training steps only
     weights: Mapping[int, float] | None = None  # of pairs by row, in training; None: all alike
     reference: Reference | None = None  # of methods that measure from one
+    memory: Memory | None = None  # of methods that have one
     end_id: int | None = None  # the token that ends an answer, for `end_anchor`
     checkpointing: bool = False  # activations are computed again in the backward pass
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
@@ -86,7 +89,7 @@ class PairStep:
         drawn = random_state()  # a step repeated draws the same dropout
         outcome = self._accumulate(pairs, backward)
         if self._is_finite(outcome):
-            return outcome
+            return self._kept(outcome)
         good: list[TokenizedPair] = []
         dropped: list[TokenizedPair] = []
         for pair in pairs:
@@ -103,7 +106,17 @@ class PairStep:
             nothing = torch.zeros((), device=device_of(self.model))
             return StepOutcome(loss=nothing, dropped=list(pairs))
         outcome.dropped = dropped
+        return self._kept(outcome)
+
+    def _kept(self, outcome: StepOutcome) -> StepOutcome:
+        """This step counts: the method remembers it."""
+        if self.memory is not None:
+            self.memory.commit()
         return outcome
+
+    def put_back(self) -> AbstractContextManager[None]:
+        """Steps inside the block are tries, which the method doesn't remember."""
+        return nullcontext() if self.memory is None else self.memory.put_back()
 
     @torch.no_grad()
     def evaluate(
@@ -282,7 +295,9 @@ class PairStep:
             num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
         reference = None if self.reference is None else self.reference.sums(pairs)
         solved = None if self._solved is None else torch.stack([self._solved[p.row] for p in pairs])
-        out, rewards = losses(token_logps, policy.cu_seqlens, prior, self.args, reference, solved)
+        out, rewards = losses(
+            token_logps, policy.cu_seqlens, prior, self.args, reference, solved, self.memory
+        )
         nll = chosen_token_nll(token_logps, policy.cu_seqlens)
         pair_losses, ends, c = out.loss, None, self.args.end_anchor
         if c and self.end_id is not None and torch.is_grad_enabled():
@@ -295,32 +310,34 @@ class PairStep:
     def _solved_for(self, pairs: Sequence[TokenizedPair]) -> Iterator[None]:
         """A step's pairs solved together, where the method asks for it and micro-steps cut them.
 
-        A forward pass more: what each pair pulls at is known when all are.
+        A forward pass more: what each pair pulls at is known when all are. In an evaluation the
+        pairs of a method that remembers stand for themselves.
         """
-        parts = self._split(pairs)
-        if self.args.loss.of_the_step and len(parts) > 1:
-            self._solved = self._solve(parts)
+        parts, method = self._split(pairs), self.args.loss
+        stand_apart = self.memory is not None and not torch.is_grad_enabled()
+        if method.of_the_step and not stand_apart and (len(parts) > 1 or needs_logits(self.args)):
+            drawn = random_state()  # both passes draw the same dropout
+            states = partial(self.states, in_training=True)
+            self._solved = solve_step(parts, states, self.args, self.reference, self.memory)
+            set_random_state(drawn)
         try:
             yield
         finally:
             self._solved = None
 
     @torch.no_grad()
-    def _solve(self, parts: Sequence[Sequence[TokenizedPair]]) -> dict[int, Tensor]:
-        drawn = random_state()  # both passes draw the same dropout
-        sums, lengths = [], []
-        for part in parts:
-            self._running = part
-            policy = self._policy(part)
-            with self._engaged(), self._noise(part):
-                logps = self._score(policy)
-            sums.append(sequence_sums(logps, policy.cu_seqlens, self.args.ld_alpha))
-            lengths.append(policy.cu_seqlens.diff().to(sums[-1].device))
-        set_random_state(drawn)
-        pairs = [pair for part in parts for pair in part]
-        reference = None if self.reference is None else self.reference.sums(pairs)
-        solved = solve(torch.cat(sums), torch.cat(lengths), reference, self.args)
-        return {pair.row: row for pair, row in zip(pairs, solved, strict=True)}
+    def states(
+        self, pairs: Sequence[TokenizedPair], *, in_training: bool = False
+    ) -> tuple[Tensor, ModelHead, ModelInput]:
+        """Hidden rows (N, H) that predict the scored tokens, the head, and what was passed.
+
+        In training with the noise that the micro-step will have too.
+        """
+        if in_training:
+            self._running = pairs
+        policy = self._policy(pairs)
+        with self._engaged(), self._noise(pairs) if in_training else nullcontext():
+            return self._hidden(policy), read_head(self.model), policy
 
     def _weights_of(self, pairs: Sequence[TokenizedPair]) -> list[float]:
         return [1.0 if self.weights is None else self.weights[pair.row] for pair in pairs]

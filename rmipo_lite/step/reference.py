@@ -9,16 +9,33 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rmipo_lite.adapters.start import swapped
+from rmipo_lite.adapters.start import moved_towards, swapped
+from rmipo_lite.model.batch import ModelInput
+from rmipo_lite.model.head import ModelHead
 from rmipo_lite.tokens.pair import TokenizedPair
 
 Sums = dict[str, tuple[float, float]]  # key of a pair -> sums of chosen and rejected, nats
-Score = Callable[[Sequence[TokenizedPair]], Iterable[tuple[TokenizedPair, tuple[float, float]]]]
+
+
+class Scores(Protocol):
+    """What is wanted of the step that passes pairs through the reference's model."""
+
+    model: nn.Module
+
+    def response_sums(
+        self, pairs: Sequence[TokenizedPair]
+    ) -> Iterable[tuple[TokenizedPair, tuple[float, float]]]:
+        """Pairs, in any order, with their sums under the weights that are in force."""
+
+    def states(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, ModelHead, ModelInput]:
+        """Hidden rows (N, H) of the scored tokens, the head, and what was passed, likewise."""
 
 
 def key_of(pair: TokenizedPair) -> str:
@@ -34,31 +51,46 @@ class Reference:
     """The reference's sums of log-probs, by pair.
 
     Args:
-        model: the policy.
-        start: its trained weights as they came to the run, by name; None: none were kept, and the
-            reference is the model itself until `close`.
-        score: pairs, in any order, with their sums under the model that is in force.
+        step: the policy's own, or another model's.
+        start: weights in which the reference differs from the step's model, by name: the policy's
+            trained ones as they came to the run; None: none were kept, and the reference is the
+            model itself until `close`.
         is_live: whether nothing is kept.
 
     Attributes:
         known: what was computed, as a checkpoint keeps it.
+        start: as given, or where `move` brought it.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        step: Scores,
         start: Mapping[str, Tensor] | None,
-        score: Score,
         *,
         is_live: bool = False,
     ) -> None:
-        self._model, self._start, self._score, self._is_live = model, start, score, is_live
+        self.step, self.start, self._is_live = step, start, is_live
         self._is_open = True
         self.known: Sums = {}
 
     def close(self) -> None:
         """Training begins: from here on the model is no longer its own reference."""
-        self._is_open = self._start is not None
+        self._is_open = self.start is not None
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Inside the block the step's model is the reference."""
+        with swapped(self.step.model, self.start or {}):
+            yield
+
+    def move(self, share: float) -> None:
+        """TR-DPO's update (Gorbatovski et al. 2024, arXiv 2404.09656), towards the model as it is.
+
+        What is known of pairs is of the reference that was.
+        """
+        assert self.start is not None
+        self.start = moved_towards(self.step.model, self.start, share)
+        self.known = {}
 
     def missing(self, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
         """The pairs that nothing is known of, each once."""
@@ -82,8 +114,9 @@ class Reference:
                 "the model has changed since; pass them as eval_dataset, or reference='live', "
                 "which keeps a copy of the weights"
             )
-        with swapped(self._model, self._start or {}):
-            self.known |= {key_of(pair): sums for pair, sums in self._score(missing)}
+        with self.in_force():
+            found = self.step.response_sums(missing)
+            self.known |= {key_of(pair): sums for pair, sums in found}
 
     def sums(self, pairs: Sequence[TokenizedPair]) -> Tensor:
         """(2P,) float64, chosen and rejected in turn, of pairs that are known."""

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
-from rmipo_lite.adapters.start import Weights, trained_weights
+from rmipo_lite.adapters.start import Weights, has_averages, trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import loading
 from rmipo_lite.output.console import say
-from rmipo_lite.step.losses import pairs_digest
+from rmipo_lite.step.losses import memory_of, pairs_digest
 from rmipo_lite.step.make import make_step
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.step.reference import Reference
+from rmipo_lite.step.together import needs_logits
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.refusals import refuse_other_vocabulary
 from rmipo_lite.watch.progress import phase
@@ -24,6 +25,18 @@ from rmipo_lite.watch.progress import phase
 _AT_ONCE = 256  # pairs between two lines of progress
 
 RefModel = str | PreTrainedModel | None
+
+
+class _MoveReference(TrainerCallback):
+    """`ref_sync_steps`: after an optimizer step, before its evaluation and its save, as trl's."""
+
+    def __init__(self, step: PairStep) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reference = self._step.reference
+        if reference is not None and state.global_step % args.ref_sync_steps == 0:
+            reference.move(args.ref_sync_alpha)
 
 
 class KnowsBefore(TrainerBeside):
@@ -44,7 +57,7 @@ class KnowsBefore(TrainerBeside):
                 another one.
         """
         args: RMiPOConfig = self.args
-        step, is_live = self.pair_step, args.reference == "live"
+        step, is_live, moves = self.pair_step, args.reference == "live", bool(args.ref_sync_steps)
         if not args.loss.needs_reference:
             if ref_model is not None:
                 raise ValueError(
@@ -52,13 +65,21 @@ class KnowsBefore(TrainerBeside):
                 )
             return
         if ref_model is not None:
-            other = self._as_reference(ref_model, pairs)
-            step.reference = Reference(other.model, {}, other.response_sums)
+            if moves:
+                raise ValueError("ref_sync_steps moves the model's own start; leave ref_model out")
+            step.reference = Reference(self._as_reference(ref_model, pairs), {})
             return
+        if moves and args.ref_sync_alpha < 1 and not has_averages(self.model):
+            raise ValueError(
+                f"ref_sync_alpha={args.ref_sync_alpha} averages weights, which this adapter's "
+                "aren't made for; 1.0, LoRA without DoRA or full training are"
+            )
         start = self.start
-        if start is None and is_live:  # trained in full: a copy, on the CPU
-            start = trained_weights(self.model)
-        step.reference = Reference(self.model, start, step.response_sums, is_live=is_live)
+        if start is None and (is_live or moves or needs_logits(args)):
+            start = trained_weights(self.model)  # trained in full: a copy, on the CPU
+        step.reference = Reference(step, start, is_live=is_live)
+        if moves:
+            cast(Any, self).add_callback(_MoveReference(step))
 
     def _as_reference(self, ref_model: str | PreTrainedModel, pairs: Any) -> PairStep:
         loaded: nn.Module = (
@@ -81,7 +102,7 @@ class KnowsBefore(TrainerBeside):
     def know_reference(self) -> None:
         """Score every pair of training and evaluation by the reference, once."""
         reference = self.pair_step.reference
-        if reference is None or self.args.reference == "live":
+        if reference is None or self.args.reference == "live" or self.args.ref_sync_steps:
             return
         named = (
             self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -95,8 +116,9 @@ class KnowsBefore(TrainerBeside):
                 reference.know(missing[begin : begin + _AT_ONCE])
                 advance(min(begin + _AT_ONCE, len(missing)))
 
-    def forget_priors(self) -> None:
-        """A new run has no cached priors, unless a checkpoint gives some."""
+    def forget(self) -> None:
+        """A new run has no cached priors and remembers no step, unless a checkpoint says so."""
+        self.pair_step.memory = memory_of(self.args)
         self.pair_step.prior_cache = None
         self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
         self._priors_are_ready = False
@@ -119,10 +141,13 @@ class KnowsBefore(TrainerBeside):
     def known_state(self) -> dict[str, Any]:
         """Of a checkpoint, as JSON."""
         cache, reference = self.pair_step.prior_cache, self.pair_step.reference
+        memory = self.pair_step.memory
         return {
             "priors_of": self._priors_of,
             "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
             "reference": {} if reference is None else dict(sorted(reference.known.items())),
+            "reference_start": reference.start if reference and self.args.ref_sync_steps else None,
+            "memory": None if memory is None else [self.args.loss_type, memory.now],
         }
 
     def load_known_state(self, state: dict[str, Any]) -> None:
@@ -133,6 +158,12 @@ class KnowsBefore(TrainerBeside):
             self.pair_step.prior_cache = {
                 int(row): (side_w, side_l) for row, side_w, side_l in cache
             }
+        method, values = state.get("memory") or ("", {})  # absent in older checkpoints
+        if self.pair_step.memory is not None and method == self.args.loss_type:
+            self.pair_step.memory.now = values
+        moved = state.get("reference_start")  # likewise
+        if moved is not None and self.pair_step.reference is not None:
+            self.pair_step.reference.start = moved
         self.load_reference(state)
 
     def load_reference(self, state: dict[str, Any]) -> None:

@@ -86,7 +86,8 @@ class FindsLearningRate(TrainerBeside):
         measured = _finite(measured, start)
         self.range_test = test = RangeTest([m for pair in measured for m in start[pair.row]])
         looking = phase(cast(Any, self), test.words)
-        with kept_random_state(), self._put_back() as optimizer, looking as advance:
+        tries = self.pair_step.put_back()
+        with kept_random_state(), tries, self._put_back() as optimizer, looking as advance:
             while not test.is_over:
                 size = min(len(pairs), self.args.pairs_per_step, PAIRS_OF_A_STEP)
                 self._step_at(test.rate, optimizer, draw.sample(pairs, size))

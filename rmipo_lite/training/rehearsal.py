@@ -166,7 +166,8 @@ def _run_once(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> None:
     """A step's forward and backward passes; its gradients are thrown away."""
     trainer.model.train()
     try:
-        trainer.pair_step.train(pairs, trainer.accelerator.backward)
+        with trainer.pair_step.put_back():
+            trainer.pair_step.train(pairs, trainer.accelerator.backward)
         device = device_of(trainer.model)
         if device.type != "cpu":
             torch.get_device_module(device).synchronize()

@@ -264,7 +264,7 @@ class RMiPOTrainer(
         """A new run counts from zero and has no cached priors, unless a checkpoint gives some."""
         self.run_log.clear()
         self.held_out_values.begin()
-        self.forget_priors()
+        self.forget()
         self._dropped_in_a_row = 0
         self._place = None
         if self.found_rate is not None:  # an earlier run's, which its optimizer has

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -17,13 +14,7 @@ from rmipo_lite.methods.formulas import MethodOptions
 from rmipo_lite.methods.sums import PairSums, pair_sums, sequence_sums
 from rmipo_lite.methods.table import SumLoss, defaults_of, method_named
 from rmipo_lite.ops.losses import PairOptions
-from tests.conftest import SHARED
-
-GOLDEN = SHARED / "golden" / "methods"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="../shared (recorded numbers) is not on this machine"
-)
-Opts = dict[str, Any]
+from tests.methods.golden import Opts, close, golden, needs_golden, numbers, sums
 
 
 def _plain(row: Opts) -> Opts:
@@ -81,17 +72,9 @@ _OF_TOKENS = {"orpo": 1.0}
 _OF_ROWS = {"orpo_lf": 1.0, "orpo_gammapo": 1.0}
 
 
-@cache
-def _golden() -> tuple[list[Opts], dict[str, Any], dict[int, Any]]:
-    found = json.loads(gzip.decompress((GOLDEN / "methods_golden.json.gz").read_bytes()))
-    cases = {case["id"]: case for kind in ("pair_cases", "token_cases") for case in found[kind]}
-    exact = json.loads((GOLDEN / "deviations.json").read_text(encoding="utf-8"))
-    return found["rows"], cases, {row["row"]: row for row in exact}
-
-
 def _rows(theirs: str, fed: str | None) -> Iterator[tuple[Opts, Any, Opts]]:
     """(row, case, what is right) of a label, without what isn't the method."""
-    rows, cases, exact = _golden()
+    rows, cases, exact = golden()
     for row in rows:
         if row["method"] != theirs or "error" in row or fed not in (None, row["fed"]):
             continue
@@ -113,25 +96,6 @@ def _all_differ(case: Opts) -> bool:
         for ours, reference in zip(case[f"tok_{side}"], case[f"rtok_{side}"], strict=True)
         for a, b in zip(ours, reference, strict=True)
     )
-
-
-def _number(value: Any) -> float:
-    return float(value.replace("Infinity", "inf")) if isinstance(value, str) else float(value)
-
-
-def _numbers(values: list[Any]) -> Tensor:
-    return torch.tensor([_number(value) for value in values], dtype=torch.float64)
-
-
-def _sums(case: Opts, dtype: str) -> tuple[PairSums, Tensor]:
-    """The case's sums, and the leaf (2P,) that their gradients are read from."""
-    sides = [_numbers(case[name]) for name in ("S_w", "S_l", "R_w", "R_l")]
-    if dtype == "float32":
-        sides = [side.float().double() for side in sides]
-    leaf = torch.stack(sides[:2], 1).flatten().requires_grad_()
-    lengths = (n for both in zip(case["n_w"], case["n_l"], strict=True) for n in both)
-    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return pair_sums(leaf, borders, torch.stack(sides[2:], 1).flatten()), leaf
 
 
 def _losses(name: str, pairs: PairSums, options: Opts) -> Tensor:
@@ -168,13 +132,6 @@ def _likelihood(row: Opts, pairs: PairSums) -> Tensor | float:
     return weight * of_tokens - _OF_ROWS.get(theirs, 0.0) * pairs.means[0].mean()
 
 
-def _close(ours: Tensor, theirs: Tensor, tolerance: float, floor: float) -> bool:
-    """Within the tolerance of what is finite; theirs alone may overflow."""
-    finite = theirs.isfinite()
-    error = (ours - theirs).abs()[finite] / theirs.abs()[finite].clamp(min=floor)
-    return bool((error <= tolerance).all())
-
-
 @needs_golden
 @pytest.mark.parametrize(
     ("ours", "theirs", "fed", "translate"),
@@ -188,7 +145,7 @@ def test_recorded_numbers(
     for row, case, right in _rows(theirs, fed):
         if row["fed"] == "tokens":
             continue
-        pairs, leaf = _sums(case, row["dtype"])
+        pairs, leaf = sums(case, row["dtype"])
         loss = _losses(ours, pairs, translate(row)).mean() + _likelihood(row, pairs)
         loss.backward()
         assert leaf.grad is not None
@@ -199,9 +156,9 @@ def test_recorded_numbers(
         exact = row["dtype"] == "float64"
         tolerance, floor = (1e-10, 1e-3) if exact else (1e-6, 1.0)
         sound = (
-            _close(loss.detach()[None], _numbers([right["loss"]]), tolerance, 1.0)
-            and _close(leaf.grad[0::2], _numbers(right["gw"]), tolerance, floor)
-            and _close(leaf.grad[1::2], _numbers(right["gl"]), tolerance, floor)
+            close(loss.detach()[None], numbers([right["loss"]]), tolerance, 1.0)
+            and close(leaf.grad[0::2], numbers(right["gw"]), tolerance, floor)
+            and close(leaf.grad[1::2], numbers(right["gl"]), tolerance, floor)
         )
         count += 1
         if not sound:

@@ -11,15 +11,21 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import TrainerCallback
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.table import SumLoss, methods
+from rmipo_lite.model import batch
 from rmipo_lite.step.reference import key_of
 from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 _OF_SUMS = [name for name, method in methods().items() if isinstance(method, SumLoss)]
+_REMEMBERING = [
+    name for name, method in methods().items() if isinstance(method, SumLoss) and method.remembers
+]
 # From ratios (sums, where there is no reference) of both sides, beta and lengths.
 _BY_HAND = {
     "dpo": lambda c, r, beta, n: F.softplus(-beta * (c - r)),
@@ -111,9 +117,166 @@ def test_every_method_trains_and_evaluates(loss_type: str, tmp_path: Path) -> No
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    if trainer.args.loss.needs_reference:
+    if trainer.args.loss.needs_reference and loss_type != "alpha_dpo":  # SimPO's, mostly
         assert before["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
         assert before["eval_rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
+
+
+def _gradients(trainer: RMiPOTrainer, pairs: list[TokenizedPair], max_tokens: int) -> Any:
+    trainer.model.zero_grad()
+    trainer.pair_step.max_tokens = max_tokens
+    with trainer.pair_step.put_back():
+        outcome = trainer.pair_step.train(pairs, lambda loss: loss.backward())
+        remembered = dict(trainer.pair_step.memory.now)
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    losses = dict(zip(outcome.rows, torch.cat([part.loss for part in outcome.values]), strict=True))
+    return grads, remembered, losses, len(outcome.values)
+
+
+@pytest.mark.parametrize("loss_type", _REMEMBERING)
+def test_one_step_is_one_update(loss_type: str, tmp_path: Path) -> None:
+    """Whatever its micro-steps are; evaluations, plans and searches are none."""
+    trainer = _trainer(tmp_path, tiny_model("llama").double(), loss_type=loss_type)
+    trainer.train()
+    memory, pairs = trainer.pair_step.memory, random_pairs(12)[:6]
+    assert memory.now["steps"] == 2
+    was = dict(memory.now)
+    # In the micro-steps' order: chance draws by place.
+    parts = batch.split_by_budget(pairs, 40, packing=True)
+    pairs = [pair for part in parts for pair in part]
+    whole, in_pieces = (_gradients(trainer, pairs, tokens) for tokens in (4096, 40))
+    assert (whole[3], in_pieces[3] > 2) == (1, True)
+    assert whole[1].keys() == in_pieces[1].keys()
+    for name, value in whole[1].items():
+        assert in_pieces[1][name] == pytest.approx(value, rel=1e-6)
+    for row, loss in whole[2].items():
+        torch.testing.assert_close(in_pieces[2][row], loss, rtol=1e-6, atol=1e-9)
+    for name, grad in whole[0].items():
+        torch.testing.assert_close(in_pieces[0][name], grad, rtol=1e-4, atol=1e-7)
+    trainer.evaluate()
+    plan_run(trainer)
+    trainer.args.learning_rate = "auto"
+    trainer.find_learning_rate()
+    assert memory.now == was
+
+
+def test_epsilon_dpo_is_the_plain_one(tmp_path: Path) -> None:
+    """Signs and loss from both models' whole logits, after steps that set them apart."""
+    model = tiny_model("llama").double()
+    reference = copy.deepcopy(model)
+    trainer = _trainer(
+        tmp_path,
+        model,
+        loss_type="epsilon_dpo",
+        max_tokens_per_microstep=60,
+        epsilon=0.1,
+        max_steps=4,
+    )
+    trainer.train()
+    pairs, beta = random_pairs(12)[:6], trainer.pair_step.memory.now["beta"]
+    assert beta != trainer.args.beta
+    _, after, losses, _ = _gradients(trainer, pairs, 60)
+    signs, trainer.model = [], trainer.model.eval()
+    with torch.no_grad():
+        chosen, rejected = _sides(trainer.model, pairs)
+        of_chosen, of_rejected = _sides(reference, pairs)
+        for pair in pairs:
+            less, same, more = (
+                _tilted(trainer.model, reference, pair, pair.chosen_ids, e)
+                - _tilted(trainer.model, reference, pair, pair.rejected_ids, e)
+                for e in (-0.1, 0.0, 0.1)
+            )
+            signs.append(int(more > same > less) - int(more < same < less))
+    assert {-1, 1} & set(signs)
+    scale = beta / (1 + 0.1 * torch.tensor(signs, dtype=torch.float64))
+    wanted = F.softplus(-scale * (chosen - of_chosen - rejected + of_rejected))
+    for pair, loss in zip(pairs, wanted, strict=True):
+        assert losses[pair.row].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert after["beta"] == pytest.approx(beta / (1 + 0.1 * sum(signs) / 6), rel=1e-12)
+
+
+def _tilted(model: Any, other: Any, pair: TokenizedPair, response: list[int], e: float) -> Tensor:
+    ids = torch.tensor([[*pair.prompt_ids, *response]])
+    logits = (1 + e) * model(ids).logits[0, :-1] - e * other(ids).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-len(response) :].sum()
+
+
+@pytest.mark.parametrize("kind", ["lora", "in full"])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_a_moving_reference(kind: str, share: float, tmp_path: Path) -> None:
+    """TR-DPO: after every second step it is the average of the weights, also of an adapter's."""
+    model = tiny_model("llama")
+    expected = copy.deepcopy(model)
+    trainer = _trainer(
+        tmp_path, model, "auto" if kind == "lora" else None, max_steps=4,
+        ref_sync_steps=2, ref_sync_alpha=share,
+    )  # fmt: skip
+    moves: list[int] = []
+    trainer.add_callback(_Averages(trainer, expected, share, moves))
+    trainer.train()
+    assert moves == [2, 4]
+    pairs = random_pairs(12)
+    trainer.pair_step.reference.know(pairs)
+    with torch.no_grad():
+        wanted = torch.stack(_sides(expected.eval(), pairs), 1).flatten()
+        now = torch.stack(_sides(trainer.model.eval(), pairs), 1).flatten()
+    torch.testing.assert_close(
+        trainer.pair_step.reference.sums(pairs), wanted, rtol=1e-5, atol=1e-3
+    )
+    if share < 1:
+        assert (now - wanted).abs().max() > 0.01
+
+
+class _Averages(TrainerCallback):
+    """The average of whole weights, kept beside."""
+
+    def __init__(self, trainer: Any, expected: Any, share: float, moves: list[int]) -> None:
+        self.trainer, self.expected, self.share, self.moves = trainer, expected, share, moves
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % 2:
+            return
+        self.moves.append(state.global_step)
+        model = copy.deepcopy(self.trainer.model)
+        merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        now = merged.state_dict()
+        for name, weight in self.expected.state_dict().items():
+            weight.lerp_(now[name], self.share)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"loss_type": name} for name in _REMEMBERING), {"ref_sync_steps": 2},
+     {"ref_sync_steps": 1, "ref_sync_alpha": 1.0}],
+    ids=[*_REMEMBERING, "moving reference", "moving reference, hard"],
+)  # fmt: skip
+def test_what_is_remembered_is_in_the_checkpoint(options: Any, tmp_path: Path) -> None:
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **options}
+    whole = _trainer(tmp_path, tiny_model("llama"), **options)
+    whole.train()
+    again = _trainer(tmp_path, tiny_model("llama"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, dict(again.model.named_parameters())[name])
+    if whole.pair_step.memory is not None:
+        assert again.pair_step.memory.now == whole.pair_step.memory.now
+    pairs = random_pairs(5, seed=9)
+    if whole.pair_step.reference is not None:
+        for trainer in (whole, again):
+            trainer.pair_step.reference.know(pairs)
+        assert torch.equal(*(t.pair_step.reference.sums(pairs) for t in (whole, again)))
+
+
+def test_a_reference_moves_where_it_can(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="averages weights, which this adapter's aren't made for"):
+        _trainer(
+            tmp_path, tiny_model("llama"), LoraConfig(target_modules="all-linear", use_dora=True),
+            ref_sync_steps=2,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="ref_sync_steps moves the model's own start"):
+        _trainer(tmp_path, tiny_model("llama"), ref_model=tiny_model("llama"), ref_sync_steps=2)
+    with pytest.raises(ValueError, match="ref_sync_steps must be None, since loss_type='cpo'"):
+        _trainer(tmp_path, tiny_model("llama"), loss_type="cpo", ref_sync_steps=2)
 
 
 def test_a_reference_that_is_kept_is_the_live_one(tmp_path: Path) -> None:
@@ -195,8 +358,8 @@ def test_the_reference_of_a_resumed_run_is_the_first_ones(tmp_path: Path) -> Non
     whole.train()
     again = _trainer(tmp_path / "whole", tiny_model("llama"), **options)
     calls: list[int] = []
-    score = again.pair_step.reference._score
-    again.pair_step.reference._score = lambda pairs: calls.append(len(pairs)) or score(pairs)
+    score = again.pair_step.response_sums
+    again.pair_step.response_sums = lambda pairs: calls.append(len(pairs)) or score(pairs)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert calls == []
     for name, parameter in whole.model.named_parameters():
