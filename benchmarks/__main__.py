@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
             "data",
             "merge",
             "methods",
+            "compare",
             "claims",
             "gpu",
             "report",

@@ -93,7 +93,18 @@ def _rows(
     part: str | None = None,
     seconds: float | None = None,
 ) -> Iterator[Record]:
-    from benchmarks import data, estimates, gpu_head, gpu_step, head, memory, merge, methods, step
+    from benchmarks import (
+        compare,
+        data,
+        estimates,
+        gpu_head,
+        gpu_step,
+        head,
+        memory,
+        merge,
+        methods,
+        step,
+    )
 
     if what == "data":
         return data.bench(
@@ -112,6 +123,8 @@ def _rows(
         return chain.from_iterable(parts.values()) if part is None else parts[part]
     if what == "methods":
         return methods.bench(("dpo", "cpo") if quick else tuple(methods.METHODS))
+    if what == "compare":
+        return compare.bench(quick=quick)
     if what == "merge":
         return merge.bench(model or MODEL, pairs or PAIRS, steps=2 if quick else merge.STEPS)
     if what == "estimate":

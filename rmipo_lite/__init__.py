@@ -14,9 +14,11 @@ from rmipo_lite.model.upstream import quiet_bitsandbytes
 from rmipo_lite.version import __version__
 
 _HOME = {
+    "Comparison": "comparing.comparison",
     "RMiPOConfig": "config",
     "RMiPOTrainer": "training.trainer",
     "TrainResult": "results.result",
+    "compare": "comparing.side_by_side",
     "estimate": "planning.estimation",
     "info": "environment",
     "inspect": "inspection.inspection",
@@ -27,11 +29,13 @@ _HOME = {
 }
 
 __all__ = [
-    "RMiPOConfig", "RMiPOTrainer", "TrainResult", "__version__", "estimate", "info", "inspect",
-    "linear_logps", "load_run", "rmipo_loss", "train",
+    "Comparison", "RMiPOConfig", "RMiPOTrainer", "TrainResult", "__version__", "compare",
+    "estimate", "info", "inspect", "linear_logps", "load_run", "rmipo_loss", "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from rmipo_lite.comparing.comparison import Comparison
+    from rmipo_lite.comparing.side_by_side import compare
     from rmipo_lite.config import RMiPOConfig
     from rmipo_lite.environment import info
     from rmipo_lite.inspection.inspection import inspect

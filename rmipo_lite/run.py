@@ -205,6 +205,7 @@ def _result(
         weights_step=trainer.weights_step,
         learning_rate=trainer.learning_rate,
         errors=dict(trainer.held_out_values.errors),
+        held_out=trainer.held_out_values,
     )
 
 

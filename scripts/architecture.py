@@ -37,6 +37,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("results", "inspection"),
     ("run", "environment"),
+    ("comparing",),
     ("__init__",),
     ("demo",),
     ("selftest",),

@@ -1,4 +1,4 @@
-"""The command `rmipo-lite`: train, inspect, estimate, generate, compare-answers, merge, and others.
+"""The command `rmipo-lite`: train, inspect, estimate, compare, generate, merge, and others.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error; `--debug` shows the traceback),
 2 a wrong command line, 130 interrupted. Imports happen inside the commands, so that `--help`
@@ -77,6 +77,13 @@ def _estimate(given: dict[str, Any]) -> int:
     return OK
 
 
+def _compare(given: dict[str, Any]) -> int:
+    options = _options("compare", given, "model", "dataset")
+    from rmipo_lite.cli.comparison import compare
+
+    return compare(options)
+
+
 def _demo(given: dict[str, Any]) -> int:
     from rmipo_lite.demo.run import run_demo
 
@@ -104,7 +111,7 @@ def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list
 
 
 # What imports PyTorch and transformers before anything else, for seconds.
-_SLOW_TO_START = {"train", "generate", "compare-answers", "merge"}
+_SLOW_TO_START = {"train", "compare", "generate", "compare-answers", "merge"}
 _HELP = {"-h", "--help", "--help-all"}
 
 
@@ -134,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 COMMANDS = {
-    "train": _train, "inspect": _inspect, "estimate": _estimate, "demo": _demo, "info": _info,
-    "selftest": _selftest, "generate": runs.generate, "compare-answers": runs.compare_answers,
-    "merge": runs.merge,
+    "train": _train, "inspect": _inspect, "estimate": _estimate, "compare": _compare,
+    "demo": _demo, "info": _info, "selftest": _selftest, "generate": runs.generate,
+    "compare-answers": runs.compare_answers, "merge": runs.merge,
 }  # fmt: skip
 
 
@@ -148,7 +155,11 @@ def _run(command: str, given: dict[str, Any]) -> int:
         with quiet_bitsandbytes():
             return COMMANDS[command](given)
     except KeyboardInterrupt:
-        way = "; `--resume` goes on from the last checkpoint" if command == "train" else ""
+        ways = {
+            "train": "; `--resume` goes on from the last checkpoint",
+            "compare": "; the same command with its --output_dir goes on",
+        }
+        way = ways.get(command, "")
         _complain("interrupted" + way)
         return INTERRUPTED
     except UsageError as error:

@@ -28,6 +28,23 @@ OWN_NAMES = {
     ),
     "inspect": ("dataset", "split", "model", "tokenizer", "output_dir", "report", "top"),
     "estimate": ("model", "dataset", "split", "tokenizer", "gpu", "quantization"),
+    "compare": (
+        "model",
+        "dataset",
+        "methods",
+        "learning_rates",
+        "seeds",
+        "judge",
+        "output_dir",
+        "split",
+        "eval_dataset",
+        "eval_split",
+        "quantization",
+        "ref_model",
+        "prompts",
+        "max_new_tokens",
+        "report",
+    ),
 }
 _ROWS = "file (.jsonl, .json, .csv, .parquet, also .gz) or hub name of the preference pairs"
 
@@ -44,11 +61,12 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
     commands = parser.add_subparsers(
         dest="command",
-        metavar="{train,inspect,estimate,generate,compare-answers,merge,demo,info,selftest}",
+        metavar="{train,inspect,estimate,compare,generate,compare-answers,merge,demo,info,selftest}",
     )
     _add_train(commands, argv)
     _add_inspect(commands, argv)
     _add_estimate(commands, argv)
+    _add_compare(commands, argv)
     runs.add_commands(commands)
     demo = commands.add_parser(
         "demo", help="train the embedded tiny model; no network, about a minute", allow_abbrev=False
@@ -130,6 +148,47 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
     )
     train.add_argument(
         "--report", nargs="?", const=True, metavar="FILE", help="write an HTML report of the run"
+    )
+
+
+def _add_compare(commands: Any, argv: Sequence[str]) -> None:
+    compare = _run_command(
+        commands, argv, "compare", "MODEL DATASET [--methods NAME ...]",
+        help="train by several methods on the same pairs, side by side",
+        description="Train MODEL on DATASET by each method, measure all on the same held-out pairs "
+        "and prompts, and say what the differences are worth. A folder a run; what is there isn't "
+        "made again.",
+    )  # fmt: skip
+    if compare is None:
+        return
+    compare.add_argument("model", nargs="?", help="hub name or folder of the model")
+    compare.add_argument("dataset", nargs="?", help=_ROWS)
+    compare.add_argument(
+        "--methods", nargs="+", metavar="NAME[:OPTION=VALUE,...]",
+        help="names, with options as dpo:beta=0.05; all: every one (default: rmipo simpo dpo)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--learning_rates", "--learning-rates", nargs="+", type=float, metavar="RATE",
+        help="every method with each (default: a rate that each run finds)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="every method with each (default: 0)"
+    )
+    compare.add_argument("--judge", metavar="FOLDER", help="a reward model that judges answers")
+    compare.add_argument("--output_dir", "--output-dir", help="folder; an earlier call's goes on")
+    compare.add_argument(
+        "--eval_dataset", "--eval-dataset", help="held-out pairs; else 10 %% are held out"
+    )
+    compare.add_argument("--split", help=_SPLIT)
+    compare.add_argument("--eval_split", "--eval-split", help="likewise of --eval_dataset")
+    _add_quantization(compare)
+    compare.add_argument("--ref_model", "--ref-model", help="as for train")
+    compare.add_argument("--prompts", type=int, help="held-out prompts to answer (default: 64)")
+    compare.add_argument(
+        "--max_new_tokens", "--max-new-tokens", type=int, help="of an answer (default: 128)"
+    )
+    compare.add_argument(
+        "--report", nargs="?", const=True, metavar="FILE", help="write an HTML report"
     )
 
 

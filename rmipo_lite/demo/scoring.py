@@ -7,12 +7,22 @@ half. The model before training therefore scores about 50 % against itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmipo_lite.demo.task import PAIR_KINDS, REWARDS, Pair, Question, true_reward, what_it_says
+from rmipo_lite.demo.task import (
+    PAIR_KINDS,
+    REWARDS,
+    Pair,
+    Question,
+    ask,
+    split_facts,
+    true_reward,
+    what_it_says,
+)
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.ops import linear_logps, rmipo_loss
 
@@ -69,6 +79,24 @@ def sample_answers(
         ids = row[: row.index(end)] if ended else row
         answers.append(Answer(tokenizer.decode(ids), ended, len(ids) + ended))
     return answers
+
+
+def judge(prompt: list[dict[str, str]], answer: Any) -> float:
+    """The true reward of an answer to a question of the demo's, as `rmipo_lite.compare` asks it.
+
+    Raises:
+        KeyError: it isn't one of the demo's questions.
+    """
+    question = _questions()[prompt[-1]["content"]]
+    return true_reward(question, str(answer), ended=answer.ended)
+
+
+@cache
+def _questions() -> dict[str, Question]:
+    asked = (
+        ask(fact, phrasing) for part in split_facts() for fact in part for phrasing in range(3)
+    )
+    return {question.text: question for question in asked}
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,17 +42,18 @@ class PairedValues:
         errors: by name, the standard error of the newest number: of its change since the run
             began, or of itself where nothing was evaluated before. NaN of fewer than two cases.
         counts: by name, of how many cases it is.
+        first, newest: name -> case -> value, as the run began and by now.
     """
 
     def __init__(self) -> None:
         self.errors: dict[str, float] = {}
         self.counts: dict[str, int] = {}
-        self._newest: dict[str, dict[Hashable, float]] = {}
-        self._first: dict[str, dict[Hashable, float]] = {}
+        self.newest: dict[str, dict[Hashable, float]] = {}
+        self.first: dict[str, dict[Hashable, float]] = {}
 
     def begin(self) -> None:
         """A run begins: what was evaluated last is what it begins with."""
-        self._first = dict(self._newest)
+        self.first = dict(self.newest)
 
     def note(self, cases: Sequence[Hashable], columns: Mapping[str, Sequence[float]]) -> None:
         """Take an evaluation's values: name -> one of every case.
@@ -61,8 +62,8 @@ class PairedValues:
         """
         for name, values in columns.items():
             now = {case: v for case, v in zip(cases, values, strict=True) if math.isfinite(v)}
-            self._newest[name], self.counts[name] = now, len(now)
-            first = self._first.get(name)
+            self.newest[name], self.counts[name] = now, len(now)
+            first = self.first.get(name)
             if first is None:
                 self.errors[name] = standard_error(list(now.values()))
             else:

@@ -33,7 +33,6 @@ from rmipo_lite.planning.estimation_view import Estimate, Fit
 from rmipo_lite.planning.footprint import Activations, Setup, Weights, optimizer_width, weights_of
 from rmipo_lite.planning.half_range import is_beyond_half
 from rmipo_lite.planning.workload import Workload, shortened, workload
-from rmipo_lite.step.together import needs_logits
 from rmipo_lite.tokens.options import options_for
 
 CPU = "cpu"
@@ -116,7 +115,7 @@ def estimate(
         note=case.work.note,
         pairs=case.work.pairs,
         pairs_per_step=args.pairs_per_step,
-        tokens=case.work.policy * (1 + args.loss.needs_reference + 2 * needs_logits(args))
+        tokens=case.work.policy * (1 + args.loss.needs_reference + 2 * args.loss.needs_logits)
         + (case.work.prior if args.uses_prior else 0),
         fit=case.on(_card_of(gpu)),
         cards=[case.on(find_card(common)) for common in COMMON],
@@ -316,7 +315,8 @@ def _seconds(
     operations = work.policy * (forward + backward + 3 * adapter) + prior * (forward + adapter)
     operations += 2 * weights.head * (2 * work.scored + prior)  # logits, and their derivative
     # Without gradients: the reference, and a step's pairs together where micro-steps cut them.
-    loss, asks = case.args.loss, needs_logits(case.args)
+    loss = case.args.loss
+    asks = loss.needs_logits
     again = loss.needs_reference + asks + (loss.of_the_step and (asks or work.step > tokens))
     operations += again * (work.policy * (forward + adapter) + 2 * weights.head * work.scored)
     seconds = operations / speed

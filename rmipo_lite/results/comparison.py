@@ -21,7 +21,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnswerComparison:
     """Answers before and after training: prints side by side, and as a table in a notebook.
 
     An answer that the limit of tokens cut short ends in "[cut]".

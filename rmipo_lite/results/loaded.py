@@ -18,7 +18,7 @@ from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import short_name
 from rmipo_lite.output.console import printable, say
 from rmipo_lite.planning.quantization import Quantization, load_for_run
-from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import CARD_FILE, card_of_merged
 from rmipo_lite.results.trained import FACTS_FILE, Trained
 from rmipo_lite.tokens.templates import prepare_tokenizer
@@ -40,7 +40,7 @@ class LoadedRun(Trained):
     conversational: bool
     start: dict[str, Tensor] | None = None
     held_out_prompts: list[Prompt] = field(default_factory=list)
-    _samples: Comparison | None = field(default=None, init=False)
+    _samples: AnswerComparison | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         what = "an adapter" if isinstance(self.model, PeftModel) else "a whole model"

@@ -14,6 +14,7 @@ from rmipo_lite.model.names import short_name
 from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.findings import Findings
+from rmipo_lite.output.uncertainty import PairedValues
 from rmipo_lite.training.rehearsal import Plan
 
 
@@ -37,6 +38,7 @@ class RunRecord:
         plan: what the run was expected to take, before its first step.
         findings: what the doctor found, in plain words; prints and shows as a table.
         unsaved: why the adapter could not be saved at the end; None when it was.
+        held_out: every held-out case's values behind `metrics`, before and after.
         held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
         start: the adapter's weights at step 0, by name; None where the model was trained in full.
         weights_step: the step that the weights are of where `load_best_model_at_end` chose it.
@@ -61,6 +63,7 @@ class RunRecord:
     weights_step: int | None = None
     learning_rate: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    held_out: PairedValues = field(default_factory=PairedValues)
 
     @property
     def base_model_name(self) -> str:

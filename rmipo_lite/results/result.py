@@ -14,7 +14,7 @@ from rmipo_lite.output import page, plots
 from rmipo_lite.output.console import say
 from rmipo_lite.output.table import html_table
 from rmipo_lite.results import run_page
-from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, model_card
 from rmipo_lite.results.record import RunRecord
 from rmipo_lite.results.trained import Trained
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class TrainResult(RunRecord, Trained):
     """The outcome of a run: `RunRecord` says what it holds; this is what can be done with it."""
 
-    _samples: Comparison | None = field(default=None, init=False)
+    _samples: AnswerComparison | None = field(default=None, init=False)
 
     def _repr_html_(self) -> str:
         rows = metric_rows(self)

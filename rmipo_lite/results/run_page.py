@@ -6,7 +6,7 @@ from rmipo_lite.model.names import short_name
 from rmipo_lite.output import plots
 from rmipo_lite.output.page import html_page
 from rmipo_lite.output.table import html_table
-from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, run_options
 from rmipo_lite.results.record import RunRecord
 
@@ -18,7 +18,7 @@ def curves(history: plots.History) -> str:
 
 def report_html(
     result: RunRecord,
-    comparison: Comparison | None = None,
+    comparison: AnswerComparison | None = None,
     extra_sections: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The page as text.

@@ -28,7 +28,7 @@ from rmipo_lite.model.loading import stored_dtype
 from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import say
 from rmipo_lite.results.agreement import agreement
-from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import CARD_FILE
 from rmipo_lite.system.files import is_empty
 from rmipo_lite.version import __version__
@@ -56,7 +56,7 @@ class Trained(ABC):
     conversational: bool
     start: dict[str, Tensor] | None
     held_out_prompts: list[Prompt]
-    _samples: Comparison | None
+    _samples: AnswerComparison | None
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
@@ -110,7 +110,7 @@ class Trained(ABC):
 
     def compare(
         self, prompts: Sequence[Prompt] | None = None, max_new_tokens: int = 128, **options: Any
-    ) -> Comparison:
+    ) -> AnswerComparison:
         """Answers before and after training, side by side; printed or shown as a table.
 
         Args:
@@ -130,7 +130,7 @@ class Trained(ABC):
         with self.at_start():
             before = self.generate(prompts, max_new_tokens, **options)
         after = self.generate(prompts, max_new_tokens, **options)
-        self._samples = Comparison(list(prompts), before, after)
+        self._samples = AnswerComparison(list(prompts), before, after)
         return self._samples
 
     def merge(

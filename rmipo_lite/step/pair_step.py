@@ -49,7 +49,7 @@ from rmipo_lite.step.losses import (
 from rmipo_lite.step.neftune import embedding_noise
 from rmipo_lite.step.pair_values import PairValues, StepOutcome
 from rmipo_lite.step.reference import Reference
-from rmipo_lite.step.together import needs_logits, solve_step
+from rmipo_lite.step.together import solve_step
 from rmipo_lite.tokens.pair import TokenizedPair
 
 T = TypeVar("T")
@@ -315,7 +315,7 @@ class PairStep:
         """
         parts, method = self._split(pairs), self.args.loss
         stand_apart = self.memory is not None and not torch.is_grad_enabled()
-        if method.of_the_step and not stand_apart and (len(parts) > 1 or needs_logits(self.args)):
+        if method.of_the_step and not stand_apart and (len(parts) > 1 or method.needs_logits):
             drawn = random_state()  # both passes draw the same dropout
             states = partial(self.states, in_training=True)
             self._solved = solve_step(parts, states, self.args, self.reference, self.memory)

@@ -8,7 +8,6 @@ from torch import Tensor
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.memory import Memory
 from rmipo_lite.methods.sums import sequence_sums
-from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import ModelHead
@@ -18,11 +17,6 @@ from rmipo_lite.step.reference import Reference
 from rmipo_lite.tokens.pair import TokenizedPair
 
 States = Callable[[Sequence[TokenizedPair]], tuple[Tensor, ModelHead, ModelInput]]
-
-
-def needs_logits(args: RMiPOConfig) -> bool:
-    """Whether the method asks the reference itself at every step, and not for its sums alone."""
-    return isinstance(args.loss, SumLoss) and args.loss.needs_logits
 
 
 @torch.no_grad()
@@ -48,7 +42,7 @@ def solve_step(
         logps = head.token_logps(hidden, policy.target_ids, args.kernel_impl)
         sums.append(sequence_sums(logps, policy.cu_seqlens, args.ld_alpha))
         lengths.append(policy.cu_seqlens.diff().to(sums[-1].device))
-        if needs_logits(args):
+        if args.loss.needs_logits:
             assert reference is not None
             signs.append(_signs(part, hidden, head, policy, reference, args))
     pairs = [pair for part in parts for pair in part]

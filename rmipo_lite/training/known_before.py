@@ -17,7 +17,6 @@ from rmipo_lite.step.losses import memory_of, pairs_digest
 from rmipo_lite.step.make import make_step
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.step.reference import Reference
-from rmipo_lite.step.together import needs_logits
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.refusals import refuse_other_vocabulary
 from rmipo_lite.watch.progress import phase
@@ -75,7 +74,7 @@ class KnowsBefore(TrainerBeside):
                 "aren't made for; 1.0, LoRA without DoRA or full training are"
             )
         start = self.start
-        if start is None and (is_live or moves or needs_logits(args)):
+        if start is None and (is_live or moves or args.loss.needs_logits):
             start = trained_weights(self.model)  # trained in full: a copy, on the CPU
         step.reference = Reference(step, start, is_live=is_live)
         if moves:

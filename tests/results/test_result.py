@@ -17,7 +17,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.model.generation import Answer, generate_answers, prompt_ids
 from rmipo_lite.output import plots
-from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
 from tests.kit import tiny_model, tiny_peft, word_tokenizer
@@ -130,7 +130,7 @@ def test_compare_switches_the_adapter_off_and_on(result: TrainResult) -> None:
 
 
 def test_comparison_shows_hostile_text_as_text() -> None:
-    both = Comparison(["<b>\x1b[2J"], [Answer("x" * 200 + "\n\nend")], [Answer("")])
+    both = AnswerComparison(["<b>\x1b[2J"], [Answer("x" * 200 + "\n\nend")], [Answer("")])
     assert "\x1b" not in str(both)
     assert max(len(line) for line in str(both).splitlines()) <= 2 * 46 + 3
     assert "(empty)" in str(both)
@@ -144,7 +144,7 @@ def test_an_answer_that_the_limit_cut_says_so(result: TrainResult) -> None:
     end = result.tokenizer.encode(short)[-1]  # what it says first becomes the end token
     (ended,) = result.generate(PROMPTS[:1], max_new_tokens=5, eos_token_id=end)
     assert (short.ended, ended.ended) == (False, True)
-    both = Comparison(PROMPTS[:1], [ended], [short])
+    both = AnswerComparison(PROMPTS[:1], [ended], [short])
     assert both.cut == (0, 1)
     assert str(both).count("[cut]") == both._repr_html_().count("[cut]") == 1
 

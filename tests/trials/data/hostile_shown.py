@@ -13,7 +13,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.model.generation import Answer
 from rmipo_lite.output.console import say
-from rmipo_lite.results.comparison import Comparison
+from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.results.run_page import report_html
@@ -66,7 +66,7 @@ def _shown(hostile: str, folder: Path) -> TrainResult:
         output_dir=Path("run" + hostile),
     )
     prompts: list[Any] = [hostile, [{"role": hostile, "content": hostile}]]
-    result._samples = Comparison(prompts, [Answer(hostile)] * 2, [Answer(hostile)] * 2)
+    result._samples = AnswerComparison(prompts, [Answer(hostile)] * 2, [Answer(hostile)] * 2)
     return result
 
 

@@ -1,0 +1,92 @@
+"""Whose answer is better, by a function, a reward model's folder, and a judge of trl's kind."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from rmipo_lite.comparing.judges import judge_of
+from rmipo_lite.model.generation import Answer
+from tests.kit import VOCAB, tiny_model, word_tokenizer
+
+PROMPTS = ["w5 w6", "w7", "w8 w9 w10"]
+
+
+def _answers(*texts: str) -> list[Answer]:
+    return [Answer(text) for text in texts]
+
+
+def test_a_function_of_prompt_and_answer() -> None:
+    judge = judge_of(lambda prompt, answer: len(answer) * answer.ended, None)
+    assert judge is not None
+    cut = Answer("a long one")
+    cut.ended = False
+    answers = [*_answers("aa", "a"), cut]
+    assert judge.wins(PROMPTS, answers, _answers("a", "a", "b")) == [1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="wanted a number for an answer to 'w5 w6', got None"):
+        judge_of(lambda prompt, answer: None, None).wins(PROMPTS, answers, answers)  # type: ignore[union-attr]
+
+
+def _reward_model(folder: Path, labels: int = 1, pad: int | None = 0) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_labels=labels, pad_token_id=pad,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("pad", [0, None])
+def test_the_folder_of_a_reward_model(pad: int | None, tmp_path: Path) -> None:
+    model, tokenizer = _reward_model(tmp_path, pad=pad), word_tokenizer()
+    judge = judge_of(tmp_path, tiny_model("llama"))
+    assert judge is not None
+    one, other = _answers(" w11 w12", " w13", " w14"), _answers(" w15", " w16 w17 w18", " w14")
+
+    def score(prompt: str, answer: str) -> float:
+        with torch.no_grad():
+            return float(model(torch.tensor([tokenizer.encode(prompt + answer)])).logits)
+
+    wanted = [
+        0.5 if a == b else float(score(p, a) > score(p, b))
+        for p, a, b in zip(PROMPTS, one, other, strict=True)
+    ]
+    assert judge.wins(PROMPTS, one, other) == wanted
+    assert {0.5} < set(wanted)
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path) -> None:
+    _reward_model(tmp_path, labels=3)
+    with pytest.raises(ValueError, match="has 3 labels; a reward model has one"):
+        judge_of(str(tmp_path), tiny_model("llama"))
+
+
+def test_a_judge_of_trls_kind_sees_both_orders() -> None:
+    class Longest:
+        def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
+            seen.extend(completions)
+            lengths = [[len(text) for text in pair] for pair in completions]
+            return [-1 if a == b else int(b > a) for a, b in lengths]
+
+    seen: list[list[str]] = []
+    judge = judge_of(Longest(), None)
+    assert judge is not None
+    wins = judge.wins(PROMPTS, _answers("aa", "aa", "a"), _answers("b", "b", "b"))
+    assert wins[:2] == [1.0, 1.0]
+    assert math.isnan(wins[2])
+    assert seen == [["aa", "b"], ["b", "aa"], ["a", "b"]]
+
+
+def test_no_judge_and_what_is_none() -> None:
+    assert judge_of(None, None) is None
+    for wrong in (3, lambda answer: 1.0):
+        with pytest.raises(TypeError, match="judge must be a callable of a prompt and an answer"):
+            judge_of(wrong, None)
