@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
             "merge",
             "methods",
             "compare",
+            "dpo",
             "claims",
             "gpu",
             "report",

@@ -87,7 +87,7 @@ def _peaks(kind: str, impl: str, vocab_size: int, dtype: str, count: int) -> lis
         for seed in range(count):
             run = contenders.runs(inputs.draw_pairs(step.PAIRS, vocab_size, seed))[impl]
             model.zero_grad(set_to_none=True)
-            peaks.append(_peak_of(run))
+            peaks.append(peak_of(run))
     return peaks
 
 
@@ -101,10 +101,10 @@ def _head_peak(vocab_size: int, dtype: torch.dtype, tokens: int) -> int:
         linear_logps(leaf, weight, target_ids[:rows]).sum().backward()
 
     run(16)
-    return _peak_of(run)
+    return peak_of(run)
 
 
-def _peak_of(run: Run) -> int:
+def peak_of(run: Run) -> int:
     """Bytes by which the resident set rose above its size before the run, at most."""
     memory = PeakMemory(_CPU)
     run()

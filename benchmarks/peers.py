@@ -142,6 +142,40 @@ class TrlSimpoStep:
         return loss
 
 
+class TrlDpoStep:
+    """trl's DPOTrainer: the reference by the adapter switched off in every step, or known."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, folder: str) -> None:
+        trl, datasets = module("trl"), module("datasets")
+        row = {"prompt": "a", "chosen": "b", "rejected": "c"}  # it insists on a dataset
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            datasets.disable_progress_bars()
+            args = trl.DPOConfig(
+                folder, report_to="none", bf16=False, gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+            )  # fmt: skip
+            self.trainer = trl.DPOTrainer(
+                model=model, args=args, train_dataset=datasets.Dataset.from_list([row]),
+                processing_class=tokenizer,
+            )  # fmt: skip
+            datasets.enable_progress_bars()
+        self.model = model
+
+    def __call__(self, pairs: PaddedPairs, *, is_known: bool) -> Tensor:
+        """The mean DPO loss; the caller runs backward."""
+        batch = {
+            "input_ids": pairs.input_ids, "attention_mask": pairs.attention_mask,
+            "completion_mask": (pairs.labels != IGNORED).long(),
+        }  # fmt: skip
+        self.trainer.precompute_ref_logps = is_known
+        if is_known:
+            known = torch.full((len(pairs.input_ids) // 2,), -100.0)
+            batch |= {"ref_chosen_logps": known, "ref_rejected_logps": known}
+        loss: Tensor = self.trainer.compute_loss(self.model, batch)
+        return loss
+
+
 # ---- the head alone: hidden (N, H), weight (V, H), target_ids (N,) -> log-probs with a gradient --
 
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -96,6 +96,7 @@ def _rows(
     from benchmarks import (
         compare,
         data,
+        dpo,
         estimates,
         gpu_head,
         gpu_step,
@@ -125,6 +126,8 @@ def _rows(
         return methods.bench(("dpo", "cpo") if quick else tuple(methods.METHODS))
     if what == "compare":
         return compare.bench(quick=quick)
+    if what == "dpo":
+        return dpo.bench(draws=2, vocab_size=32000) if quick else dpo.bench()
     if what == "merge":
         return merge.bench(model or MODEL, pairs or PAIRS, steps=2 if quick else merge.STEPS)
     if what == "estimate":

@@ -38,10 +38,11 @@ def texts(cell: dict[str, Any]) -> list[str]:
     return found
 
 
-def test_there_are_eight() -> None:
+def test_there_are_nine() -> None:
     assert NAMES == [
         "00_quickstart_colab", "01_preference_data", "02_logps_and_pmi", "03_loss_and_gradient",
-        "04_cuda_extension", "05_train_qlora", "06_evaluate_and_compare", "07_no_tuning",
+        "04_cuda_extension", "05_train_qlora", "06_evaluate_and_compare", "07_compare_methods",
+        "08_no_tuning",
     ]  # fmt: skip
 
 

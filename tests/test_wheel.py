@@ -17,9 +17,9 @@ from tests.conftest import ROOT
 
 MOST_LINES = 23_800  # of Python
 ROOMS = {
-    "adapters", "checkpoints", "cli", "data", "demo", "inspection", "methods", "model", "ops",
-    "options", "output", "planning", "results", "selftest", "step", "system", "tokens", "training",
-    "watch",
+    "adapters", "checkpoints", "cli", "comparing", "data", "demo", "inspection", "methods", "model",
+    "ops", "options", "output", "planning", "results", "selftest", "step", "system", "tokens",
+    "training", "watch",
 }  # fmt: skip
 _SOURCES = (
     "rmipo_lite",

@@ -153,8 +153,10 @@ def _thing(text: str) -> str:
 def _write_answers(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = prompts(held_out=False)
-    tries = [sample(model, tokenizer, asked, seed) for seed in range(ANSWERS)]
+    asked, tries = prompts(held_out=False), []
+    for seed in range(ANSWERS):
+        say(f"answering {len(asked)} prompts, {seed + 1} of {ANSWERS} times")
+        tries.append(sample(model, tokenizer, asked, seed))
     lines = [
         json.dumps({"prompt": prompt.text, "answers": [asdict(some[place]) for some in tries]})
         for place, prompt in enumerate(asked)
