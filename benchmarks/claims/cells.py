@@ -21,6 +21,7 @@ LOSSES: dict[str, dict[str, Any]] = (
     | {f"dpo {beta:g}": {"loss_type": "dpo", "beta": beta} for beta in (0.05, 0.1, 0.5)}
 )
 UNTUNED = ("rmipo", "simper")  # losses without a constant that anybody sweeps
+TUNED = tuple(loss for loss in LOSSES if loss.startswith("simpo"))  # in the demo's world
 _TWINS = ("simpo 2 0.8", "simpo 2 1.6")  # RMiPO with constant margins about as large
 ANCHOR, SFT = 0.1, 0.5  # the defaults
 # Tasks whose chosen side isn't longer: nothing is weighed, and "off" is bit for bit the same run.
@@ -55,7 +56,6 @@ _DEFAULTS, _BARE = (ANCHOR, SFT), (0.0, 0.0)
 def small(tasks: tuple[str, ...]) -> Iterator[Cell]:
     """Of the demo's world, seed by seed: an interrupted study has something of everything."""
     rates = ("auto", *map("{:g}".format, RATES))
-    tuned = [loss for loss in LOSSES if loss.startswith("simpo")]
     for seed in range(3):
         yield from _grid("demo", tasks, UNTUNED, rates, (seed,))
         yield from _grid("demo", tasks, UNTUNED, rates, (seed,), guards=_BARE)
@@ -64,7 +64,7 @@ def small(tasks: tuple[str, ...]) -> Iterator[Cell]:
             yield from _grid("demo", tasks, _TWINS, rates[1:], (seed,), guards=_BARE)
         yield from _shapes("demo", tasks, (seed,))
     yield from _grid("demo", tasks, UNTUNED, rates, range(3, 5))
-    yield from _grid("demo", tasks, tuned, rates[1:], range(2), guards=_BARE)
+    yield from _grid("demo", tasks, TUNED, rates[1:], range(2), guards=_BARE)
 
 
 def real(tasks: tuple[str, ...]) -> Iterator[Cell]:

@@ -187,6 +187,8 @@ def _planned(runs: Runs, left: Sequence[tuple[Contender, int]], put_back: Any) -
     head = f"Plan: {len(left)} runs"
     try:
         seconds, disk = _measured(runs, left[0][0])
+    except RuntimeError as error:  # this method's trouble, perhaps, and not the others'
+        return f"{head}, not measured: {error}"
     finally:
         put_back()
     first = _passes(runs, left[0][0])

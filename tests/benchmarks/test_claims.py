@@ -25,7 +25,7 @@ def test_the_grid_holds_every_setting_once_and_spans_the_rates() -> None:
     assert max(cells.RATES) / min(cells.RATES) >= 30
     for task in TASKS:
         balances = ("auto",) if task in cells.UNWEIGHED else ("auto", "off")
-        for loss in cells.LOSSES:
+        for loss in (*cells.UNTUNED, *cells.TUNED):
             for balance in balances:
                 untuned = loss in cells.UNTUNED
                 for rate in (*["auto"] * untuned, *map("{:g}".format, cells.RATES)):

@@ -132,6 +132,25 @@ def test_one_failure_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not _compare(tmp_path).failed  # made anew, and the other is there
 
 
+def test_stopped_it_gives_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = runs_file.train
+
+    def stopped(*args: Any, **given: Any) -> Any:
+        if given["loss_type"] == "dpo":
+            raise KeyboardInterrupt
+        return train(*args, **given)
+
+    monkeypatch.setattr(runs_file, "train", stopped)
+    found = _compare(tmp_path, methods=["rmipo", "dpo", "simpo"])
+    assert [one.method for one in found.results] == ["rmipo"]
+    assert "1 of 3 runs" in str(found)
+    assert f"output_dir={str(tmp_path)!r} goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert len(_compare(tmp_path, methods=["rmipo", "dpo", "simpo"]).results) == 3
+
+
 def test_a_judge_that_fails_costs_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

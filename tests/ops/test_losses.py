@@ -138,7 +138,8 @@ def test_texts_name_the_losses_by_their_facts() -> None:
         f.name: f.metadata.get("help", "") for f in RMiPOConfig.__dataclass_fields__.values()
     }
     assert help_of["loss_type"].startswith("Method: rmipo, simpo, hinge, simper, dpo, ")
-    assert help_of["simpo_gamma"].startswith("simpo, hinge, alphapo: ")
+    margins = "simpo, hinge, alphapo, alpha_dpo, gamma_simpo, gamma_dpo: "
+    assert help_of["simpo_gamma"].startswith(margins)
 
 
 @pytest.mark.parametrize("name", RANGES)
