@@ -191,6 +191,7 @@ def test_two_models_are_compared(mps: None) -> None:
     assert here.kl > 0
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, evaluated, saved, answered, and gone on with: the weights are the CPU's."""
     monkeypatch.setattr(attention, "is_trusted", lambda kind: False)

@@ -79,7 +79,7 @@ class Runs:
         for one, seed in todo:
             outcome = self.made(one, seed)
             if outcome is not None:
-                self._judge_again(outcome)
+                self._judge_again(outcome, board)
                 board.end(outcome, was_there=True)
                 results.append(outcome)
                 continue
@@ -173,21 +173,23 @@ class Runs:
             self.judge.wins(self.prompts[:1], one, one)
 
     def _add_answers(self, outcome: RunOutcome, given: Sequence[Generated], board: Board) -> None:
-        """What a judge fails at is told, and judged when the comparison goes on."""
-        answers, wins = self._texts(given), None
-        try:
-            wins = self._wins(answers, outcome.seed)
-        except Exception as error:
-            board.tell(f"{outcome.method}, seed {outcome.seed}: not judged: {error}")
+        answers = self._texts(given)
         outcome.answers = [str(answer) for answer in answers]
-        outcome.cases |= cases_of_answers(given, wins)
+        outcome.cases |= cases_of_answers(given, self._wins(answers, outcome, board))
 
-    def _wins(self, answers: Sequence[Answer], seed: int) -> list[float] | None:
+    def _wins(
+        self, answers: Sequence[Answer], outcome: RunOutcome, board: Board
+    ) -> list[float] | None:
+        """What a judge fails at is told, and judged when the comparison goes on."""
         if self.judge is None:
             return None
-        return self.judge.wins(self.prompts, answers, self.before[seed])
+        try:
+            return self.judge.wins(self.prompts, answers, self.before[outcome.seed])
+        except Exception as error:
+            board.tell(f"{outcome.method}, seed {outcome.seed}: not judged: {error}")
+            return None
 
-    def _judge_again(self, outcome: RunOutcome) -> None:
+    def _judge_again(self, outcome: RunOutcome, board: Board) -> None:
         """A run that was made without a judge gets the verdicts of this one's."""
         if self.judge is None or "win_rate" in outcome.cases or not outcome.answers:
             return
@@ -195,7 +197,9 @@ class Runs:
         answers = [
             answer_of(text, not unended[str(place)]) for place, text in enumerate(outcome.answers)
         ]
-        wins = self._wins(answers, outcome.seed) or []
+        wins = self._wins(answers, outcome, board)
+        if wins is None:
+            return
         verdicts = {str(place): win for place, win in enumerate(wins) if win == win}
         outcome.cases["win_rate"] = verdicts
         outcome.write()

@@ -161,6 +161,7 @@ def test_what_a_machine_lacks_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"pytest {pytest.__version__}" in capsys.readouterr().out
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["first", "second"])
 def test_everything_for_a_gpu_is_rehearsed_without_one(tmp_path: Path, call: str) -> None:

@@ -172,6 +172,7 @@ def test_a_short_demo_runs_and_reports(tmp_path) -> None:
     assert demo.gamma["specific/generic"][0] > demo.gamma["right/wrong"][0] > 0
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 def test_defaults_alone_over_three_seeds(tmp_path) -> None:
     """What docs/demo.md says, with room for other processors."""

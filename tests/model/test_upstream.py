@@ -53,6 +53,7 @@ def test_a_name_that_is_gone_is_told_before_anything_runs(monkeypatch: pytest.Mo
     assert f"BROKEN        {told}" in str(info())
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_other_loggers_alone() -> None:
     code = (
         "import logging, rmipo_lite\n"

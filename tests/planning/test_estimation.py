@@ -60,6 +60,7 @@ def test_8b_on_a_card_of_12_gb(on_3060: Estimate) -> None:
     assert on_3060.steps == 313
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_what_would(eight_billion: str) -> None:
     plain = rmipo_lite.estimate(eight_billion, gpu="3060", quantization="none").fit
     assert not plain.fits
@@ -281,6 +282,7 @@ def test_gpt2_whose_context_is_short() -> None:
     assert activations_of(GPT2Config(n_positions=256), Setup(torch.float16, None), False).counted
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 def test_a_run_takes_what_was_estimated() -> None:
     """`python -m benchmarks estimate` shows it within 15 % at five shapes; here a noisy one."""

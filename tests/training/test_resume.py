@@ -129,6 +129,7 @@ def _prune(folder: Path, last: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "batches", "stops"),
     [

@@ -37,6 +37,7 @@ def _train(rows: list[dict[str, Any]], folder: Path, **options: Any) -> rmipo_li
     return rmipo_lite.train(demo.MODEL, rows, output_dir=folder, **(settings | options))
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = _train(_swap(demo.easy_rows(), 0.15), tmp_path / "run")
     assert list(result.findings) == []

@@ -42,6 +42,7 @@ def _dies_at_the_second(indices: list[int]) -> None:
         abuse._say(index, f"call {index}", None)
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_one_lost_trial(tmp_path: Path) -> None:
     told = abuse.in_children([10, 20, 30], tmp_path, _dies_at_the_second)
     assert told[10] == ("call 10", None)

@@ -11,6 +11,7 @@ from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.training import run_log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "indices"), [(2, (0, 3, 4)), (5, (4,)), (6, (3,)), (29, (0,)), (30, (0, 7))]
 )
@@ -52,6 +53,7 @@ def test_micro_steps_of_equal_weight_are_lost(try_check, monkeypatch: pytest.Mon
     assert try_check(6, 1, 2, 3, 5, 6, 7).lost > 0
 
 
+@pytest.mark.slow
 def test_evaluation_that_draws_a_number_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     real = PairStep.evaluate
 

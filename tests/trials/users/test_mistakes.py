@@ -26,6 +26,7 @@ def test_a_message_that_falls_short_is_found(
     assert try_check(37, NAMES.index("other column names")).lost == 1
 
 
+@pytest.mark.slow
 def test_alarms_that_are_silent_or_false_are_found(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
