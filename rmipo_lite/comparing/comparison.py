@@ -25,7 +25,7 @@ NO_DIFFERENCE = "no difference shown"
 _ANSWERS_SHOWN = 5  # prompts, in a report
 _DIGITS = {"length": 1, "margin": 2, "win_rate": 3, "accuracy": 3}
 _NOTE = (
-    "+- is one standard error: over seeds, of a single seed over its pairs or prompts. Accuracy "
+    "+- is one standard error, of the pairs or prompts and of the seeds together. Accuracy "
     "and margin are by each method's own reward, and margins have its own unit. A difference is "
     "paired by seed and by pair or prompt, and shown where it is past 1.96 of its standard errors; "
     "of many differences one in twenty is so by chance."

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rmipo_lite.comparing.outcome import RunOutcome
+from rmipo_lite.comparing.outcome import Cases, RunOutcome
 from rmipo_lite.output.uncertainty import standard_error
 
 _SURE = 1.96  # standard errors; 95 %
@@ -28,14 +28,8 @@ class Estimated(NamedTuple):
 
 
 def estimated(outcomes: Sequence[RunOutcome], measure: str) -> Estimated:
-    """A method's mean over its seeds: error over seeds, or over the cases of a single seed."""
-    means = [mean for one in outcomes if not math.isnan(mean := one.mean(measure))]
-    if not means:
-        return Estimated(math.nan, math.nan)
-    if len(means) == 1:
-        cases = [v for one in outcomes for v in one.cases.get(measure, {}).values()]
-        return Estimated(means[0], standard_error(cases))
-    return Estimated(statistics.fmean(means), standard_error(means))
+    """A method's mean over its seeds; NaN where no run has the measure."""
+    return _over([one.cases.get(measure, {}) for one in outcomes])
 
 
 def difference(
@@ -43,20 +37,31 @@ def difference(
 ) -> Estimated:
     """The first method's mean less the other's, paired by seed and by case.
 
-    Its error is that of the pairs or prompts, and with several seeds that of the seeds beside it:
-    either alone would take the other's luck for a difference. NaN where too few cases are shared.
+    NaN where too few cases are shared.
     """
     other = {one.seed: one.cases.get(measure, {}) for one in others}
-    by_case, by_seed = defaultdict(list), []
+    columns = []
     for one in outcomes:
         theirs = other.get(one.seed, {})
-        own = {c: v - theirs[c] for c, v in one.cases.get(measure, {}).items() if c in theirs}
-        for case, value in own.items():
-            by_case[case].append(value)
-        if own:
-            by_seed.append(statistics.fmean(own.values()))
-    if len(by_case) < _LEAST_CASES:
+        own = one.cases.get(measure, {})
+        columns.append({case: v - theirs[case] for case, v in own.items() if case in theirs})
+    shared = {case for column in columns for case in column}
+    return _over(columns) if len(shared) >= _LEAST_CASES else Estimated(math.nan, math.nan)
+
+
+def _over(columns: Sequence[Cases]) -> Estimated:
+    """The mean of a column a seed, with the error of cases and of seeds beside each other.
+
+    Either alone would take the other's luck for something: two seeds are alike by chance.
+    """
+    columns = [column for column in columns if column]
+    if not columns:
         return Estimated(math.nan, math.nan)
+    by_case: dict[str, list[float]] = defaultdict(list)
+    for column in columns:
+        for case, value in column.items():
+            by_case[case].append(value)
+    by_seed = [statistics.fmean(column.values()) for column in columns]
     errors = [standard_error([statistics.fmean(values) for values in by_case.values()])]
     if len(by_seed) > 1:
         errors.append(standard_error(by_seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ def _run(method: str, seed: int, values: list[float]) -> RunOutcome:
 def test_means_and_errors() -> None:
     runs = [_run("a", 0, [1.0, 0.0] * 10), _run("a", 1, [1.0, 1.0, 0.0, 1.0] * 5)]
     assert estimated(runs, "accuracy").mean == pytest.approx(0.625)
-    assert estimated(runs, "accuracy").error == pytest.approx(0.125)  # of two seeds
+    cases = [(a + b) / 2 for a, b in zip([1.0, 0.0] * 10, [1.0, 1.0, 0.0, 1.0] * 5, strict=True)]
+    of_cases = statistics.stdev(cases) / math.sqrt(20)
+    assert estimated(runs, "accuracy").error == pytest.approx(math.hypot(0.125, of_cases))
     one = estimated(runs[:1], "accuracy")
     assert one.error == pytest.approx(math.sqrt(20 * 0.25 / 19 / 20))  # of its pairs
     assert all(map(math.isnan, estimated([], "accuracy")))
