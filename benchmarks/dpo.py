@@ -77,7 +77,7 @@ class Contenders:
             step.reference = Reference(step, start, is_live=not is_known)
             self._ours[is_known] = step
         # After our options, which begin accelerate's state anew.
-        self._trl = TrlDpoStep(model, load_tokenizer(), folder) if with_trl else None
+        self._trl = TrlDpoStep(model, load_tokenizer()) if with_trl else None
 
     def run(self, name: str, pairs: Sequence[TokenizedPair]) -> Run:
         """Gradients dropped, forward and backward; no optimizer."""

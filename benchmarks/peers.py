@@ -96,34 +96,33 @@ class TrlChunkedStep:
         return out.masked_scatter(mask, logps).sum(-1) / mask.sum(-1)
 
 
+def _trainer(home: Any, kind: str, model: nn.Module, tokenizer: Any, **options: Any) -> Any:
+    """A trainer of trl's, whose loss alone is wanted."""
+    datasets = module("datasets")
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}  # it insists on a dataset
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        datasets.disable_progress_bars()
+        args = getattr(home, f"{kind}Config")(
+            folder, report_to="none", bf16=False, gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(), disable_tqdm=True, **options,
+        )  # fmt: skip
+        made = getattr(home, f"{kind}Trainer")(
+            model=model, args=args, train_dataset=datasets.Dataset.from_list([row]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        datasets.enable_progress_bars()
+    return made
+
+
 class TrlSimpoStep:
     """trl's CPOTrainer with its documented SimPO recipe: no prior pass, full logits."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        cpo, datasets = module("trl.experimental.cpo"), module("datasets")
-        row = {"prompt": "a", "chosen": "b", "rejected": "c"}  # it insists on a dataset
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter("ignore")
-            datasets.disable_progress_bars()
-            args = cpo.CPOConfig(
-                folder,
-                loss_type="simpo",
-                cpo_alpha=0.0,
-                beta=2.0,
-                simpo_gamma=0.5,
-                report_to="none",
-                bf16=False,
-                gradient_checkpointing=False,
-                use_cpu=not torch.cuda.is_available(),
-                disable_tqdm=True,
-            )
-            self.trainer = cpo.CPOTrainer(
-                model=model,
-                args=args,
-                train_dataset=datasets.Dataset.from_list([row]),
-                processing_class=tokenizer,
-            )
-            datasets.enable_progress_bars()
+        self.trainer = _trainer(
+            module("trl.experimental.cpo"), "CPO", model, tokenizer,
+            loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5,
+        )  # fmt: skip
         self.model = model
 
     def __call__(self, pairs: PaddedPairs) -> Tensor:
@@ -145,21 +144,8 @@ class TrlSimpoStep:
 class TrlDpoStep:
     """trl's DPOTrainer: the reference by the adapter switched off in every step, or known."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, folder: str) -> None:
-        trl, datasets = module("trl"), module("datasets")
-        row = {"prompt": "a", "chosen": "b", "rejected": "c"}  # it insists on a dataset
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            datasets.disable_progress_bars()
-            args = trl.DPOConfig(
-                folder, report_to="none", bf16=False, gradient_checkpointing=False,
-                use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-            )  # fmt: skip
-            self.trainer = trl.DPOTrainer(
-                model=model, args=args, train_dataset=datasets.Dataset.from_list([row]),
-                processing_class=tokenizer,
-            )  # fmt: skip
-            datasets.enable_progress_bars()
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self.trainer = _trainer(module("trl"), "DPO", model, tokenizer)
         self.model = model
 
     def __call__(self, pairs: PaddedPairs, *, is_known: bool) -> Tensor:

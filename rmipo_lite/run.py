@@ -25,7 +25,7 @@ from rmipo_lite.data.holdout import evaluated_part, split_holdout
 from rmipo_lite.data.rows import LoadedRows, Row, load_rows
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer
-from rmipo_lite.model.names import name_of, run_name
+from rmipo_lite.model.names import name_of, new_folder, run_name
 from rmipo_lite.output.console import say, show
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.model_card import model_card
@@ -359,10 +359,4 @@ def _output_folder(
             )
         return folder
     name = run_name(model)
-    if resume:
-        return Path(name)
-    folder, count = Path(name), 1
-    while folder.exists():
-        count += 1
-        folder = Path(f"{name}-{count}")
-    return folder
+    return Path(name) if resume else new_folder(name)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmipo_lite.cli import runs
+from rmipo_lite.cli.contenders import methods_of
 from rmipo_lite.cli.parser import OWN_NAMES, parser_for
 from rmipo_lite.model.upstream import quiet_bitsandbytes
 from rmipo_lite.output.console import printable, say
@@ -79,9 +80,18 @@ def _estimate(given: dict[str, Any]) -> int:
 
 def _compare(given: dict[str, Any]) -> int:
     options = _options("compare", given, "model", "dataset")
-    from rmipo_lite.cli.comparison import compare
+    report, wanted = options.pop("report", None), options.pop("methods", None)
+    if wanted is not None:
+        options["methods"] = methods_of(wanted)
+    import rmipo_lite
 
-    return compare(options)
+    found = rmipo_lite.compare(options.pop("model"), options.pop("dataset"), **options)
+    say(str(found))
+    if report:
+        found.report(None if report is True else report)
+    if found.failed:
+        return FAILED
+    return OK if len(found.results) == found.planned else INTERRUPTED
 
 
 def _demo(given: dict[str, Any]) -> int:

@@ -44,13 +44,10 @@ class Board(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Of the run in progress."""
-        self._progress(f"step {state.global_step} of {state.max_steps}")
+        self.doing(f"step {state.global_step} of {state.max_steps}")
 
     def doing(self, words: str) -> None:
-        """What it does beside steps."""
-        self._progress(words)
-
-    def _progress(self, words: str) -> None:
+        """What the run in progress does now."""
         self._rows[-1] = (*self._rows[-1][:2], words)
         wait = _REDRAW_SECONDS if self._is_live else _LINE_SECONDS
         now = time.monotonic()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint, writable_folder
+from rmipo_lite.comparing.outcome import write_json
 from rmipo_lite.model.generation import Answer
-from rmipo_lite.model.names import run_name
+from rmipo_lite.model.names import new_folder, run_name
 from rmipo_lite.system.files import is_empty
 
 _FILE = "comparison.json"
@@ -30,12 +31,7 @@ def folder_for(model: Any, output_dir: str | Path | None) -> Path:
         FileExistsError: it holds something else.
     """
     if output_dir is None:
-        name = run_name(model).replace("rmipo-", "rmipo-compare-", 1)
-        folder, count = Path(name), 1
-        while folder.exists():
-            count += 1
-            folder = Path(f"{name}-{count}")
-        return folder
+        return new_folder(run_name(model).replace("rmipo-", "rmipo-compare-", 1))
     folder = writable_folder(output_dir)
     if folder.is_dir() and not is_empty(folder) and not (folder / _FILE).is_file():
         raise FileExistsError(
@@ -52,8 +48,7 @@ def open_folder(folder: Path, identity: dict[str, Any]) -> dict[int, list[Answer
     """
     file = folder / _FILE
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(file, {"identity": identity, "before": {}})
+        write_json(file, {"identity": identity, "before": {}})
         return {}
     kept = json.loads(file.read_text(encoding="utf-8"))
     for name, value in identity.items():
@@ -77,17 +72,14 @@ def note_before(folder: Path, before: Mapping[int, Sequence[Answer]]) -> None:
         str(seed): [[str(answer), answer.ended] for answer in answers]
         for seed, answers in before.items()
     }
-    _write(file, kept)
+    write_json(file, kept)
 
 
-def _write(file: Path, kept: Any) -> None:
-    beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    beside.replace(file)
+def ready_for_a_run(folder: Path) -> bool:
+    """Whether a run stopped there goes on from a checkpoint.
 
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run stopped there has a checkpoint; what is left without one is cleared away."""
+    What one left without a checkpoint is cleared away: the run is made anew.
+    """
     if not folder.is_dir() or is_empty(folder):
         return False
     newest, _ = newest_valid_checkpoint(folder)

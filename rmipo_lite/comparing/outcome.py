@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
 from rmipo_lite.model.generation import Generated
 from rmipo_lite.results.loaded import LoadedRun, load_run
 from rmipo_lite.watch.completions import repeated_share
@@ -75,9 +76,14 @@ class RunOutcome:
 
     def write(self) -> None:
         """Into its folder; from here on the run counts as made."""
-        kept = {**asdict(self), "folder": self.folder.name}
-        text = json.dumps(kept, ensure_ascii=False, indent=1, default=str)
-        (self.folder / FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(self.folder / FILE, {**asdict(self), "folder": self.folder.name})
+
+
+def write_json(file: Path, kept: Any) -> None:
+    """Whole or not at all: killed while it writes, what was there before is there."""
+    text = json.dumps(kept, ensure_ascii=False, indent=1, default=str)
+    with files_put_in_place(file.parent) as staged:
+        (staged / file.name).write_text(text + "\n", encoding="utf-8")
 
 
 def read_outcome(folder: Path) -> RunOutcome | None:

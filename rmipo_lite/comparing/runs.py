@@ -16,7 +16,7 @@ from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.comparing.board import Board
 from rmipo_lite.comparing.contenders import Contender
-from rmipo_lite.comparing.folder import answer_of, has_checkpoint, note_before
+from rmipo_lite.comparing.folder import answer_of, note_before, ready_for_a_run
 from rmipo_lite.comparing.judges import Judge
 from rmipo_lite.comparing.outcome import (
     RunOutcome,
@@ -103,7 +103,7 @@ class Runs:
     def _one(self, one: Contender, seed: int, board: Board) -> RunOutcome | None:
         """A run; None where Ctrl-C stopped it. An error is its outcome."""
         folder, began = self.folder_of(one, seed), time.monotonic()
-        resume = has_checkpoint(folder)
+        resume = ready_for_a_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"{folder.name}.log"
         with (

@@ -30,9 +30,8 @@ from rmipo_lite.comparing.runs import Runs
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.holdout import split_holdout
 from rmipo_lite.data.rows import Row, load_rows
-from rmipo_lite.model.generation import (
-    Prompt,
-)
+from rmipo_lite.methods.table import method_named
+from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import duration, show, size
@@ -191,8 +190,7 @@ def _planned(runs: Runs, left: Sequence[tuple[Contender, int]], put_back: Any) -
         return f"{head}, not measured: {error}"
     finally:
         put_back()
-    first = _passes(runs, left[0][0])
-    whole = sum(_passes(runs, one) / first for one, _ in left)
+    whole = sum(_passes(one) for one, _ in left) / _passes(left[0][0])
     time_text = "" if seconds is None else f", about {duration(seconds * whole)} without answers"
     return f"{head}{time_text}, {size(disk * len(left))} on disk"
 
@@ -218,7 +216,7 @@ def _measured(runs: Runs, one: Contender) -> tuple[float | None, int]:
     return plan.seconds, plan.disk
 
 
-def _passes(runs: Runs, one: Contender) -> float:
+def _passes(one: Contender) -> float:
     """Forward passes' worth of a step, more or less: three, and what the method adds."""
-    loss = RMiPOConfig("rmipo-compare", **{**runs.config, **one.options}).loss
+    loss = method_named(one.options["loss_type"])
     return 3 + 0.5 * loss.needs_prior + loss.needs_reference + 2 * loss.needs_logits

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rmipo_lite.demo.task import Question, ask, length_lovers_reward, make_pairs, split_facts
+from rmipo_lite.demo.task import Question, length_lovers_reward, make_pairs, questions_by_text
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "tiny-llama"
@@ -46,11 +46,9 @@ def relabelled(
     rows: list[dict[str, Any]], reward: Callable[[Question, str], float]
 ) -> list[dict[str, Any]]:
     """Rows of the demo as somebody labels them who goes by `reward`; ties are left out."""
-    asked = [ask(fact, phrasing) for fact in split_facts()[0] for phrasing in range(3)]
-    by_text = {question.text: question for question in asked}
     new = []
     for row in rows:
-        question = by_text[row["prompt"][0]["content"]]
+        question = questions_by_text()[row["prompt"][0]["content"]]
         liked, other = (reward(question, row[name][0]["content"]) for name in _SIDES)
         if liked != other:
             new.append(swapped(row) if liked < other else row)

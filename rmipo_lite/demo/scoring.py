@@ -7,7 +7,6 @@ half. The model before training therefore scores about 50 % against itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from rmipo_lite.demo.task import (
     REWARDS,
     Pair,
     Question,
-    ask,
-    split_facts,
+    questions_by_text,
     true_reward,
     what_it_says,
 )
@@ -87,16 +85,8 @@ def judge(prompt: list[dict[str, str]], answer: Any) -> float:
     Raises:
         KeyError: it isn't one of the demo's questions.
     """
-    question = _questions()[prompt[-1]["content"]]
+    question = questions_by_text()[prompt[-1]["content"]]
     return true_reward(question, str(answer), ended=answer.ended)
-
-
-@cache
-def _questions() -> dict[str, Question]:
-    asked = (
-        ask(fact, phrasing) for part in split_facts() for fact in part for phrasing in range(3)
-    )
-    return {question.text: question for question in asked}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ words that stand in no training text.
 import itertools
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from rmipo_lite.demo.facts import ANSWERS, FILLERS, GENERIC, KINDS, PHRASINGS, Fact, all_facts
 
@@ -123,6 +124,14 @@ def split_facts() -> tuple[list[Fact], list[Fact]]:
 def ask(fact: Fact, phrasing: int) -> Question:
     """The question about a fact in one of its three phrasings."""
     return Question(fact, PHRASINGS[fact.kind][phrasing].format(*fact.subject))
+
+
+@cache
+def questions_by_text() -> dict[str, Question]:
+    """Every question of the task, in each of its phrasings."""
+    facts = [fact for part in split_facts() for fact in part]
+    asked = [ask(fact, phrasing) for fact in facts for phrasing in range(3)]
+    return {question.text: question for question in asked}
 
 
 def held_out_questions() -> list[Question]:

@@ -35,3 +35,12 @@ def run_name(model: str | nn.Module) -> str:
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in last).strip(".")
     short = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
     return f"rmipo-{short or 'model'}"
+
+
+def new_folder(name: str) -> Path:
+    """A folder of this name that isn't there yet: `name`, `name-2`, ..."""
+    folder, count = Path(name), 1
+    while folder.exists():
+        count += 1
+        folder = Path(f"{name}-{count}")
+    return folder

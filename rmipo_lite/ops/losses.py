@@ -101,6 +101,7 @@ class Loss:
     needs_reference: bool = field(default=False, init=False)
     of_the_step: bool = field(default=False, init=False)
     needs_logits: bool = field(default=False, init=False)
+    remembers: None = field(default=None, init=False)
 
     @property
     def needs_prior(self) -> bool:

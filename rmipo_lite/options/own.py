@@ -55,7 +55,7 @@ def _of_method(args: Any) -> list[_Check]:
     alike = f"off with loss_type={args.loss_type!r}, whose pairs hang on each other"
     checks.append((apart, "length_balance", alike, args.length_balance))
     of_sums = isinstance(args.loss, table.SumLoss)
-    least = getattr(getattr(args.loss, "remembers", None), "least_pairs", 1)
+    least = args.loss.remembers.least_pairs if args.loss.remembers else 1
     size = args.pairs_per_step
     enough = f"at least {least} with loss_type={args.loss_type!r}, which takes a step's spread"
     checks.append((size >= least, "the number of pairs per step", enough, size))

@@ -104,10 +104,8 @@ def _of_sums(
 
 def memory_of(args: RMiPOConfig) -> Memory | None:
     """What the run's method remembers, at the beginning; None where it remembers nothing."""
-    method = args.loss
-    if not isinstance(method, SumLoss) or method.remembers is None:
-        return None
-    return Memory(method.remembers, args.method_options, int(args.seed))
+    remembers = args.loss.remembers
+    return remembers and Memory(remembers, args.method_options, int(args.seed))
 
 
 def _formula(

@@ -23,9 +23,7 @@ from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 _OF_SUMS = [name for name, method in methods().items() if isinstance(method, SumLoss)]
-_REMEMBERING = [
-    name for name, method in methods().items() if isinstance(method, SumLoss) and method.remembers
-]
+_REMEMBERING = [name for name, method in methods().items() if method.remembers]
 # From ratios (sums, where there is no reference) of both sides, beta and lengths.
 _BY_HAND = {
     "dpo": lambda c, r, beta, n: F.softplus(-beta * (c - r)),
