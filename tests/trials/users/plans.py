@@ -1,14 +1,17 @@
 """Check 39: what a run says beforehand that it will take, against what it then takes.
 
 Nothing here depends on what else the machine does: the clock counts work. Memory is the process's
-own, disk is counted in bytes.
+own, disk is counted in bytes. How far the heap grows differs by some 6 % between runs of the same
+seed, so a run that is off is run twice more, and the middle one of the three counts.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,24 +76,27 @@ def plans(trials: Trials) -> None:
                 "per_device_train_batch_size": trial.rng.choice((8, 16)),
             }
             trial.tried = f"{shape}, {options}"
-            plan, taken = _planned_and_taken(trial, shape, options)
-            errors = {name: plan[name] / taken[name] - 1 for name in taken}
+            errors = _errors(trial, shape, options)
+            if not _within(errors):
+                runs = [errors, *(_errors(trial, shape, options) for _ in range(2))]
+                errors = {name: statistics.median(run[name] for run in runs) for name in errors}
             told = ", ".join(f"{name} {error:+.0%}" for name, error in errors.items())
             trial.tried += f": {told}"
-            expect(all(abs(error) <= _WITHIN for error in errors.values()), f"off by {told}")
+            expect(_within(errors), f"off by {told}")
 
 
-def _planned_and_taken(
-    trial: Trial, shape: dict[str, Any], options: dict[str, Any]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The plan, and what the run took after it, in a child: memory here has a history."""
-    output = trial.folder / "out"
-    child = start(
-        planned_run, str(trial.folder / "run"), trial.index, shape, options, output=output
-    )
+def _within(errors: dict[str, float]) -> bool:
+    return all(abs(error) <= _WITHIN for error in errors.values())
+
+
+def _errors(trial: Trial, shape: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+    """How far the plan is off what the run then took, in a child: memory here has a history."""
+    folder = Path(tempfile.mkdtemp(dir=trial.folder))
+    args = (str(folder / "run"), trial.index, shape, options)
+    child = start(planned_run, *args, output=folder / "out")
     expect(child.wait(seconds=600) == 0, f"the run failed: {child.text()[-400:]}")
     plan, taken = json.loads(child.text().rsplit(_ANSWER, 1)[1])
-    return plan, taken
+    return {name: plan[name] / taken[name] - 1 for name in taken}
 
 
 def planned_run(folder: str, index: int, shape: dict[str, Any], options: dict[str, Any]) -> None:
