@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from rmipo_lite import RMiPOConfig, RMiPOTrainer
 from rmipo_lite.demo import MODEL, load_rows
 from rmipo_lite.ops.reference import IGNORED
 from rmipo_lite.output.console import say
+from rmipo_lite.tokens.pair import TokenizedPair
+from rmipo_lite.tokens.prepare import prepare
 
 STEPS, PAIRS_OF_A_STEP = 20, 4
 _SHARED: dict[str, Any] = {
@@ -35,7 +37,7 @@ class Method:
     """A method of ours and what trl calls it."""
 
     ours: dict[str, Any]
-    trainer: str  # of trl: dpo, cpo or orpo
+    trainer: str  # of trl: dpo, cpo, orpo or kto
     theirs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,6 +55,7 @@ METHODS = {
         {"loss_type": "simpo", "alpha": 0.25, "beta": 2.5, "simpo_gamma": 0.1, "cpo_alpha": 0.0},
     ),
     "orpo": Method({}, "orpo"),
+    "kto": Method({"undesirable_weight": 1.5}, "kto", {"undesirable_weight": 1.5}),
 }  # fmt: skip
 
 
@@ -70,9 +73,29 @@ def bench(names: Sequence[str] = tuple(METHODS)) -> Iterator[Record]:
         )
 
 
-def _rows() -> list[dict[str, str]]:
-    """As many of the demo's pairs as a run takes, as texts."""
-    return load_rows()[: STEPS * PAIRS_OF_A_STEP]
+def _rows(method: Method) -> list[dict[str, Any]]:
+    """As many of the demo's pairs as a run takes, or one side of each, every third the worse."""
+    pairs = load_rows()[: STEPS * PAIRS_OF_A_STEP]
+    if method.trainer != "kto":
+        return pairs
+    sides = ["rejected" if number % 3 == 0 else "chosen" for number in range(len(pairs))]
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair, side in zip(pairs, sides, strict=True)
+    ]
+
+
+def _mismatched_in_a_step(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
+    """The completion before it in the step stands on a row's other side, as trl has it."""
+    found = []
+    for number, pair in enumerate(pairs):
+        before = number - 1 if number % PAIRS_OF_A_STEP else number + PAIRS_OF_A_STEP - 1
+        sides = (pairs[before].rejected_ids, pairs[before].chosen_ids)
+        other = sides[bool(pairs[before].label)]
+        found.append(
+            replace(pair, rejected_ids=other) if pair.label else replace(pair, chosen_ids=other)
+        )
+    return found
 
 
 def _model() -> Any:
@@ -83,28 +106,27 @@ def _ours(name: str, method: Method, folder: str) -> list[float]:
     args = RMiPOConfig(
         f"{folder}/ours", loss_type=name, eval_completions=0, **_SHARED, **method.ours
     )
-    trainer = RMiPOTrainer(
-        _model(), args, train_dataset=_rows(), processing_class=AutoTokenizer.from_pretrained(MODEL)
-    )
+    model, tokenizer = _model(), AutoTokenizer.from_pretrained(MODEL)
+    rows: Any = _rows(method)
+    if method.trainer == "kto":
+        rows = _mismatched_in_a_step(prepare(rows, tokenizer, args, model.config).pairs)
+    trainer = RMiPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     return _logged(trainer)
 
 
 def _theirs(method: Method, folder: str) -> list[float]:
     datasets = module("datasets")
-    if method.trainer == "dpo":
-        trl, kind = module("trl"), "DPO"
-    else:
-        kind = method.trainer.upper()
-        trl = module(f"trl.experimental.{method.trainer}")
+    kind, is_main = method.trainer.upper(), method.trainer in ("dpo", "kto")
+    trl = module("trl" if is_main else f"trl.experimental.{method.trainer}")
     options = {**_SHARED, "remove_unused_columns": False, **method.theirs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = getattr(trl, f"{kind}Config")(f"{folder}/trl", **options)
         trainer_of = getattr(trl, f"{kind}Trainer")
         trainer = (_with_response_alone(trainer_of) if kind == "ORPO" else trainer_of)(
-            model=_model() if kind != "DPO" else str(MODEL), args=args,
-            train_dataset=datasets.Dataset.from_list(_rows()),
+            model=str(MODEL) if is_main else _model(), args=args,
+            train_dataset=datasets.Dataset.from_list(_rows(method)),
             processing_class=AutoTokenizer.from_pretrained(MODEL),
         )  # fmt: skip
         trainer.train()

@@ -110,7 +110,7 @@ def train(
     with surroundings_restored(model):
         args = RMiPOConfig(output_dir=str(folder), **config)
         say("Reading the pairs")
-        data = load_rows(dataset, split=split)
+        data = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
         train_pairs, eval_pairs, prompts = _pairs(
@@ -315,8 +315,9 @@ def _pairs(
     for name, part in named.items():
         argument = f"eval_dataset[{name!r}]" if name else "eval_dataset"
         own = load_rows(
-            part, split=eval_split, argument=argument, as_messages=data.report.has_system
-        )
+            part, split=eval_split, argument=argument, as_messages=data.report.has_system,
+            unpaired=args.loss.unpaired,
+        )  # fmt: skip
         eval_pairs[name] = prepare(own, tokenizer, args, config).pairs
         prompts += _prompts(eval_pairs[name], own.rows)
         title = f"Evaluation set {name}" if name else "Evaluation set"

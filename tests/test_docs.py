@@ -39,7 +39,7 @@ def names(cell: str) -> list[str]:
 
 def test_every_option_of_ours_exists() -> None:
     rows = table("Options")
-    assert len(rows) == 43
+    assert len(rows) == 44
     for row in rows:
         for name in names(row[1]):
             if name.startswith("TrainResult."):
@@ -52,9 +52,9 @@ def test_every_option_of_trl_exists() -> None:
     cpo = pytest.importorskip("trl.experimental.cpo", reason="trl isn't installed")
     dpo = pytest.importorskip("trl")
     theirs = {"resume_from_checkpoint"}  # of their trainers' train()
-    for config in (cpo.CPOConfig, dpo.DPOConfig):
+    for config in (cpo.CPOConfig, dpo.DPOConfig, dpo.KTOConfig):
         theirs |= {field.name for field in dataclasses.fields(config)}
-    for trainer in (cpo.CPOTrainer, dpo.DPOTrainer):
+    for trainer in (cpo.CPOTrainer, dpo.DPOTrainer, dpo.KTOTrainer):
         theirs |= set(inspect.signature(trainer.__init__).parameters)
     missing = [name for row in table("Options") for name in names(row[0]) if name not in theirs]
     assert not missing
@@ -66,8 +66,8 @@ def test_every_metric_is_one_that_is_logged(tmp_path: Path) -> None:
     trainer.evaluate(trainer.train_dataset)
     logged = {name for entry in trainer.state.log_history for name in entry}
     wanted = {name for row in table("Metrics") for name in names(row[1])}
-    # Logged when there are any, and where responses have an end.
-    assert wanted - logged == {"rmipo/dropped_pairs", "rmipo/end_nll"}
+    # Logged when there are any, where responses have an end, and of unpaired rows.
+    assert wanted - logged == {"rmipo/dropped_pairs", "rmipo/end_nll", "kl"}
 
 
 def test_the_loss_types_of_the_page_are_ours() -> None:

@@ -110,6 +110,23 @@ def cases_of_pairs(
     return found
 
 
+def of_whole_pairs(
+    values: Mapping[str, Mapping[Any, float]],
+) -> dict[str, dict[Any, float]]:
+    """The values of pairs from those of their halves, rows 2i and 2i + 1 of pair i."""
+    sides = [
+        {row // 2: value for row, value in values.get(f"eval_rewards/{side}", {}).items()}
+        for side in ("chosen", "rejected")
+    ]
+    margins = {pair: sides[0][pair] - sides[1][pair] for pair in sides[0] if pair in sides[1]}
+    chosen = values.get("eval_logps/chosen", {})
+    return {
+        "eval_rewards/margins": margins,
+        "eval_rewards/accuracies": {pair: float(gap > 0) for pair, gap in margins.items()},
+        "eval_logps/chosen": {row // 2: value for row, value in chosen.items()},
+    }
+
+
 def cases_of_answers(
     answers: Sequence[Generated], wins: Sequence[float] | None
 ) -> dict[str, Cases]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from rmipo_lite.comparing.contenders import Contender
 from rmipo_lite.comparing.folder import answer_of, note_before, ready_for_a_run
 from rmipo_lite.comparing.judges import Judge
 from rmipo_lite.comparing.outcome import (
+    Cases,
     RunOutcome,
     cases_of_answers,
     cases_of_pairs,
+    of_whole_pairs,
     read_outcome,
 )
+from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.generation import (
     Answer,
     Generated,
@@ -122,7 +125,7 @@ class Runs:
                 outcome = RunOutcome(
                     one.name, seed, folder, dict(one.options), result.learning_rate,
                     int(result.history[-1].get("step", 0)),
-                    cases=cases_of_pairs(result.held_out.first, result.held_out.newest),
+                    cases=self._cases(one, result.held_out.first, result.held_out.newest),
                 )  # fmt: skip
                 if self.prompts:
                     board.doing("answering prompts")
@@ -139,6 +142,12 @@ class Runs:
                     if str(error) else type(error).__name__,
                 )  # fmt: skip
         return outcome
+
+    def _cases(self, one: Contender, *values: Mapping[str, Any]) -> dict[str, Cases]:
+        """Of pairs, also where the method took their halves for rows."""
+        if method_named(one.options["loss_type"]).unpaired and "chosen" in self.held_out[0]:
+            values = tuple(map(of_whole_pairs, values))
+        return cases_of_pairs(*values)
 
     def _sampled(self, model: Any, seed: int) -> list[Generated]:
         ids = [prompt_ids(self.tokenizer, p, conversational=False) for p in self.prompts]

@@ -107,9 +107,11 @@ def compare(
     if "seed" in config:
         raise ValueError("seed: a comparison has several; pass seeds")
     args = RMiPOConfig("rmipo-compare", **config)
-    data = load_rows(dataset, split=split)
+    # Pairs are pairs for all, where a method takes them for two rows too.
+    unpaired = all(method_named(one.options["loss_type"]).unpaired for one in found)
+    data = load_rows(dataset, split=split, unpaired=unpaired)
     show(data.report)
-    train_rows, held_out = _rows(data.rows, eval_dataset, eval_split)
+    train_rows, held_out = _rows(data.rows, eval_dataset, eval_split, unpaired)
     asked = _distinct(held_out)[: max(0, prompts)]
     folder = folder_for(model, output_dir)
     if tokenizer is None:
@@ -154,19 +156,24 @@ def _seeds(seeds: Any) -> list[int]:
 
 
 def _rows(
-    rows: list[Row], eval_dataset: Any, eval_split: str | None
+    rows: list[Row], eval_dataset: Any, eval_split: str | None, unpaired: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(what all train on, what all are measured on)."""
     if eval_dataset is None:
         kept, held_out = split_holdout(rows, share=_HOLDOUT_SHARE, at_most=_HOLDOUT_AT_MOST)
     else:
         kept = rows
-        held_out = load_rows(eval_dataset, split=eval_split, argument="eval_dataset").rows
+        held_out = load_rows(
+            eval_dataset, split=eval_split, argument="eval_dataset", unpaired=unpaired
+        ).rows
     return [_plain(row) for row in kept], [_plain(row) for row in held_out]
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+    if row.label is None:
+        return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+    (completion,) = row.responses.values()
+    return {"prompt": row.prompt, "completion": completion, "label": row.label}
 
 
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:

@@ -15,4 +15,5 @@ __all__ = [
     "normalise",
     "report",
     "rows",
+    "unpaired",
 ]

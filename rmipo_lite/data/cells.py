@@ -21,7 +21,7 @@ _FIELDS = ("role", "content")
 _BEGINS = re.compile(r"""["']?+\s*+(\[?+)\s*+\{\s*+\\?+["']""")
 _KEY = re.compile(r"""["'](\w{4,8})\\?["']\s*+:""")
 _CHATS = ({"role", "content"}, {"from", "value"}, {"messages"})  # keys, in small letters
-_OF_A_COLUMN = ("prompt", "chosen", "rejected")
+_OF_A_COLUMN = ("prompt", "chosen", "rejected", "completion")
 
 
 def unflatten(records: list[Any]) -> list[str]:

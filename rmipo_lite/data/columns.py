@@ -11,6 +11,9 @@ from rmipo_lite.data.report import DataReport
 COLUMNS = ("prompt", "chosen", "rejected")
 
 
+UNPAIRED_COLUMNS = ("prompt", "completion", "label")
+
+
 COLUMNS_READ = {*COLUMNS, *SYSTEM_COLUMNS, "tools"}  # tools only to refuse them by name
 
 
@@ -24,30 +27,45 @@ ALIASES = {
     "correct yw",
     "rejected": "bad dispreferred unpreferred worse loser lose lost negative neg reject worst "
     "response_k incorrect wrong yl",
+    "completion": "response answer output text reply generation",
+    "label": "labels desirable is_good good liked thumbs_up score rating",
 }
 
 
 NEGATIONS = {"non", "not", "less", "un", "dis"}  # non_preferred is a name of the rejected side
 
 
-def check_columns(records: list[Any], report: DataReport) -> None:
-    """Refuse a dataset whose columns can't be right, naming the likely rename."""
+def check_columns(records: list[Any], report: DataReport, unpaired: bool = False) -> bool:
+    """Refuse a dataset whose columns can't be right, naming the likely rename.
+
+    Returns whether the rows are unpaired (prompt, completion, label), which is refused too unless
+    such are wanted; pairs may stand in their place.
+    """
     columns: dict[str, None] = {}
     for record in records:
         if isinstance(record, Mapping):
             columns.update(dict.fromkeys(str(name) for name in record))
     if not columns:
-        return  # every row is faulty: the reasons are told by nothing_left
-    has_prompt_inside = {"chosen", "rejected"} <= columns.keys() and any(
-        _prompt_inside(record.get("chosen")) for record in records if isinstance(record, Mapping)
+        return False  # every row is faulty: the reasons are told by nothing_left
+    is_paired = {"chosen", "rejected"} <= columns.keys()
+    is_unpaired = not is_paired and (unpaired or {"completion", "label"} <= columns.keys())
+    wanted = UNPAIRED_COLUMNS if is_unpaired else COLUMNS
+    has_prompt_inside = {*wanted[1:]} <= columns.keys() and any(
+        _prompt_inside(record.get(wanted[1])) for record in records if isinstance(record, Mapping)
     )
-    missing = [name for name in COLUMNS if name not in columns]
+    missing = [name for name in wanted if name not in columns]
     if has_prompt_inside and missing == ["prompt"]:
         missing = []
-    known = (*COLUMNS_READ, *report.ignored_columns)
+    if is_unpaired and not unpaired:
+        raise ValueError(
+            "dataset: rows of prompt, completion and label are unpaired, and loss_type='kto' alone "
+            "trains on such; wanted ['prompt', 'chosen', 'rejected']"
+        )
+    known = (*COLUMNS_READ, *wanted, *report.ignored_columns)
     report.ignored_columns += [name for name in columns if name not in known]
     if missing:
-        raise ValueError(_wrong_columns(list(columns), missing))
+        raise ValueError(_wrong_columns(list(columns), missing, wanted))
+    return is_unpaired
 
 
 def _prompt_inside(chosen: Any) -> bool:
@@ -58,8 +76,8 @@ def _prompt_inside(chosen: Any) -> bool:
     )
 
 
-def _wrong_columns(found: list[str], missing: list[str]) -> str:
-    free = [name for name in found if name not in COLUMNS]
+def _wrong_columns(found: list[str], missing: list[str], wanted_all: tuple[str, ...]) -> str:
+    free = [name for name in found if name not in wanted_all]
     renames: dict[str, str] = {}
     for wanted in missing:
         name = _nearest(wanted, [name for name in free if name not in renames])
@@ -67,9 +85,10 @@ def _wrong_columns(found: list[str], missing: list[str]) -> str:
             renames[name] = wanted
     named = ", ".join(repr(name[:60]) for name in found[:COLUMNS_NAMED])
     more = f", ... ({len(found)} in all)" if len(found) > COLUMNS_NAMED else ""
+    others = " and ".join(wanted_all[1 : 3 if wanted_all is COLUMNS else 2])
     message = (
-        f"dataset: columns found [{named}{more}], wanted ['prompt', 'chosen', 'rejected'] "
-        "(prompt may be missing when chosen and rejected are whole conversations); "
+        f"dataset: columns found [{named}{more}], wanted {list(wanted_all)} "
+        f"(prompt may be missing when {others} are whole conversations); "
         f"missing {missing}."
     )
     if renames:

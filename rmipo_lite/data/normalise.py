@@ -42,6 +42,7 @@ class _NotKept(Exception):
     """
 
     def __init__(self, columns: str, wanted: str, got: str, example: str = "") -> None:
+        self.columns, self.wanted, self.got = columns, wanted, got
         self.reason = f"{columns}: wanted {wanted}, got {got}"
         self.example = example
         super().__init__(self.reason)
@@ -62,26 +63,29 @@ class Identical(Dropped):
         super().__init__("chosen and rejected", "two different responses", "identical ones" + where)
 
 
-def normalise(record: Any, as_messages: bool = False) -> tuple[Side, Side, Side]:
+def normalise(
+    record: Any, as_messages: bool = False, columns: tuple[str, str] = ("chosen", "rejected")
+) -> tuple[Side, Side, Side]:
     """(prompt, chosen, rejected) of one record: all texts, or all message lists.
 
     `as_messages`: texts become messages too. So it is where rows of the dataset have system
-    messages in a column of their own, in a row without one too.
+    messages in a column of their own, in a row without one too. `columns`: where the two sides
+    stand; one and the same of a row that has one.
 
     Raises:
         Refused: wrong types, missing keys, broken messages, prompts that differ.
         Dropped: an empty response, or chosen equal to rejected.
     """
     if not isinstance(record, Mapping):
-        raise Refused("row", "a dict with prompt, chosen and rejected", _kind(record))
+        raise Refused("row", "a dict with prompt, chosen and rejected", kind_of(record))
     for name in SYSTEM_COLUMNS:
         if _is_given(record.get(name)) and not isinstance(record[name], str):
-            raise Refused(name, "text", _kind(record[name]))
+            raise Refused(name, "text", kind_of(record[name]))
     if len(set(_systems(record))) > 1:
         raise Refused(" and ".join(SYSTEM_COLUMNS), "one text", "two that differ")
     if _is_given(record.get("tools")):
-        raise Refused("tools", "nothing (tools are not supported)", _kind(record["tools"]))
-    chosen, rejected = _side(record, "chosen"), _side(record, "rejected")
+        raise Refused("tools", "nothing (tools are not supported)", kind_of(record["tools"]))
+    chosen, rejected = (_side(record, name) for name in columns)
     if type(chosen) is not type(rejected):
         raise Refused(
             "chosen and rejected", "two texts or two message lists", "one text and one message list"
@@ -92,10 +96,10 @@ def normalise(record: Any, as_messages: bool = False) -> tuple[Side, Side, Side]
         prompt, chosen, rejected = _implicit(chosen, rejected)
     if as_messages:
         prompt, chosen, rejected = _with_system(system_of(record), prompt, chosen, rejected)
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if not _text(side).strip():
+    for name, side in zip(columns, (chosen, rejected), strict=True):
+        if not text_of_side(side).strip():
             raise Dropped(name, "a response", "an empty or blank one")
-    if chosen == rejected:
+    if chosen == rejected and columns[0] != columns[1]:
         raise Identical
     return prompt, chosen, rejected
 
@@ -115,8 +119,8 @@ def _with_system(
 ) -> tuple[Side, Side, Side]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-        chosen = [{"role": "assistant", "content": _text(chosen)}]
-        rejected = [{"role": "assistant", "content": _text(rejected)}]
+        chosen = [{"role": "assistant", "content": text_of_side(chosen)}]
+        rejected = [{"role": "assistant", "content": text_of_side(rejected)}]
     if not system.strip():
         return prompt, chosen, rejected
     message = {"role": "system", "content": _checked_text(system, "system")}
@@ -132,8 +136,8 @@ def _explicit(prompt: Side, chosen: Side, rejected: Side) -> tuple[Side, Side, S
     if isinstance(prompt, str) and isinstance(chosen, str):
         return prompt, chosen, rejected
     if isinstance(chosen, str) or isinstance(rejected, str):  # messages, text, text
-        chosen = [{"role": "assistant", "content": _text(chosen)}]
-        rejected = [{"role": "assistant", "content": _text(rejected)}]
+        chosen = [{"role": "assistant", "content": text_of_side(chosen)}]
+        rejected = [{"role": "assistant", "content": text_of_side(rejected)}]
     if len(chosen) > 1 or len(rejected) > 1:
         inside, chosen, rejected = _implicit(chosen, rejected)
         if not _agrees(prompt, inside):
@@ -208,12 +212,14 @@ def _side(record: Mapping[str, Any], column: str) -> Side:
         return _checked_text(value, column)
     if isinstance(value, list | tuple):
         return [_message(message, column) for message in value]
-    raise Refused(column, _TEXT_OR_MESSAGES, _kind(value))
+    raise Refused(column, _TEXT_OR_MESSAGES, kind_of(value))
 
 
 def _message(message: Any, column: str) -> Message:
     if not isinstance(message, Mapping):
-        raise Refused(column, f"text, or a list of {_TEXT_MESSAGE}", f"a list of {_kind(message)}")
+        raise Refused(
+            column, f"text, or a list of {_TEXT_MESSAGE}", f"a list of {kind_of(message)}"
+        )
     if _is_given(message.get("tool_calls")):
         raise Refused(column, _TEXT_MESSAGE, "tool calls, which are not supported")
     role: Any = message.get("role")
@@ -224,7 +230,7 @@ def _message(message: Any, column: str) -> Message:
         content = "".join(part["text"] for part in content)
     for name, value in (("role", role), ("content", content)):
         if not isinstance(value, str):
-            got = f"a message whose {name} is {_kind(value)}" if name in message else f"no {name}"
+            got = f"a message whose {name} is {kind_of(value)}" if name in message else f"no {name}"
             raise Refused(column, _TEXT_MESSAGE, got, _keys(message))
     return {"role": _checked_text(role, column), "content": _checked_text(content, column)}
 
@@ -250,7 +256,8 @@ def _checked_text(text: str, column: str) -> str:
     return str(text)  # numpy's texts are a class of their own
 
 
-def _text(side: Side) -> str:
+def text_of_side(side: Side) -> str:
+    """A side as one text."""
     return side if isinstance(side, str) else "".join(message["content"] for message in side)
 
 
@@ -279,7 +286,8 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, in words for an error."""
     if value is None:
         return "None"
     if _is_missing(value):

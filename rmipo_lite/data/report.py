@@ -84,6 +84,8 @@ class DataReport:
     truncated_responses: int = 0
     chosen_longer_pairs: int = 0
     length_balance: LengthBalance | None = None  # None where no pair was tokenised
+    desirable: int = 0  # of unpaired rows, which have a label
+    undesirable: int = 0
     special_token_rows: int = 0  # user text that holds the text of a control token
     template_stripped: int = 0  # answers whose outer whitespace the chat template removed
     template_rewritten: int = 0  # answers that the chat template changed otherwise
@@ -117,6 +119,16 @@ class DataReport:
     def share_chosen_longer(self) -> float:
         """Share of the kept pairs whose chosen response has more tokens."""
         return self.chosen_longer_pairs / self.kept if self.kept else 0.0
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether its rows have a completion and a label."""
+        return self.desirable + self.undesirable > 0
+
+    @property
+    def cases(self) -> str:
+        """What its rows are."""
+        return "rows" if self.is_unpaired else "pairs"
 
     @property
     def has_length_bias(self) -> bool:
@@ -206,6 +218,8 @@ class DataReport:
                 f"+ {self.refused_count} refused",
             )
         )
+        if self.is_unpaired:
+            facts.append(("labels", f"{self.desirable} desirable, {self.undesirable} undesirable"))
         for kind, tallies in (("dropped", self.dropped), ("refused", self.refused)):
             for reason, tally in sorted(tallies.items(), key=lambda item: -item[1].count):
                 facts.append((kind, _tally_line(reason, tally)))
@@ -214,14 +228,15 @@ class DataReport:
             facts.append((f"{name} tokens", figures))
         if self.lengths:
             longer = share_text(self.share_chosen_longer, self.kept) if self.kept else "0%"
-            facts.append(("chosen longer", f"{longer} of the pairs"))
+            if not self.is_unpaired:
+                facts.append(("chosen longer", f"{longer} of the pairs"))
             if self.length_balance is not None:
                 facts.append(("length balance", str(self.length_balance)))
             facts.append(
                 (
                     "cut",
-                    f"{self.share_truncated:.1%} of the pairs ({self.truncated_prompts} prompts, "
-                    f"{self.truncated_responses} responses)",
+                    f"{self.share_truncated:.1%} of the {self.cases} "
+                    f"({self.truncated_prompts} prompts, {self.truncated_responses} responses)",
                 )
             )
         counts = [

@@ -9,15 +9,23 @@ not end an evening's run. Rows are never repaired by guessing.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rmipo_lite.data.cells import unflatten
 from rmipo_lite.data.columns import check_columns
 from rmipo_lite.data.files import Broken
 from rmipo_lite.data.mixture import mixture_source, read_parts, rows_of_parts
-from rmipo_lite.data.normalise import Dropped, Identical, Message, Refused, normalise, system_of
+from rmipo_lite.data.normalise import (
+    Dropped,
+    Identical,
+    Refused,
+    Side,
+    normalise,
+    system_of,
+)
 from rmipo_lite.data.report import DataReport, name_rows, shortened
+from rmipo_lite.data.unpaired import LEAST_ROWS, halves, mismatched, normalise_unpaired
 
 Texts = tuple[str, str, str]  # prompt, chosen, rejected
 _MIN_PROMPT = 20  # characters from which repeating the prompt is no chance
@@ -25,12 +33,25 @@ _MIN_PROMPT = 20  # characters from which repeating the prompt is no chance
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One preference pair after normalising: three texts, or three message lists."""
+    """One preference pair after normalising: three texts, or three message lists.
 
-    index: int  # 0-based position in the user's dataset
-    prompt: str | list[Message]
-    chosen: str | list[Message]  # a message list holds exactly one assistant message
-    rejected: str | list[Message]
+    With a label it is an unpaired row (`data.unpaired`), of which one side is its own.
+    """
+
+    index: int  # 0-based position in the user's dataset; of unpaired pairs twice that, and one more
+    prompt: Side
+    chosen: Side  # a message list holds exactly one assistant message
+    rejected: Side
+    label: bool | None = None
+
+    @property
+    def responses(self) -> dict[str, Side]:
+        """The row's own responses by the name of their side."""
+        sides = {"chosen": self.chosen, "rejected": self.rejected}
+        if self.label is None:
+            return sides
+        name = "chosen" if self.label else "rejected"
+        return {name: sides[name]}
 
 
 class LoadedRows(NamedTuple):
@@ -46,6 +67,7 @@ def load_rows(
     split: str | None = None,
     argument: str = "dataset",
     as_messages: bool = False,
+    unpaired: bool = False,
 ) -> LoadedRows:
     """Read any preference dataset.
 
@@ -57,6 +79,7 @@ def load_rows(
         split: which split of a dataset that has several; None takes train, or the only one.
         argument: what the caller calls it, for errors.
         as_messages: make messages of texts, as a system column does.
+        unpaired: rows of prompt, completion and label are wanted; a pair becomes two of them.
 
     Returns:
         The usable rows in order, and the report, for which kept + dropped + refused == total.
@@ -73,8 +96,10 @@ def load_rows(
         for part in parts:  # each has columns of its own
             if as_text := unflatten(part.records):
                 report.read_as.append(f"{', '.join(as_text)}: messages that stand there as text")
-            check_columns(part.records, report)
-            records += part.records
+            is_unpaired = check_columns(part.records, report, unpaired)
+            records += part.records if is_unpaired or not unpaired else halves(part.records)
+            if unpaired and not is_unpaired:
+                report.read_as.append("chosen and rejected: two rows each, desirable or not")
         report.total = len(records)
         if not records:
             raise ValueError(f"dataset: {source} has no rows, wanted at least one pair")
@@ -82,16 +107,14 @@ def load_rows(
         if argument == "dataset":
             raise
         raise type(error)(argument + str(error).removeprefix("dataset")) from error
-    report.has_system = any(map(system_of, records))
+    report.has_system = any(system_of(getattr(record, "record", record)) for record in records)
     if report.has_system:
         report.read_as.append("system: the system message in front of the prompt")
     rows: list[Row] = []
     seen: set[tuple[bytes, ...]] = set()
     for index, record in enumerate(records):
         try:
-            if isinstance(record, Broken):
-                raise Refused("row", record.wanted, record.got, record.where)
-            row = Row(index, *normalise(record, as_messages or report.has_system))
+            row = _row(index, record, as_messages or report.has_system, unpaired)
         except Refused as problem:
             report.refuse(index, problem.reason, problem.example)
         except Dropped as problem:
@@ -103,9 +126,31 @@ def load_rows(
     report.kept = len(rows)
     report.distinct_prompts = len({key[0] for key in seen})
     report.check()
+    if unpaired and len(rows) < LEAST_ROWS:
+        raise ValueError(nothing_left(report, "at least two rows with prompt, completion, label"))
     if not rows:
         raise ValueError(nothing_left(report))
+    if unpaired:
+        rows = _with_mismatched(rows)
     return LoadedRows(rows, report)
+
+
+def _row(index: int, record: Any, as_messages: bool, unpaired: bool) -> Row:
+    whole = getattr(record, "record", record)
+    if isinstance(whole, Broken):
+        raise Refused("row", whole.wanted, whole.got, whole.where)
+    if not unpaired:
+        return Row(index, *normalise(record, as_messages))
+    prompt, completion, label = normalise_unpaired(record, as_messages)
+    return Row(index, prompt, completion, completion, label)
+
+
+def _with_mismatched(rows: list[Row]) -> list[Row]:
+    found = mismatched([row.prompt for row in rows], [row.chosen for row in rows])
+    return [
+        replace(row, rejected=other) if row.label else replace(row, chosen=other)
+        for row, other in zip(rows, found, strict=True)
+    ]
 
 
 def _count_texts(row: Row, seen: set[tuple[bytes, ...]], report: DataReport) -> None:
@@ -113,14 +158,21 @@ def _count_texts(row: Row, seen: set[tuple[bytes, ...]], report: DataReport) -> 
     key = tuple(map(digest, texts_of(row)))
     report.duplicate_rows += key in seen
     seen.add(key)
+    if row.label is not None:
+        report.desirable += row.label
+        report.undesirable += not row.label
     report.responses_repeating_prompt += len(repeating_prompt(row)) == 2
 
 
 def texts_of(row: Row) -> Texts:
-    """Prompt, chosen and rejected as plain texts; messages joined by newlines."""
+    """Prompt, chosen and rejected as plain texts; messages joined by newlines.
+
+    Of an unpaired row the side that isn't its own is empty.
+    """
+    own = row.responses
     prompt, chosen, rejected = (
         side if isinstance(side, str) else "\n".join(message["content"] for message in side)
-        for side in (row.prompt, row.chosen, row.rejected)
+        for side in (row.prompt, own.get("chosen", ""), own.get("rejected", ""))
     )
     return prompt, chosen, rejected
 
@@ -142,7 +194,7 @@ def repeating_prompt(row: Row) -> list[str]:
     return [text for text in texts_of(row)[1:] if text.lstrip().startswith(asked)]
 
 
-def nothing_left(report: DataReport) -> str:
+def nothing_left(report: DataReport, wanted: str = "rows with prompt, chosen and rejected") -> str:
     """The message for a dataset without one usable row: the three most frequent reasons."""
     reasons = {**report.refused, **report.dropped}
     lines = [
@@ -150,9 +202,10 @@ def nothing_left(report: DataReport) -> str:
         + (f" ({tally.example})" if tally.example else "")
         for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].count)[:3]
     ]
+    some = f"only {report.kept}" if report.kept else "no"
     return (
-        f"{report.argument}: no usable row among the {report.total} of {report.source}:\n"
+        f"{report.argument}: {some} usable row among the {report.total} of {report.source}:\n"
         + "\n".join(lines)
-        + "\nWanted rows with prompt, chosen and rejected: texts, or message lists "
+        + f"\nWanted {wanted}: texts, or message lists "
         '[{"role": "user", "content": "..."}].'
     )

@@ -67,14 +67,23 @@ class InspectionFacts:
         """(rows,) whether the row has a pair: some are dropped as they are tokenised."""
         if self.scores is not None:
             return self.scores.scored
-        return self.columns["chosen_length"] > 0
+        return self.columns["chosen_length"] + self.columns["rejected_length"] > 0
+
+    def lengths_of(self, side: str) -> NDArray[Any]:
+        """Lengths of prompts, chosen or rejected responses, of the rows that have a pair.
+
+        Of unpaired rows chosen are the desirable completions, rejected the others.
+        """
+        counts = self.counted
+        if side != "prompt":
+            counts = counts & np.array([side in row.responses for row in self.rows], np.bool_)
+        return self.columns[f"{side}_length"][counts]
 
     def length_bias(self) -> tuple[list[tuple[str, str]], TextFinding | None]:
         """How far length alone tells chosen from rejected: facts, and a finding if it does."""
-        chosen, rejected = (
-            self.columns[f"{side}_length"][self.counted] for side in ("chosen", "rejected")
-        )
-        return length_bias(chosen, rejected, self.unit)
+        if self.data_report.is_unpaired:
+            return [], None
+        return length_bias(self.lengths_of("chosen"), self.lengths_of("rejected"), self.unit)
 
     @property
     def metrics(self) -> dict[str, float]:

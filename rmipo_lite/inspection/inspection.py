@@ -123,7 +123,7 @@ def inspect(
     folder = None if output_dir is None else writable_folder(output_dir)
     with surroundings_restored("" if model is None else model):
         args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **_NO_BACKWARD | config)
-        rows, report = load_rows(dataset, split=split)
+        rows, report = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
         encoder = _tokenizer(tokenizer, model, args)
         loaded = None if model is None else _model(model, args)
         texts = check_texts(rows)

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.score_file import LENGTHS, NUMBERS, Numbers, ScoreFile
+from rmipo_lite.methods.formulas import MethodOptions
 from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.model import batch
 from rmipo_lite.model.backbone import evaluating
@@ -40,9 +41,8 @@ _SAMPLE = 512  # values of each weight that the model's fingerprint is made of
 _OWN_MEANS = ("loss", "weight")
 # Options that change a pair's numbers.
 OPTIONS = (
-    "loss_type", "beta", "gamma_min", "gamma_max", "gamma_scaled_by_beta", "simpo_gamma",
-    "label_smoothing", "alpha", "dpop_lambda", "slic_delta", "ld_alpha", "prior_context", "bf16",
-    "fp16", "kernel_impl",
+    "loss_type", "gamma_min", "gamma_max", "gamma_scaled_by_beta", *MethodOptions._fields,
+    "ld_alpha", "prior_context", "bf16", "fp16", "kernel_impl",
 )  # fmt: skip
 
 
@@ -54,11 +54,13 @@ class PairScores:
         columns: `LENGTHS` (int32, tokens, 0 where the row has no pair) and `NUMBERS` (float32:
             logps, priors and PMI in nats per token, gamma in reward units, the loss's own unit).
         scored: (rows,) whether the row has a pair that went through the model.
+        labels: (rows,) of unpaired rows, 1 and 0; NaN of pairs.
         taken_over: how many pairs an earlier call had scored.
     """
 
     columns: dict[str, NDArray[Any]]
     scored: NDArray[np.bool_]
+    labels: NDArray[Any]
     taken_over: int = 0
 
     @property
@@ -112,7 +114,8 @@ def score_pairs(
                 progress.tell(rows_behind, len(part))
             file.sync()
             progress.next_chunk()
-    return PairScores(columns, scored, taken_over)
+    labels = np.array([np.nan if row.label is None else row.label for row in rows], np.float32)
+    return PairScores(columns, scored, labels, taken_over)
 
 
 def _undone(step: PairStep, pairs: Sequence[TokenizedPair], file: ScoreFile) -> list[TokenizedPair]:
@@ -166,11 +169,13 @@ def loss_weight(values: PairValues, args: RMiPOConfig) -> torch.Tensor:
     if isinstance(loss, SumLoss):
         lengths = torch.stack([values.chosen_length, values.rejected_length], 1).flatten()
         sums = torch.stack([chosen, rejected], 1).flatten() * in_float64(lengths)
-        reference = sums if loss.needs_reference else None
+        labels = values.label if loss.unpaired else None
         solved = solve(
-            sums, lengths.long().to(sums.device), reference, args, memory_of(args), training=False
-        )
-        return solved[:, 1].abs() / args.beta
+            sums, lengths.long().to(sums.device), None, args, memory_of(args), None, labels,
+            training=False,
+        )  # fmt: skip
+        own = torch.where(values.has_chosen.to(solved.device), solved[:, 1], solved[:, 2])
+        return own.abs() / args.beta
     _, slope, _ = loss.formula(chosen, rejected, in_float64(values.gamma), args.pair_options)
     return slope.abs() / (args.beta if loss.has_beta else 1.0)
 
@@ -185,8 +190,9 @@ def mean_scores(scores: PairScores, args: RMiPOConfig) -> dict[str, float]:
     dropped = {"rmipo/dropped_pairs": float((scores.scored & ~finite).sum())}
     if not finite.any():
         return dropped
+    columns = {**scores.columns, "label": scores.labels}
     values = {
-        name: torch.from_numpy(scores.columns[name][finite]).double()
+        name: torch.from_numpy(columns[name][finite]).double()
         for name in PairValues.__dataclass_fields__
     }
     values["pmi_gap"] = values["pmi_gap"].nan_to_num(0.0)  # as the loss takes it

@@ -62,6 +62,10 @@ _ADVICE = {
         "circle for each prompt is counted)",
         "Look at these prompts: at least one label of each circle is wrong",
     ),
+    "both_labels": (
+        "a completion that is desirable in one row and undesirable in another with the same prompt",
+        "Decide which label is right and remove the other row: together they teach nothing",
+    ),
     "chosen_and_rejected": (
         "a response that is chosen in one row and rejected in another with the same prompt",
         "Normal where responses were ranked (A over B over C); else the labels disagree",
@@ -153,6 +157,7 @@ class _Check:
         self._first: list[int] = []  # positions of the rows that repeat no earlier one
         # prompt -> (chosen, rejected, position): hashes stand for texts
         self._by_prompt: dict[bytes, list[tuple[bytes, bytes, int]]] = defaultdict(list)
+        self._labels: dict[bytes, list[tuple[bool, int]]] = defaultdict(list)  # of unpaired rows
         self._position = 0
         self.similarity: dict[int, float] = {}
 
@@ -165,7 +170,11 @@ class _Check:
         else:
             self._seen.add(key)
             self._first.append(self._position)
-            self._by_prompt[prompt].append((chosen, rejected, self._position))
+            if row.label is None:
+                self._by_prompt[prompt].append((chosen, rejected, self._position))
+            else:
+                own = chosen if row.label else rejected
+                self._labels[prompt + own].append((row.label, self._position))
         self._position += 1
         self._look_at_responses(row, texts)
         self._look_at_borders(row, texts)
@@ -174,7 +183,8 @@ class _Check:
         self._tallies[name].add(row.index, example)
 
     def _look_at_responses(self, row: Row, texts: Texts) -> None:
-        prompt, *responses = texts
+        prompt, *both = texts
+        responses = both if row.label is None else [text for text in both if text]
         bare = [text for text in responses if len(text.split()) < 2 or not _WORD.search(text)]
         if bare:
             self._note("one_word", row, _short(bare[0]))
@@ -187,7 +197,7 @@ class _Check:
         if marked:
             around = marked[0].string[max(0, marked[0].start() - 20) : marked[0].end() + 20]
             self._note("role_marks", row, around)
-        alike = similarity(*responses)
+        alike = similarity(*both) if row.label is None else None
         if alike is not None:
             self.similarity[row.index] = alike
             self._note("almost_equal", row, f"{_short(responses[0])} | {_short(responses[1])}")
@@ -196,6 +206,8 @@ class _Check:
         prompt, chosen, rejected = texts
         if isinstance(row.prompt, str) and prompt[-1:] in (" ", "\t"):
             self._note("prompt_ends_in_space", row, repr(prompt[-20:]))
+        if row.label is not None:
+            return
         if chosen[:1].isspace() != rejected[:1].isspace():
             self._note("one_side_begins_blank", row, f"{chosen[:20]!r} | {rejected[:20]!r}")
         cut = [_seems_cut(chosen), _seems_cut(rejected)]
@@ -235,10 +247,13 @@ class _Check:
                     found["preference_cycles"].add(position)
                 elif both & set(edge):
                     found["chosen_and_rejected"].add(position)
+        for labels in self._labels.values():
+            if len({label for label, _ in labels}) == 2:
+                found["both_labels"] |= {position for _, position in labels}
         for name, positions in found.items():
             for position in sorted(positions):
-                _, better, worse = (_short(text) for text in texts_of(rows[position]))
-                self._note(name, rows[position], f"{better} over {worse}")
+                _, *sides = (_short(text) for text in texts_of(rows[position]))
+                self._note(name, rows[position], " over ".join(filter(None, sides)))
 
     def findings(self) -> list[TextFinding]:
         """What is worth a word."""

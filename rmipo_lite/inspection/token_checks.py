@@ -80,12 +80,13 @@ class TokenChecks:
             if pair is None:
                 continue
             self._pairs += 1
-            ids = chain(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+            sides = zip((pair.chosen_ids, pair.rejected_ids), pair.own_sides, strict=True)
+            ids = chain(pair.prompt_ids, *(side for side, is_own in sides if is_own))
             for name, holds in (
                 ("unknown_tokens", self._unknown is not None and self._unknown in ids),
                 ("template_rewritten", outcome.rewritten > 0),
                 ("template_stripped", outcome.stripped > 0),
-                ("cut_on_one_side", outcome.responses_cut == 1),
+                ("cut_on_one_side", outcome.responses_cut == 1 and pair.label is None),
             ):
                 if holds:
                     self._tallies[name].add(row.index)
@@ -103,7 +104,7 @@ class TokenChecks:
             (row.index, row.prompt[-_BORDER:], response[:_BORDER])
             for row in rows
             if isinstance(row.prompt, str) and row.prompt and self._options.mode == "separate"
-            for response in (row.chosen, row.rejected)
+            for response in row.responses.values()
             if isinstance(response, str)
         ]
         if not sides:

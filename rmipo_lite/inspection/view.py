@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rmipo_lite.data.report import name_rows
 from rmipo_lite.inspection.pair_scores import OPTIONS
 from rmipo_lite.inspection.suspicious import RULES, SuspiciousPair
+from rmipo_lite.methods.table import SumLoss
 from rmipo_lite.output import plots
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.page import html_page
@@ -39,7 +40,7 @@ Facts = list[tuple[str, str]]
 
 def facts(inspection: InspectionFacts) -> Facts:
     """(label, value): what became of the rows, and what length tells."""
-    kept = ("source", "rows", "dropped", "refused", "distinct prompts", "not used")
+    kept = ("source", "rows", "labels", "dropped", "refused", "distinct prompts", "not used")
     shown = [fact for fact in inspection.data_report.facts() if fact[0] in kept]
     return shown + inspection.length_bias()[0]
 
@@ -48,7 +49,9 @@ def lengths(inspection: InspectionFacts) -> Rows:
     """Length of prompts and responses: name, 5th, 50th, 95th percentile, longest."""
     rows: Rows = []
     for side in ("prompt", "chosen", "rejected"):
-        values = inspection.columns[f"{side}_length"][inspection.counted]
+        values = inspection.lengths_of(side)
+        if not len(values):  # of unpaired rows that all have one label
+            continue
         ranks = [*np.percentile(values, (5, 50, 95), method="nearest"), values.max()]
         rows.append((f"{side}, {inspection.unit}", *(str(int(rank)) for rank in ranks)))
     return rows
@@ -80,7 +83,12 @@ def model_facts(inspection: InspectionFacts) -> Facts:
         found.append(("NOT FINITE", f"{len(bad)}, left out of every number (rows {named})"))
     if "rewards/accuracies" in means:
         share = means["rewards/accuracies"]
-        found.append(("accuracy", f"{share:.1%} before training (chosen likelier than rejected)"))
+        right = (
+            "reward's sign is the label's"
+            if inspection.args.loss.unpaired
+            else ("chosen likelier than rejected")
+        )
+        found.append(("accuracy", f"{share:.1%} before training ({right})"))
     if "rmipo/gamma_at_max" in means:
         share = means["rmipo/gamma_at_max"]
         found.append(("gamma at maximum", f"{share:.1%} of the pairs (PMI gap 0 or below)"))
@@ -209,8 +217,13 @@ def _quantities(inspection: InspectionFacts) -> list[_Quantity]:
         return []
     finite, args = inspection.scores.finite, inspection.args
     column = {name: values[finite] for name, values in inspection.scores.columns.items()}
+    chosen, rejected = column["chosen_logps"], column["rejected_logps"]
+    first = ("log-prob gap", "nats per token", chosen - rejected)
+    if args.loss.unpaired:
+        own = np.where(inspection.scores.labels[finite] == 1, chosen, rejected)
+        first = ("log-prob", "nats per token", own)
     found = [
-        ("log-prob gap", "nats per token", column["chosen_logps"] - column["rejected_logps"]),
+        first,
         ("PMI gap", "nats per token", column["chosen_pmi"] - column["rejected_pmi"]),
         (
             "gamma",
@@ -220,6 +233,8 @@ def _quantities(inspection: InspectionFacts) -> list[_Quantity]:
         ("loss weight", "0 to 1", column["weight"]),
         ("loss", "nats", column["loss"]),
     ]
+    if isinstance(args.loss, SumLoss):  # it has no margin of its own
+        found = [quantity for quantity in found if quantity[0] != "gamma"]
     known = [_Quantity(title, unit, values[np.isfinite(values)]) for title, unit, values in found]
     return [quantity for quantity in known if len(quantity.values)]
 
@@ -228,11 +243,10 @@ def _panels(inspection: InspectionFacts) -> list[Callable[[Axes], None]]:
     """What each panel of the figure draws."""
     drawn: list[Callable[[Axes], None]] = [
         partial(_draw, "Response length", inspection.unit, {
-            side: inspection.columns[f"{side}_length"][inspection.counted]
-            for side in ("chosen", "rejected")
+            side: inspection.lengths_of(side) for side in ("chosen", "rejected")
         }),
         partial(_draw, "Prompt length", inspection.unit, {
-            "": inspection.columns["prompt_length"][inspection.counted]
+            "": inspection.lengths_of("prompt")
         }),
     ]  # fmt: skip
     for title, unit, values in _quantities(inspection):

@@ -31,6 +31,8 @@ class MethodOptions(NamedTuple):
     gamma_po_tau: float
     epsilon: float
     length_norm: bool
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 def logistic(z: Tensor, label_smoothing: float) -> Tensor:
@@ -71,6 +73,22 @@ def kto_pair(pairs: PairSums, o: MethodOptions) -> Tensor:
     kl_rejected = pairs.rejected_ratio.mean().clamp(min=0.0)
     chosen = torch.sigmoid(-o.beta * (pairs.chosen_ratio - kl_rejected))
     return (chosen + torch.sigmoid(-o.beta * (kl_chosen - pairs.rejected_ratio))) / 2
+
+
+def kto(pairs: PairSums, o: MethodOptions) -> Tensor:
+    """l_D sigma(-beta (r - KL)) or l_U sigma(-beta (KL - r)), Ethayarajh et al. 2024 (2402.01306).
+
+    Of unpaired rows: r is the ratio of a row's own completion, chosen where it is desirable. KL is
+    the mean ratio of the mismatched completions on the rows' other sides, at least 0, no gradient.
+    """
+    assert pairs.labels is not None
+    is_desirable = pairs.labels > 0
+    own = torch.where(is_desirable, pairs.chosen_ratio, pairs.rejected_ratio)
+    other = torch.where(is_desirable, pairs.rejected_ratio, pairs.chosen_ratio)
+    gain = own - other.detach().mean().clamp(min=0.0)
+    weights = gain.new_tensor([o.undesirable_weight, o.desirable_weight])
+    weight = weights[is_desirable.long()]
+    return weight * torch.sigmoid(-o.beta * torch.where(is_desirable, gain, -gain))
 
 
 def _log_odds(mean: Tensor) -> Tensor:

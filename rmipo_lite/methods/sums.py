@@ -22,6 +22,7 @@ class PairSums(NamedTuple):
     chosen_reference: Tensor  # (P,) under the reference, no gradient; 0 without one
     rejected_reference: Tensor  # (P,)
     signs: Tensor | None = None  # (P,) -1, 0 or 1: `step.perturbed`, where a method asks for it
+    labels: Tensor | None = None  # (P,) of unpaired rows: 1 where the chosen side is the row's own
 
     def detached(self) -> "PairSums":
         """The same numbers without a gradient."""
@@ -82,7 +83,11 @@ def _tail_weights(lengths: Tensor, ld_alpha: float) -> Tensor:
 
 
 def pair_sums(
-    sums: Tensor, cu_seqlens: Tensor, reference: Tensor | None = None, signs: Tensor | None = None
+    sums: Tensor,
+    cu_seqlens: Tensor,
+    reference: Tensor | None = None,
+    signs: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> PairSums:
     """Both sides of every pair from sums C1 R1 C2 R2 ..., (2P,), and the reference's."""
     lengths = cu_seqlens.to(sums.device).diff().to(sums.dtype)
@@ -90,5 +95,5 @@ def pair_sums(
     known = known.detach()
     return PairSums(
         sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], known[0::2], known[1::2],
-        None if signs is None else signs.to(sums),
+        *(None if part is None else part.to(sums) for part in (signs, labels)),
     )  # fmt: skip

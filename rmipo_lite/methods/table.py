@@ -43,6 +43,7 @@ class SumLoss:
         of_the_step: whether a pair's loss hangs on the others of its optimizer step.
         remembers: what it carries from step to step, if anything.
         needs_logits: whether it looks at the reference's logits, at every step.
+        unpaired: whether it takes rows of one completion and a label.
     """
 
     formula: Callable[..., Tensor]
@@ -53,6 +54,7 @@ class SumLoss:
     of_the_step: bool = False
     remembers: Remembers | None = None
     needs_logits: bool = False
+    unpaired: bool = False
 
     needs_prior: bool = field(default=False, init=False)  # as `ops.losses` says it
 
@@ -96,6 +98,14 @@ _SUM_LOSSES: dict[str, SumLoss] = {
         "KTO's early paired form: each side against the other side's mean change in the step",
         {"beta": 0.1, **_BARE},
         of_the_step=True,
+    ),
+    "kto": SumLoss(
+        formulas.kto,
+        "KTO ([arXiv:2402.01306](https://arxiv.org/abs/2402.01306)): labelled completions, each "
+        "from the reference model and against the mean change of mismatched ones",
+        {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, **_BARE},
+        of_the_step=True,
+        unpaired=True,
     ),
     "orpo": SumLoss(
         formulas.orpo,
@@ -213,7 +223,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         for name in ("beta", "label_smoothing", "simpo_gamma")
     },
     **dict.fromkeys(
-        ("alpha", "dpop_lambda", "slic_delta"), (lambda x: 0 <= x < math.inf, "a number >= 0")
+        ("alpha", "dpop_lambda", "slic_delta", "desirable_weight", "undesirable_weight"),
+        (lambda x: 0 <= x < math.inf, "a number >= 0"),
     ),
     "beta_dpo_rho": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "gamma_po_tau": (lambda x: 0 < x < math.inf, "a number > 0"),

@@ -100,6 +100,7 @@ class Loss:
     # As an entry of `methods.table` says it.
     needs_reference: bool = field(default=False, init=False)
     of_the_step: bool = field(default=False, init=False)
+    unpaired: bool = field(default=False, init=False)
     needs_logits: bool = field(default=False, init=False)
     remembers: None = field(default=None, init=False)
 

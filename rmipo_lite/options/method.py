@@ -79,6 +79,12 @@ class MethodFields:
     length_norm: bool | None = described(
         None, "gamma_dpo: gaps of means over tokens, or of sums; None: True."
     )
+    desirable_weight: float | None = described(
+        None, "kto: weight of the rows whose label is true; None: 1."
+    )
+    undesirable_weight: float | None = described(
+        None, "kto: weight of the rows whose label is false; None: 1."
+    )
     ref_sync_steps: int | None = described(
         None,
         "Methods with a reference: after so many steps it moves towards the model (TR-DPO; its "

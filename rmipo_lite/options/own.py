@@ -51,6 +51,11 @@ def _of_method(args: Any) -> list[_Check]:
         else:
             without = f"None, since loss_type={args.loss_type!r} has none"
             checks.append((value is None, name, without, value))
+    if args.loss.unpaired:
+        bare = f"0 with loss_type={args.loss_type!r}, whose rows are no pairs"
+        for name in ("sft_weight", "end_anchor"):
+            checks.append((not getattr(args, name), name, bare, getattr(args, name)))
+        checks.append((args.ld_alpha is None, "ld_alpha", "None" + bare[1:], args.ld_alpha))
     apart = not args.loss.of_the_step or args.length_balance == "off"
     alike = f"off with loss_type={args.loss_type!r}, whose pairs hang on each other"
     checks.append((apart, "length_balance", alike, args.length_balance))

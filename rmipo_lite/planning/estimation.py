@@ -96,7 +96,7 @@ def estimate(
         config.pop(name, None)
     args = RMiPOConfig("rmipo-estimate", use_cpu=True, **config)
     if split is not None:
-        dataset = load_rows(dataset, split=split)
+        dataset = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     shape = _config_of(model)

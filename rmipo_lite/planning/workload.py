@@ -3,12 +3,12 @@
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data.rows import LoadedRows, load_rows
+from rmipo_lite.data.report import DataReport
 from rmipo_lite.model import batch, loading
 from rmipo_lite.tokens.one_row import prompt_room
 from rmipo_lite.tokens.options import TokenizationOptions, options_for
@@ -82,9 +82,9 @@ def workload(
     else:
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = loading.load_tokenizer(tokenizer or name)
-        rows = dataset if isinstance(dataset, LoadedRows) else load_rows(dataset)
-        pairs = prepare(rows, tokenizer, args, shape).pairs
-        kept = f"{rows.report.kept} of {rows.report.total} rows"
+        ready = prepare(dataset, tokenizer, args, shape)
+        pairs, report = ready.pairs, cast(DataReport, ready.report)
+        kept = f"{report.kept} of {report.total} rows"
         if args.tokenization != "authors":  # whose rules cut otherwise
             lengths = tuple(_lengths_of(pair) for pair in pairs)
     found = _counted(pairs, pairs, args, kept)
@@ -130,4 +130,5 @@ def _lengths_of(pair: TokenizedPair) -> Lengths:
 
 
 def _pair(lengths: Lengths) -> TokenizedPair:
-    return TokenizedPair(0, *([1] * length for length in lengths))
+    prompt, chosen, rejected = ([1] * length for length in lengths)
+    return TokenizedPair(0, prompt, chosen, rejected)

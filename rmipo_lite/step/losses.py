@@ -49,11 +49,12 @@ def losses(
     reference: Tensor | None = None,  # (2P,) float64, the reference's sums; None: without one
     solved: Tensor | None = None,  # (P, 3) float64, what `solve` found of these pairs
     memory: Memory | None = None,  # of methods that have one
+    labels: Tensor | None = None,  # (P,), of unpaired rows
 ) -> tuple[PairLossOutput, Rewards]:
     """Loss and its parts for every pair, with the run's options, and both sides' rewards."""
     method = args.loss
     if isinstance(method, SumLoss):
-        return _of_sums(method, token_logps, cu_seqlens, reference, solved, memory, args)
+        return _of_sums(method, token_logps, cu_seqlens, reference, solved, memory, labels, args)
     prior_logps, prior_cu_seqlens = (None, None) if prior is None else prior
     if prior_logps is not None:  # a cached or an empty one is float32, whatever the model is
         prior_logps = prior_logps.to(token_logps.dtype)
@@ -81,12 +82,13 @@ def _of_sums(
     reference: Tensor | None,
     solved: Tensor | None,
     memory: Memory | None,
+    labels: Tensor | None,
     args: RMiPOConfig,
 ) -> tuple[PairLossOutput, Rewards]:
     sums = sequence_sums(token_logps, cu_seqlens, args.ld_alpha)
     if reference is None and method.needs_reference:
         reference = sums  # a model that nobody trains is its own
-    pairs = pair_sums(sums, cu_seqlens, reference)
+    pairs = pair_sums(sums, cu_seqlens, reference, labels=labels)
     if solved is None:
         # Where no gradient is wanted nothing is trained, and nothing remembered.
         training = torch.is_grad_enabled()
@@ -100,6 +102,20 @@ def _of_sums(
     means = (whole / cu_seqlens.to(whole.device).diff()).to(token_logps)
     none = torch.zeros_like(loss.detach())
     return PairLossOutput(loss, none, none, means, None), (next(rewards), next(rewards))
+
+
+def labels_of(pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """(P,) 1 and 0 of unpaired rows, whose labels are true and false; None of pairs.
+
+    Raises:
+        ValueError: both stand together.
+    """
+    labels = [pair.label for pair in pairs]
+    if all(label is None for label in labels):
+        return None
+    if any(label is None for label in labels):
+        raise ValueError("pairs: wanted pairs or unpaired rows, got both")
+    return torch.tensor(labels, dtype=torch.float64)
 
 
 def memory_of(args: RMiPOConfig) -> Memory | None:
@@ -120,10 +136,11 @@ def _formula(
 def solve(
     sums: Tensor,  # (2P,) float64, of all pairs of an optimizer step
     lengths: Tensor,  # (2P,) scored tokens
-    reference: Tensor | None,  # (2P,) float64
+    reference: Tensor | None,  # (2P,) float64; None: the model is its own
     args: RMiPOConfig,
     memory: Memory | None = None,
     signs: Tensor | None = None,  # (P,), of methods that look at logits
+    labels: Tensor | None = None,  # (P,), of unpaired rows
     *,
     training: bool = True,
 ) -> Tensor:
@@ -136,7 +153,9 @@ def solve(
     with torch.enable_grad():
         leaf = sums.detach().requires_grad_()
         borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        pairs = pair_sums(leaf, borders, reference, signs)
+        if reference is None and method.needs_reference:
+            reference = leaf.detach()
+        pairs = pair_sums(leaf, borders, reference, signs, labels)
         loss = _formula(method, pairs, args, memory, training)
         (slopes,) = torch.autograd.grad(loss.sum(), leaf)
     return torch.cat([loss.detach()[:, None], slopes.view(-1, 2)], dim=1)
@@ -146,6 +165,8 @@ def balance_of(
     pairs: Sequence[TokenizedPair], args: RMiPOConfig
 ) -> tuple[LengthBalance | None, dict[int, float] | None]:
     """What length says of the labels, and the weights by row where that is undone."""
+    if args.loss.unpaired:
+        return None, None
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     chosen, rejected = [both[0] for both in lengths], [both[1] for both in lengths]
     found = fit_length_balance(chosen, rejected)

@@ -43,6 +43,7 @@ from rmipo_lite.step.losses import (
     SideMeans,
     cached_prior,
     chosen_token_nll,
+    labels_of,
     losses,
     side_means,
 )
@@ -296,15 +297,17 @@ class PairStep:
         reference = None if self.reference is None else self.reference.sums(pairs)
         solved = None if self._solved is None else torch.stack([self._solved[p.row] for p in pairs])
         out, rewards = losses(
-            token_logps, policy.cu_seqlens, prior, self.args, reference, solved, self.memory
-        )
+            token_logps, policy.cu_seqlens, prior, self.args, reference, solved, self.memory,
+            labels := labels_of(pairs),
+        )  # fmt: skip
         nll = chosen_token_nll(token_logps, policy.cu_seqlens)
         pair_losses, ends, c = out.loss, None, self.args.end_anchor
         if c and self.end_id is not None and torch.is_grad_enabled():
             lengths = [batch.scored_lengths(pair) for pair in pairs]
             ends = end_nll(head, hidden, token_logps, policy.target_ids, lengths, self.end_id)
             pair_losses, ends = pair_losses + c * ends, ends.detach()
-        return PairValues.of(out, policy.cu_seqlens, rewards), pair_losses, nll, num_tokens, ends
+        values = PairValues.of(out, policy.cu_seqlens, rewards, labels)
+        return values, pair_losses, nll, num_tokens, ends
 
     @contextmanager
     def _solved_for(self, pairs: Sequence[TokenizedPair]) -> Iterator[None]:

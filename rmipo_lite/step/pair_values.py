@@ -6,6 +6,7 @@ the per-pair values. Reading a value waits for the device, so that happens only 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,9 +41,15 @@ class PairValues:
     rejected_length: Tensor  # (P,) scored tokens
     chosen_reward: Tensor  # (P,) reward units, as the method's own code logs them
     rejected_reward: Tensor  # (P,)
+    label: Tensor  # (P,) of unpaired rows 1 or 0, whose own side that is; NaN of pairs
 
     @staticmethod
-    def of(out: PairLossOutput, cu_seqlens: Tensor, rewards: tuple[Tensor, Tensor]) -> PairValues:
+    def of(
+        out: PairLossOutput,
+        cu_seqlens: Tensor,
+        rewards: tuple[Tensor, Tensor],
+        labels: Tensor | None = None,
+    ) -> PairValues:
         """Read the operator's output, the sequence borders and both sides' rewards, (P,) each."""
         logps = out.logps.detach()
         lengths = cu_seqlens.diff().to(logps.dtype)
@@ -60,7 +67,18 @@ class PairValues:
             rejected_length=lengths[1::2],
             chosen_reward=rewards[0],
             rejected_reward=rewards[1],
+            label=torch.full_like(rewards[0], torch.nan) if labels is None else labels.to(logps),
         )
+
+    @property
+    def has_chosen(self) -> Tensor:
+        """(P,) whether the chosen side is the row's own."""
+        return self.label != 0
+
+    @property
+    def has_rejected(self) -> Tensor:
+        """(P,) likewise of the rejected one."""
+        return self.label != 1
 
 
 @dataclass
@@ -84,12 +102,16 @@ def concat(parts: Sequence[PairValues]) -> PairValues:
 
 
 def restored(part: Mapping[str, Tensor], args: RMiPOConfig, device: torch.device) -> PairValues:
-    """Values as a checkpoint keeps them; an older one has no rewards, which were of means then."""
+    """Values as a checkpoint keeps them; an older one has no rewards, which were of means then.
+
+    Nor has it labels: there were pairs alone.
+    """
     kept = {name: value.to(device) for name, value in part.items()}
     loss = args.loss  # another one than the checkpoint's, perhaps
     scale = reward_scale(loss, args) if isinstance(loss, Loss) else args.beta
     for side in ("chosen", "rejected"):
         kept.setdefault(f"{side}_reward", scale * kept[f"{side}_logps"])
+    kept.setdefault("label", torch.full_like(kept["loss"], torch.nan))
     return PairValues(**kept)
 
 
@@ -106,10 +128,15 @@ def select(values: PairValues, mask: Tensor) -> PairValues:
 
 
 def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
-    """Means over all pairs of the parts, under trl's names where trl has one."""
+    """Means over all pairs of the parts, under trl's names where trl has one.
+
+    Of unpaired rows those of a label are over the rows that have it, and absent where none has.
+    """
     if not parts:
         return {}
     values = concat(parts)
+    if args.loss.unpaired:
+        return _of_rows(values, args)
     each = _of_pairs(values)
     dtype = values.loss.dtype
     named = {
@@ -135,14 +162,60 @@ def reduce(parts: Sequence[PairValues], args: RMiPOConfig) -> dict[str, float]:
             "rmipo/pmi_rejected": _mean_of_defined(values.rejected_pmi),
             "rmipo/pmi_undefined": undefined.to(dtype).mean(),
         }
+    return _told(named)
+
+
+def _told(named: Mapping[str, Tensor]) -> dict[str, float]:
     # One transfer for all of them.
     numbers = torch.stack([value.float() for value in named.values()]).tolist()
     return dict(zip(named, numbers, strict=True))
 
 
+def _of_rows(values: PairValues, args: RMiPOConfig) -> dict[str, float]:
+    """The means of unpaired rows, with `kl`, of which trl's is clamped step by step."""
+    each = _sides_of_rows(values)
+    numbers = _told(
+        {
+            "rewards/accuracies": _right_of_rows(values).mean(),
+            **{name: column.nanmean() for name, column in each.items()},
+            "kl": _mismatched(values).mean().clamp(min=0) / args.beta,
+        }
+    )
+    if not any(math.isnan(numbers[f"rewards/{side}"]) for side in ("chosen", "rejected")):
+        numbers["rewards/margins"] = numbers["rewards/chosen"] - numbers["rewards/rejected"]
+    return {name: number for name, number in numbers.items() if not math.isnan(number)}
+
+
+def _sides_of_rows(values: PairValues) -> dict[str, Tensor]:
+    """(P,) each, NaN where the side isn't the row's own."""
+    owned = {"chosen": values.has_chosen, "rejected": values.has_rejected}
+    return {
+        f"{name}/{side}": getattr(values, f"{side}_{column}").where(own, torch.nan)
+        for name, column in (("rewards", "reward"), ("logps", "logps"), ("lengths", "length"))
+        for side, own in owned.items()
+    }
+
+
+def _right_of_rows(values: PairValues) -> Tensor:
+    """(P,) whether a row's own completion went where its label says: up or down."""
+    own = torch.where(values.has_chosen, values.chosen_reward, -values.rejected_reward)
+    return (own > 0).to(own.dtype)
+
+
+def _mismatched(values: PairValues) -> Tensor:
+    """(P,) the reward of the other side."""
+    return torch.where(values.has_chosen, values.rejected_reward, values.chosen_reward)
+
+
 def cases(values: PairValues) -> dict[str, list[float]]:
-    """Each pair's own part of the means that tell how a run went, by their names."""
-    named = {"loss": values.loss, **_of_pairs(values)}
+    """Each pair's own part of the means that tell how a run went, by their names.
+
+    Of an unpaired row NaN where it has no part in a mean.
+    """
+    parts = _of_pairs(values)
+    if not values.label.isnan().any():
+        parts = {"rewards/accuracies": _right_of_rows(values), **_sides_of_rows(values)}
+    named = {"loss": values.loss, **parts}
     # One transfer for all of them.
     columns = torch.stack([value.float() for value in named.values()]).tolist()
     return dict(zip(named, columns, strict=True))

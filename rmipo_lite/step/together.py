@@ -11,7 +11,7 @@ from rmipo_lite.methods.sums import sequence_sums
 from rmipo_lite.model.backbone import evaluating
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import ModelHead
-from rmipo_lite.step.losses import solve
+from rmipo_lite.step.losses import labels_of, solve
 from rmipo_lite.step.perturbed import perturbed_signs
 from rmipo_lite.step.reference import Reference
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -48,7 +48,9 @@ def solve_step(
     pairs = [pair for part in parts for pair in part]
     known = None if reference is None else reference.sums(pairs)
     signs_of_all = torch.cat(signs) if signs else None
-    solved = solve(torch.cat(sums), torch.cat(lengths), known, args, memory, signs_of_all)
+    solved = solve(
+        torch.cat(sums), torch.cat(lengths), known, args, memory, signs_of_all, labels_of(pairs)
+    )
     return {pair.row: row for pair, row in zip(pairs, solved, strict=True)}
 
 

@@ -8,7 +8,7 @@ Truncation: the prompt and the responses share `max_length`. The prompt is cut f
 (keeping BOS) until the longer response fits, but not below half of `max_length`; then each
 response keeps its first tokens within what is left. So a response of up to half of `max_length`
 is never cut, whatever the other side, and nothing is cut that would fit. A cut response has no end
-token.
+token. Of an unpaired row the mismatched completion has no say: it takes the room that is left.
 """
 
 from collections.abc import Callable, Sequence
@@ -142,12 +142,14 @@ def _outcome(
     encoder: TextEncoder,
     options: TokenizationOptions,
 ) -> Outcome:
-    """Truncate and judge one pair."""
-    lengths = (len(prompt), len(responses[0].ids), len(responses[1].ids))
-    for name, response in zip(("chosen", "rejected"), responses, strict=True):
+    """Truncate and judge one pair, or one unpaired row by its own completion."""
+    own = [responses[name == "rejected"] for name in row.responses]
+    for name, response in zip(row.responses, own, strict=True):
         if encoder.special_ids.issuperset(response.ids):
             return _verdict(row, Dropped(name, "a response", "control or unknown tokens alone"))
-    room = prompt_room(lengths, options)
+    lengths = (len(prompt), len(responses[0].ids), len(responses[1].ids))
+    longest = max(len(response.ids) for response in own)
+    room = prompt_room((len(prompt), longest, longest), options)
     short_prompt = _cut_left(prompt, room, encoder.front(prompt))
     budget = None if options.max_length is None else options.max_length - len(short_prompt)
     chosen, rejected = (response.ids[:budget] for response in responses)
@@ -155,16 +157,16 @@ def _outcome(
         # Without any context the first token can't be scored, and there is no other.
         wanted = "a token (or a BOS) before a response of one token"
         return _verdict(row, Dropped("prompt", wanted, "none"))
-    if chosen == rejected:
+    if chosen == rejected and row.label is None:
         whole = room >= len(prompt) and chosen == responses[0].ids
         return _verdict(row, Identical(" as tokens" if whole else " after truncation"))
     cut = [
-        response.cut or len(ids) < len(response.ids)
+        any(response is one for one in own) and (response.cut or len(ids) < len(response.ids))
         for ids, response in zip((chosen, rejected), responses, strict=True)
     ]
     return Outcome(
         row.index,
-        TokenizedPair(row.index, short_prompt, chosen, rejected),
+        TokenizedPair(row.index, short_prompt, chosen, rejected, label=row.label),
         lengths=lengths,
         prompt_cut=len(short_prompt) < len(prompt),
         responses_cut=sum(cut),
@@ -191,7 +193,7 @@ def _cut_left(prompt: list[int], room: int, bos_ids: list[int]) -> list[int]:
 def _has_special_text(row: Row, encoder: TextEncoder) -> bool:
     return any(
         encoder.has_special_text(text)
-        for side in (row.prompt, row.chosen, row.rejected)
+        for side in (row.prompt, *row.responses.values())
         for text in ([side] if isinstance(side, str) else [m["content"] for m in side])
     )
 
@@ -228,6 +230,7 @@ def _authors_outcome(
             pair.chosen_ids,
             pair.rejected_ids,
             None if same else pair.rejected_prompt_ids,
+            label=row.label,
         ),
         lengths=pair.untruncated,
         prompt_cut=len(pair.chosen_prompt_ids) < pair.untruncated[0],

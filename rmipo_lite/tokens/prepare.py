@@ -35,7 +35,7 @@ def is_tokenized(dataset: Any) -> bool:
 
 def is_several(dataset: Any) -> bool:
     """Whether it is a plain dict of datasets by name, and not one dataset as a dict of columns."""
-    return type(dataset) is dict and not {"chosen", "rejected"} & dataset.keys()
+    return type(dataset) is dict and not {"chosen", "rejected", "completion"} & dataset.keys()
 
 
 def prepare(
@@ -64,10 +64,25 @@ def prepare(
     if is_tokenized(dataset):
         if split is not None:
             raise ValueError(f"{argument}: split {split!r} was asked for of pairs of tokens")
+        _check_labels(dataset, args, argument)
         return Prepared(list(dataset), [], None)
     is_loaded = isinstance(dataset, LoadedRows)
-    rows, report = dataset if is_loaded else load_rows(dataset, split=split, argument=argument)
+    if is_loaded:
+        rows, report = dataset
+        _check_labels(rows, args, argument)
+    else:
+        unpaired = args.loss.unpaired
+        rows, report = load_rows(dataset, split=split, argument=argument, unpaired=unpaired)
     if len(rows) >= _MANY:
         say(f"Tokenising {len(rows):,} pairs")
     pairs = tokenize_rows(rows, tokenizer, options_for(args, config), report)
     return Prepared(pairs, rows, report)
+
+
+def _check_labels(
+    given: Sequence[TokenizedPair] | Sequence[Row], args: RMiPOConfig, argument: str
+) -> None:
+    """Raise ValueError for pairs where the method wants unpaired rows, or the other way round."""
+    if any((one.label is not None) != args.loss.unpaired for one in given):
+        wanted = "with a label, true or false" if args.loss.unpaired else "without a label"
+        raise ValueError(f"{argument}: loss_type={args.loss_type!r} takes pairs {wanted}")

@@ -204,7 +204,7 @@ class _Framer:
         for name, answer in zip(sides, answers, strict=True):
             if not answer.strip():
                 raise Dropped(name, "a response", "an empty one after the chat template")
-        if answers[0] == answers[1]:
+        if answers[0] == answers[1] and row.label is None:
             raise Identical(" after the chat template")
         pairs = list(zip(answers, contents, strict=True))
         return Rendered(

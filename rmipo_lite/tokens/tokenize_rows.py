@@ -136,6 +136,7 @@ class _Counter:
         self._report = report
         self._lengths = {name: array("q") for name in COLUMNS}
         self._scored = array("q"), array("q")  # of chosen and rejected, as they are trained on
+        self._labels = [0, 0]  # rows whose label is false, and true
 
     def add(self, outcomes: Sequence[Outcome]) -> list[TokenizedPair]:
         """Count these outcomes; the pairs that are left of them."""
@@ -146,9 +147,7 @@ class _Counter:
             report.identical_pairs += outcome.identical
             if outcome.pair is not None:
                 pairs.append(outcome.pair)
-                self._scored[0].append(len(outcome.pair.chosen_ids))
-                self._scored[1].append(len(outcome.pair.rejected_ids))
-                self._keep(outcome)
+                self._keep(outcome, outcome.pair)
                 continue
             report.kept -= 1
             if outcome.refused:
@@ -158,18 +157,29 @@ class _Counter:
         report.check()
         return pairs
 
-    def _keep(self, outcome: Outcome) -> None:
-        report = self._report
+    def _keep(self, outcome: Outcome, pair: TokenizedPair) -> None:
+        report, is_pair = self._report, pair.label is None
         report.truncated_pairs += outcome.prompt_cut or outcome.responses_cut > 0
         report.truncated_prompts += outcome.prompt_cut
         report.truncated_responses += outcome.responses_cut
-        report.chosen_longer_pairs += outcome.lengths[1] > outcome.lengths[2]
+        report.chosen_longer_pairs += is_pair and outcome.lengths[1] > outcome.lengths[2]
         report.template_stripped += outcome.stripped
         report.template_rewritten += outcome.rewritten
-        for column, length in zip(self._lengths.values(), outcome.lengths, strict=True):
-            column.append(length)
+        if is_pair:
+            self._scored[0].append(len(pair.chosen_ids))
+            self._scored[1].append(len(pair.rejected_ids))
+        else:
+            self._labels[bool(pair.label)] += 1
+        own = (True, *pair.own_sides)
+        for column, length, counts in zip(
+            self._lengths.values(), outcome.lengths, own, strict=True
+        ):
+            if counts:
+                column.append(length)
 
     def finish(self) -> None:
         """Store the lengths' percentiles, and what they say of the labels."""
+        if any(self._labels):
+            self._report.undesirable, self._report.desirable = self._labels
         self._report.set_lengths(**self._lengths)
         self._report.length_balance = fit_length_balance(*self._scored)

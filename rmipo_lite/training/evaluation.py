@@ -168,8 +168,8 @@ class PairEvaluation(TrainerBeside):
 
 def metric_names(args: RMiPOConfig, datasets: list[str]) -> list[str]:
     """What an evaluation gives; of several datasets, by name, each with its own."""
-    one = PairValues(*[torch.zeros(1)] * len(fields(PairValues)))
-    names = ["loss", *pair_values.reduce([one], args), *_ALSO_MEASURED]
+    both = PairValues(*[torch.tensor([0.0, 1.0])] * len(fields(PairValues)))  # labels, of rows
+    names = ["loss", *pair_values.reduce([both], args), *_ALSO_MEASURED]
     if args.eval_completions:
         names += [MEAN_LENGTH, CLIPPED, REPETITION, REPETITIVE]
     return [f"eval_{part}{name}" for part in datasets or [""] for name in names]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from rmipo_lite.adapters.start import Weights, has_averages, trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.data.unpaired import weights_advice
 from rmipo_lite.model import loading
 from rmipo_lite.output.console import say
 from rmipo_lite.step.losses import memory_of, pairs_digest
@@ -36,6 +37,17 @@ class _MoveReference(TrainerCallback):
         reference = self._step.reference
         if reference is not None and state.global_step % args.ref_sync_steps == 0:
             reference.move(args.ref_sync_alpha)
+
+
+def say_uneven_labels(pairs: Sequence[TokenizedPair], args: RMiPOConfig) -> None:
+    """Of unpaired rows: say where one label outweighs the other, and what would even them out."""
+    if not (args.loss.unpaired and pairs):
+        return
+    labels = [bool(pair.label) for pair in pairs]
+    weights = args.desirable_weight or 0.0, args.undesirable_weight or 0.0
+    advice = weights_advice(labels, *weights)
+    if advice is not None:
+        say(f"WARNING: {advice}")
 
 
 class KnowsBefore(TrainerBeside):

@@ -84,7 +84,7 @@ class FindsLearningRate(TrainerBeside):
         measured = draw.sample(pairs, min(len(pairs), _MEASURED_PAIRS))
         start = self.pair_step.response_logps(measured)
         measured = _finite(measured, start)
-        self.range_test = test = RangeTest([m for pair in measured for m in start[pair.row]])
+        self.range_test = test = RangeTest(_own_means(measured, start))
         looking = phase(cast(Any, self), test.words)
         tries = self.pair_step.put_back()
         with kept_random_state(), tries, self._put_back() as optimizer, looking as advance:
@@ -147,8 +147,7 @@ class FindsLearningRate(TrainerBeside):
 
     def _logps(self, pairs: list[TokenizedPair]) -> list[float]:
         """Mean log-prob of both responses of every pair, nats per token."""
-        means = self.pair_step.response_logps(pairs)
-        return [mean for pair in pairs for mean in means[pair.row]]
+        return _own_means(pairs, self.pair_step.response_logps(pairs))
 
     @contextmanager
     def _put_back(self) -> Iterator[Any]:
@@ -186,6 +185,16 @@ def with_own_rate(args: RMiPOConfig, optimizer: Optimizer | None) -> RMiPOConfig
         first = optimizer.param_groups[0]
         args.learning_rate = float(first.get("initial_lr", first["lr"]))  # a warm-up begins at 0
     return args
+
+
+def _own_means(pairs: list[TokenizedPair], means: SideMeans) -> list[float]:
+    """Of both responses of every pair; of an unpaired row, of its own."""
+    return [
+        mean
+        for pair in pairs
+        for mean, is_own in zip(means[pair.row], pair.own_sides, strict=True)
+        if is_own
+    ]
 
 
 def _finite(pairs: list[TokenizedPair], means: SideMeans) -> list[TokenizedPair]:

@@ -48,7 +48,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
 from rmipo_lite.training.evaluation import PairEvaluation, set_mode
-from rmipo_lite.training.known_before import KnowsBefore, RefModel
+from rmipo_lite.training.known_before import KnowsBefore, RefModel, say_uneven_labels
 from rmipo_lite.training.learning_rate import FindsLearningRate, with_own_rate
 from rmipo_lite.training.refusals import (
     refuse_bad_schedule,
@@ -172,6 +172,7 @@ class RMiPOTrainer(
         )
         refuse_no_batch(train_pairs, args)
         refuse_repeated_rows(train_pairs or [])
+        say_uneven_labels(train_pairs or [], args)
         eval_pairs = self._tokenized_eval(eval_dataset, args, loaded, eval_split)
         keep_model_in_range(loaded, train_pairs or [], args)
         base = causal_lm(loaded)

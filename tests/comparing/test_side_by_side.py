@@ -76,6 +76,29 @@ def test_a_run_is_the_one_that_train_makes(tmp_path: Path) -> None:
     assert found.of("rmipo")[0].answers != alone.of("dpo")[0].answers
 
 
+def test_a_method_of_unpaired_rows_is_measured_on_the_same_pairs(tmp_path: Path) -> None:
+    found = _compare(tmp_path, methods=["dpo", "kto"])
+    dpo, kto = (one.cases for one in found.results)
+    assert dpo.keys() == kto.keys()
+    for measure in ("accuracy", "margin", "chosen_moved"):
+        assert dpo[measure].keys() == kto[measure].keys()
+    for pair, margin in kto["margin"].items():
+        assert kto["accuracy"][pair] == float(margin > 0)
+
+
+def test_unpaired_rows_have_their_own_comparison(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": number % 2 == 0}
+        for number, row in enumerate(ROWS)
+    ]
+    methods = ["kto", {"loss_type": "kto", "desirable_weight": 1.3}]
+    found = _compare(tmp_path, rows=rows, methods=methods)
+    assert [len(one.cases["accuracy"]) for one in found.results] == [12, 12]
+    assert all("margin" not in one.cases for one in found.results)
+    with pytest.raises(ValueError, match="are unpaired, and loss_type='kto' alone"):
+        _compare(tmp_path / "mixed", rows=rows, methods=["kto", "dpo"])
+
+
 @pytest.mark.parametrize("kind", ["an adapter goes on", "in full"])
 def test_every_run_begins_with_the_model_as_it_came(kind: str, tmp_path: Path) -> None:
     model = tiny_peft() if kind == "an adapter goes on" else tiny_model("llama")

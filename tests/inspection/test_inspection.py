@@ -57,6 +57,29 @@ def test_swapped_labels_come_first(swapped: tuple[Inspection, set[int]]) -> None
     assert len(named) <= 1.1 * len(wrong)
 
 
+def test_unpaired_rows() -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": number % 3 > 0}
+        for number, row in enumerate(word_rows(30))
+    ]
+    found = inspect(rows, tiny_model(), tokenizer=word_tokenizer(), use_cpu=True, loss_type="kto")
+    assert found.scores is not None
+    assert found.metrics["loss"] == pytest.approx(0.5, abs=1e-6)  # its own reference
+    own = found.to_pandas()
+    places = {True: own.row % 3 > 0, False: own.row % 3 == 0}
+    for side, label in (("chosen", True), ("rejected", False)):
+        lengths = own[f"{side}_length"][places[label]]
+        assert sorted(lengths) == sorted(found.lengths_of(side))
+        mean = own[f"{side}_logps"][places[label]].mean()
+        assert found.metrics[f"logps/{side}"] == pytest.approx(mean, rel=1e-5)
+    text = str(found)
+    assert "labels" in text
+    assert "longer" not in text
+    assert "gamma" not in text
+    assert found._repr_html_()
+    assert len(found.plot().axes) == 4
+
+
 def test_generic_answers_that_win_come_first() -> None:
     rows = demo_rows()
     specific = [n for n, row in enumerate(rows) if row["rejected"][0]["content"] not in GENERIC]

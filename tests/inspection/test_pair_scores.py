@@ -230,7 +230,7 @@ def test_pairs_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     means = mean_scores(scores, step.args)
     assert means["rmipo/dropped_pairs"] == 1
     assert all(math.isfinite(value) for value in means.values())
-    none = PairScores(scores.columns, scores.scored & ~scores.finite)
+    none = PairScores(scores.columns, scores.scored & ~scores.finite, scores.labels)
     assert mean_scores(none, step.args) == {"rmipo/dropped_pairs": 1.0}
 
 

@@ -40,6 +40,20 @@ def test_clean_pairs_have_no_finding() -> None:
     assert found(clean()) == {}
 
 
+def test_unpaired_rows_are_looked_at_one_by_one() -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": number % 2 == 0}
+        for number, row in enumerate(clean(6))
+    ]
+    assert not check_texts(load_rows(rows, unpaired=True)[0]).findings
+    rows += [{**rows[0], "label": False}, rows[1], {**rows[2], "completion": "Yes."}]
+    report = check_texts(load_rows(rows, unpaired=True)[0])
+    assert {finding.name: finding.tally.rows for finding in report.findings} == {
+        "duplicates": [7], "near_duplicates": [6], "both_labels": [0, 6], "one_word": [8],
+    }  # fmt: skip
+    assert not report.similarity
+
+
 def test_the_demo_has_nothing_but_its_seven_reworded_questions() -> None:
     report = check(demo_rows())
     assert [(f.name, f.level) for f in report.findings] == [("near_duplicates", "note")]

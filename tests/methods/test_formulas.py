@@ -14,7 +14,7 @@ from rmipo_lite.methods.formulas import MethodOptions
 from rmipo_lite.methods.sums import PairSums, pair_sums, sequence_sums
 from rmipo_lite.methods.table import SumLoss, defaults_of, method_named
 from rmipo_lite.ops.losses import PairOptions
-from tests.methods.golden import Opts, close, golden, needs_golden, numbers, sums
+from tests.methods.golden import Opts, close, golden, needs_golden, numbers, recorded, sums
 
 
 def _plain(row: Opts) -> Opts:
@@ -130,6 +130,42 @@ def _likelihood(row: Opts, pairs: PairSums) -> Tensor | float:
     weight = row["opts"].get("cpo_alpha", 1.0) if theirs == "cpo" else _OF_TOKENS.get(theirs, 0.0)
     of_tokens = -pairs.chosen.sum() / pairs.chosen_length.sum()
     return weight * of_tokens - _OF_ROWS.get(theirs, 0.0) * pairs.means[0].mean()
+
+
+@needs_golden
+@pytest.mark.parametrize("label", ["kto", "kto_halos"])
+def test_recorded_numbers_of_unpaired_rows(label: str) -> None:
+    found = recorded()
+    cases = {case["id"]: case for case in found["unpaired_cases"]}
+    rows = [row for row in found["rows"] if row["method"] == label]
+    count = 0
+    for row in rows:
+        case = cases[row["case"]]
+        changes = numbers(case["KL_S"]) - numbers(case["KL_R"])
+        if label == "kto_halos" and (changes == 0).any():
+            continue  # divides by the changes that aren't 0
+        labels = numbers(case["label"])
+        wanted = labels.bool()
+        leaf = numbers(case["S"]).requires_grad_()
+        own, other = (leaf, numbers(case["R"])), (numbers(case["KL_S"]), numbers(case["KL_R"]))
+        sides = [
+            (torch.where(wanted, a, b), torch.where(wanted, b, a))
+            for a, b in zip(own, other, strict=True)
+        ]
+        lengths = torch.ones(len(labels), dtype=torch.float64)
+        pairs = PairSums(*sides[0], lengths, lengths, *sides[1], labels=labels)
+        options = {**defaults_of("kto"), **row["opts"]}
+        method = method_named("kto")
+        assert isinstance(method, SumLoss)
+        names = MethodOptions._fields
+        constants = MethodOptions(*(float(options.get(n) or 0.0) for n in names))
+        loss = method.formula(pairs, constants).mean()
+        loss.backward()
+        assert close(loss.detach()[None], numbers([row["loss"]]), 1e-10, 1.0), row["id"]
+        assert leaf.grad is not None
+        assert close(leaf.grad, numbers(row["g"]), 1e-10, 1e-3), row["id"]
+        count += 1
+    assert count >= 16
 
 
 @needs_golden

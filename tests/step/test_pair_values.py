@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ def _values(chosen: list[float], rejected: list[float], gamma: list[float]) -> P
         rejected_length=torch.full((n,), 2.0),
         chosen_reward=2 * torch.tensor(chosen),
         rejected_reward=2 * torch.tensor(rejected),
+        label=torch.full((n,), float("nan")),
     )
 
 
@@ -54,12 +57,36 @@ def test_an_older_checkpoints_values_have_rewards_of_means(
 ) -> None:
     """Whatever the run goes on with."""
     whole = vars(_values([-1.0, -3.0], [-2.0, -2.0], [0.5, 0.5]))
-    older = {name: value for name, value in whole.items() if not name.endswith("_reward")}
+    newer = ("chosen_reward", "rejected_reward", "label")
+    older = {name: value for name, value in whole.items() if name not in newer}
     args = RMiPOConfig(str(tmp_path), loss_type=loss_type)
     values = pair_values.restored(older, args, torch.device("cpu"))
+    assert values.has_chosen.all()
+    assert values.has_rejected.all()
     assert values.chosen_reward.tolist() == pytest.approx([-scale, -3 * scale])
     kept = pair_values.restored(whole, args, torch.device("cpu"))
     assert torch.equal(kept.chosen_reward, whole["chosen_reward"])
+
+
+def test_means_of_unpaired_rows_are_over_the_rows_of_a_label(tmp_path: Path) -> None:
+    args = RMiPOConfig(str(tmp_path), loss_type="kto", beta=0.5)
+    values = _values([1.0, -1.0, 3.0], [4.0, -2.0, 1.0], [0.0] * 3)
+    rows = replace(values, label=torch.tensor([1.0, 0.0, 1.0]))
+    told = pair_values.reduce([rows], args)
+    assert told["rewards/chosen"] == 4.0  # of 2 and 6
+    assert told["rewards/rejected"] == -4.0
+    assert told["rewards/margins"] == 8.0
+    assert told["logps/chosen"] == 2.0
+    assert told["lengths/rejected"] == 2.0
+    assert told["rewards/accuracies"] == 1.0
+    assert told["kl"] == pytest.approx((8 - 2 + 2) / 3 / 0.5)  # the other sides'
+    own = pair_values.cases(rows)
+    assert own["rewards/chosen"][0::2] == [2.0, 6.0]
+    assert own["rewards/rejected"][1] == -4.0
+    assert all(math.isnan(own["rewards/rejected"][place]) for place in (0, 2))
+    alone = pair_values.reduce([pair_values.select(rows, torch.tensor([True, False, True]))], args)
+    assert alone["rewards/chosen"] == 4.0
+    assert not alone.keys() & {"rewards/rejected", "logps/rejected", "rewards/margins"}
 
 
 def test_no_pairs_no_numbers(tmp_path: Path) -> None:

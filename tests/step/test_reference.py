@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.methods.table import SumLoss, methods
+from rmipo_lite.methods.table import SumLoss, method_named, methods
 from rmipo_lite.model import batch
 from rmipo_lite.step.reference import key_of
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -28,6 +29,10 @@ _REMEMBERING = [name for name, method in methods().items() if method.remembers]
 _BY_HAND = {
     "dpo": lambda c, r, beta, n: F.softplus(-beta * (c - r)),
     "apo_zero": lambda c, r, beta, n: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),
+    "kto": lambda c, r, beta, n: torch.cat([
+        torch.sigmoid(-beta * (c[::2] - _mismatched(c, r))),
+        torch.sigmoid(-beta * (_mismatched(c, r) - r[1::2])),
+    ]),
     "kto_pair": lambda c, r, beta, n: (
         torch.sigmoid(-beta * (c - r.mean().clamp(min=0)))
         + torch.sigmoid(-beta * (c.mean().clamp(min=0) - r))
@@ -38,19 +43,33 @@ _BY_HAND = {
 }  # fmt: skip
 
 
+def _mismatched(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return torch.cat([chosen[1::2], rejected[::2]]).detach().mean().clamp(min=0)
+
+
+def _pairs(count: int, loss_type: str, seed: int = 0) -> list[TokenizedPair]:
+    """Of a method of unpaired rows every second label is true."""
+    pairs = random_pairs(count, seed=seed) if seed else random_pairs(count)
+    if not method_named(loss_type).unpaired:
+        return pairs
+    return [replace(pair, label=number % 2 == 0) for number, pair in enumerate(pairs)]
+
+
 def _odds(mean: Tensor) -> Tensor:
     return mean - torch.log1p(-mean.exp())
 
 
 def _trainer(folder: Path, model: Any, peft_config: Any = "auto", **options: Any) -> RMiPOTrainer:
     settings = {"max_steps": 2, "per_device_train_batch_size": 6, "save_strategy": "no", **options}
-    ref_model, pairs = settings.pop("ref_model", None), settings.pop("pairs", random_pairs(12))
+    loss_type = settings.setdefault("loss_type", "dpo")
+    ref_model, pairs = settings.pop("ref_model", None), settings.pop("pairs", None)
     args = RMiPOConfig(
         str(folder), disable_tqdm=True, eval_completions=0, use_cpu=True, logging_steps=1,
-        **{"learning_rate": 1e-2, "loss_type": "dpo", **settings},
+        **{"learning_rate": 1e-2, **settings},
     )  # fmt: skip
     return RMiPOTrainer(
-        model, args, train_dataset=pairs, eval_dataset=random_pairs(5, seed=9),
+        model, args, train_dataset=pairs or _pairs(12, loss_type),
+        eval_dataset=_pairs(5, loss_type, seed=9),
         processing_class=word_tokenizer(), peft_config=peft_config, ref_model=ref_model,
     )  # fmt: skip
 
@@ -91,7 +110,7 @@ def test_a_step_is_the_plain_one(loss_type: str, max_tokens: int, tmp_path: Path
     reference = copy.deepcopy(model)
     trainer = _trainer(tmp_path, model, loss_type=loss_type, max_tokens_per_microstep=max_tokens)
     trainer.train()
-    pairs = random_pairs(12)[:6]
+    pairs = _pairs(12, loss_type)[:6]
     trainer.model.zero_grad()
     outcome = trainer.pair_step.train(pairs, lambda loss: loss.backward())
     ours = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}

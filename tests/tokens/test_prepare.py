@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,22 @@ def test_rows_loaded_before_and_tokenised_pairs_are_taken_as_they_are(tmp_path: 
     assert [row.index for row in loaded.rows] == list(range(6))
     pairs = random_pairs(3)
     assert prepare(pairs, word_tokenizer(), args, config) == (pairs, [], None)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "label", "told"),
+    [("kto", None, "takes pairs with a label, true or false"), ("dpo", True, "without a label")],
+)
+def test_pairs_of_another_kind_than_the_methods_are_refused(
+    loss_type: str, label: bool | None, told: str, tmp_path: Path
+) -> None:
+    args, config = RMiPOConfig(str(tmp_path), loss_type=loss_type), LlamaConfig()
+    rows = load_rows(word_rows(2))
+    labelled = rows._replace(rows=[replace(row, label=label) for row in rows.rows])
+    pairs = [replace(pair, label=label) for pair in random_pairs(3)]
+    for given in (labelled, pairs):
+        with pytest.raises(ValueError, match=told):
+            prepare(given, word_tokenizer(), args, config)
 
 
 def test_an_error_calls_the_dataset_by_the_callers_name(tmp_path: Path) -> None:

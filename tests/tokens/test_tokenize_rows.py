@@ -233,6 +233,27 @@ def test_prompt_is_cut_from_the_left_and_responses_from_the_right(tokenizer: Any
     assert (report.truncated_prompts, report.truncated_responses) == (1, 2)
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_an_unpaired_row_is_cut_by_its_own_completion(label: bool) -> None:
+    """Its mismatched completion takes what room is left, and is counted nowhere."""
+    records = [
+        {"prompt": "a " * 12, "completion": "b " * 3, "label": label},
+        {"prompt": "b", "completion": "c " * 40, "label": not label},
+    ]
+    rows, report = load_rows(records, unpaired=True)
+    options = TokenizationOptions(max_length=20)
+    first, second = tokenize_rows(rows, word_level(), options, report)
+    own, other = (first.chosen_ids, first.rejected_ids)[:: 1 if label else -1]
+    assert (first.label, second.label) == (label, not label)
+    assert (len(first.prompt_ids), len(own), len(other)) == (13, 4, 7)
+    assert own[-1] == 2
+    assert (report.truncated_prompts, report.truncated_responses) == (0, 1)
+    assert report.lengths["chosen" if label else "rejected"]["max"] == 4
+    assert report.lengths["rejected" if label else "chosen"]["max"] == 41
+    assert report.length_balance is None
+    assert "chosen longer" not in str(report)
+
+
 def test_max_prompt_length_limits_the_prompt_alone() -> None:
     (pair,), _ = run([sized(30, 3, 5)], word_level(), max_length=100, max_prompt_length=8)
     assert (len(pair.prompt_ids), len(pair.rejected_ids)) == (8, 6)
