@@ -155,6 +155,12 @@ class MethodFields:
         return MethodOptions(*values)
 
     @property
+    def reference_goes_on(self) -> bool:
+        """Whether the reference scores pairs during training too, so that its weights are kept."""
+        asked = self.reference == "live" or bool(self.ref_sync_steps) or self.loss.needs_logits
+        return self.loss.needs_reference and asked
+
+    @property
     def uses_prior(self) -> bool:
         """Whether the loss needs the response scored without its prompt."""
         return self.loss.needs_prior

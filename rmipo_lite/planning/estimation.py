@@ -261,11 +261,16 @@ class _Case:
             head = card_buffer_bytes(vocab_size, card.cache, card.memory)
         else:
             head = CPU_BUFFER_BYTES if card.kind == CPU else PLAIN_BUFFER_BYTES
+        # Trained in full, the start is kept on the CPU, and the model's own weights beside the
+        # reference's while these are in their place.
+        is_kept = setup.peft_config is None and self.args.reference_goes_on
+        copies = (2 if card.kind == CPU else 1) * is_kept
         return {
             "weights": weights.loaded_bytes(setup),
             "adapter": weights.adapter_bytes(setup),
             "gradients": weights.gradient_bytes(setup),
             "optimizer": width * weights.trained,
+            "reference": copies * weights.trained * setup.dtype.itemsize,
             "head": head,
             "dequantisation": weights.dequantised_bytes(setup),
             "context": 0 if card.kind == CPU else _CONTEXT_BYTES,

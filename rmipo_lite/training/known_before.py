@@ -86,7 +86,7 @@ class KnowsBefore(TrainerBeside):
                 "aren't made for; 1.0, LoRA without DoRA or full training are"
             )
         start = self.start
-        if start is None and (is_live or moves or args.loss.needs_logits):
+        if start is None and args.reference_goes_on:
             start = trained_weights(self.model)  # trained in full: a copy, on the CPU
         step.reference = Reference(step, start, is_live=is_live)
         if moves:

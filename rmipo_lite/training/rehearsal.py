@@ -245,8 +245,8 @@ def _measure(
     growth = memory.growth()
     if growth is None:
         return seconds / work, None
-    spread = _CPU_GROWTH if device.type == "cpu" else 1.0
-    return seconds / work, int(growth * spread) + _moment_bytes(trainer)
+    spread, kept = (_CPU_GROWTH, _kept_bytes(trainer)) if device.type == "cpu" else (1.0, 0)
+    return seconds / work, int(growth * spread) + kept + _moment_bytes(trainer)
 
 
 def _within(
@@ -266,13 +266,32 @@ def _moment_bytes(trainer: RMiPOTrainer) -> int:
     return trained * optimizer_width(str(getattr(trainer.args.optim, "value", trainer.args.optim)))
 
 
+def _kept_bytes(trainer: RMiPOTrainer) -> int:
+    """The start's weights, which a reference needs that goes on through a full training."""
+    reference = trainer.pair_step.reference
+    if trainer.start is not None or reference is None:
+        return 0
+    return sum(weight.nbytes for weight in (reference.start or {}).values())
+
+
+def _moved_bytes(trainer: RMiPOTrainer, steps: int) -> int:
+    """What a checkpoint has of a reference that moves; LoRA's grows by its rank every time."""
+    args, reference = trainer.args, trainer.pair_step.reference
+    if not args.ref_sync_steps or reference is None:
+        return 0
+    grows = trainer.start is not None and args.ref_sync_alpha < 1
+    times = max(1, steps // args.ref_sync_steps) if grows else 1
+    return times * sum(weight.nbytes for weight in (reference.start or {}).values())
+
+
 def _disk(trainer: RMiPOTrainer, steps: int) -> int:
     """The run's folder at its fullest: checkpoints, one of them being replaced, and the adapter."""
     args = trainer.args
     saves = _times(args.save_strategy, args.save_steps, trainer, steps)
     kept = saves if not args.save_total_limit else min(saves, args.save_total_limit + 1)
     weights = _weight_bytes(trainer)
-    state = 0 if args.save_only_model else _moment_bytes(trainer)
+    moved = _moved_bytes(trainer, steps)
+    state = 0 if args.save_only_model else _moment_bytes(trainer) + moved
     return kept * (weights + state) + weights
 
 

@@ -159,6 +159,11 @@ def test_longer_pairs_and_whole_training_take_more() -> None:
     whole = fit(peft_config=None)
     assert whole.parts["optimizer"] > 3 * base.parts["optimizer"]
     assert whole.parts["adapter"] == 0
+    assert whole.parts["reference"] == 0
+    for options in ({"reference": "live"}, {"ref_sync_steps": 9}, {"loss_type": "epsilon_dpo"}):
+        moving = fit(peft_config=None, **{"loss_type": "dpo", **options})
+        assert moving.parts["reference"] == whole.parts["weights"]
+    assert fit(loss_type="dpo", reference="live").parts["reference"] == 0
     assert fit(optim="adamw_8bit").parts["optimizer"] == base.parts["optimizer"] / 4
     assert fit(loss_type="simpo").seconds < base.seconds  # no prior
     assert fit(quantization="4bit").parts["weights"] < 0.9 * base.parts["weights"]
