@@ -27,6 +27,7 @@ from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of, new_folder, run_name
 from rmipo_lite.output.console import say, show
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
@@ -106,9 +107,12 @@ def train(
     if isinstance(model, Path):
         model = str(model)
     refuse_other_callbacks(callbacks)
-    folder = _output_folder(model, output_dir, resume)
     with surroundings_restored(model):
-        args = RMiPOConfig(output_dir=str(folder), **config)
+        # Where there are several processes they know of each other from here on.
+        args = RMiPOConfig(output_dir=str(output_dir or run_name(model)), **config)
+        group = Group.current()
+        folder = group.from_first(lambda: _output_folder(model, output_dir, resume))
+        args.output_dir = str(folder)
         say("Reading the pairs")
         data = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
         loaded, tokenizer = _load(model, tokenizer, args, quantization)
@@ -164,13 +168,13 @@ def _run(
     trainer.know_reference()
     before = trainer.evaluate_before() if eval_pairs else {}
     _rehearse_card(trainer, before, data, folder)
-    if interrupt.requested:
+    if trainer.pair_step.group.any(interrupt.requested):
         raise KeyboardInterrupt  # before the first step there is nothing to save
     seconds = sum(before[name] for name in before if name.endswith("_runtime"))
     plan = plan_run(trainer, seconds, done=done)
     for line in (str(plan), *plan.warnings):
         say(line)
-    if interrupt.requested:
+    if trainer.pair_step.group.any(interrupt.requested):
         raise KeyboardInterrupt
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     interrupt.answered()
@@ -232,6 +236,8 @@ def _answer_samples(result: TrainResult) -> None:
         return
     if not isinstance(result.model, PeftModel):
         return  # trained in full: there is no adapter to switch off
+    if not Group.current().is_first:
+        return  # whoever looks at the result looks at the first's
     say(f"Answering {len(prompts)} prompts before and after training")
     try:
         result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
@@ -245,7 +251,7 @@ def _answer_samples(result: TrainResult) -> None:
 def _save(result: TrainResult, folder: Path) -> None:
     """Save the result; where that fails, the result is returned all the same, and says so."""
     try:
-        result.save(folder)
+        Group.current().from_first(lambda: _saved(result, folder))
     except Exception as error:  # whatever it is, what was trained isn't lost with it
         result.unsaved = str(error)
         what = "adapter" if isinstance(result.model, PeftModel) else "model"
@@ -254,6 +260,10 @@ def _save(result: TrainResult, folder: Path) -> None:
             f"WARNING: the {what} could not be saved to {folder}: {str(error).rstrip('.')}. It is "
             f"in memory: {first}call result.save(folder)"
         )
+
+
+def _saved(result: TrainResult, folder: Path) -> None:
+    result.save(folder)
 
 
 def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException) -> None:

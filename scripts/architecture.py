@@ -25,7 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("version",),
     ("system",),
     ("ops", "output"),
-    ("methods",),
+    ("methods", "parallel"),
     ("options",),
     ("config",),
     ("adapters", "data"),

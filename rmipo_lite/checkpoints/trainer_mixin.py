@@ -7,7 +7,7 @@ A checkpoint is whole or absent (sealed_folder.py), its state is safetensors and
 (state.py), and a resumed run repeats the uninterrupted one bit for bit on the CPU.
 
 `training_args.bin` is neither written nor read; `training_config.json` holds the same for people,
-without tokens and keys. One process on one device: anything else is refused.
+without tokens and keys. Of several processes the first writes, and what came of it is known to all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft import PeftModel
 from transformers.trainer_callback import ExportableState
@@ -41,6 +41,7 @@ from rmipo_lite.checkpoints.weights import (
     save_run,
 )
 from rmipo_lite.output.console import say
+from rmipo_lite.parallel.group import Group
 
 STATE_FILE = "trainer_state.json"
 
@@ -80,6 +81,7 @@ class SafeCheckpointing(TrainerBeside):
     """
 
     _run_id: str = ""
+    _random_states: list[Any]
     failed_saves: list[str]
     changed: Mapping[str, Any]  # options that are others than the checkpoint's
 
@@ -117,11 +119,14 @@ class SafeCheckpointing(TrainerBeside):
         """
         self.failed_saves = []
         self.begin_run()
-        rehearse_save(self._bare_model(), self.processing_class, self.args)
+        group = Group.current()
+        group.from_first(
+            lambda: rehearse_save(self._bare_model(), self.processing_class, self.args)
+        )
         folder = self.resolve_resume(resume_from_checkpoint)
         self.changed = {}
         if folder is None:
-            self._run_id = uuid.uuid4().hex
+            self._run_id = group.from_first(lambda: uuid.uuid4().hex)
         else:
             self._run_id = read_manifest(folder)["run_id"]
             self.load_extra_state(self.check_resume(folder))
@@ -141,6 +146,10 @@ class SafeCheckpointing(TrainerBeside):
         """The checkpoint that is meant, verified; None for a new run. Errors as of `train`."""
         if resume is None or resume is False:
             return None
+        wanted = resume
+        return Group.current().from_first(lambda: self._verified(wanted))
+
+    def _verified(self, resume: str | Path | Literal[True]) -> Path:
         if resume is not True:
             folder = Path(resume)
             verify_checkpoint(folder)
@@ -201,14 +210,23 @@ class SafeCheckpointing(TrainerBeside):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(load_state(Path(checkpoint), "rng_state"))
+            states = load_state(Path(checkpoint), "rng_state")
+            if isinstance(states, list):  # of more or fewer processes: the first's for new ones
+                rank = Group.current().rank
+                states = states[rank if rank < len(states) else 0]
+            set_random_state(states)
 
     # -- saving -----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._refuse_to_save_bad_weights()
+        group = Group.current()
+        self._random_states = group.gather(random_state())
         try:
-            self._write_checkpoint(trial)
+            if self.hp_search_backend is None and trial is None:
+                self.store_flos()
+            best = group.from_first(lambda: self._write_checkpoint(trial))
+            self.state.best_model_checkpoint = best
         except Exception as error:  # CheckpointError, or what another package raises
             self.failed_saves.append(str(error))
             reason = str(error).rstrip(".")
@@ -224,9 +242,8 @@ class SafeCheckpointing(TrainerBeside):
                 "one, with a lower learning_rate"
             )
 
-    def _write_checkpoint(self, trial: Any) -> None:
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
+    def _write_checkpoint(self, trial: Any) -> str | None:
+        """Write it; the path of the best one so far."""
         run_dir = Path(self._get_output_dir(trial=trial))
         step = int(self.state.global_step)
         target = run_dir / f"checkpoint-{step}"
@@ -249,6 +266,7 @@ class SafeCheckpointing(TrainerBeside):
         best = self.state.best_model_checkpoint
         keep = {target} if best is None else {target, Path(best)}
         rotate(run_dir, run_id=self._run_id, limit=self.args.save_total_limit, keep=keep)
+        return best
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Finish without the stock clean-up, which deletes the newest checkpoint for the best.
@@ -285,6 +303,8 @@ class SafeCheckpointing(TrainerBeside):
         self.state.stateful_callbacks = exported
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not Group.current().is_first:
+            return
         folder = Path(output_dir or self.args.output_dir)
         with files_put_in_place(folder) as staged:
             save_run(self._bare_model(), self.processing_class, self.args, staged, state_dict)
@@ -301,7 +321,8 @@ class SafeCheckpointing(TrainerBeside):
         save_state(Path(output_dir), "scaler", None if scaler is None else scaler.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_state(Path(output_dir), "rng_state", random_state())
+        states = self._random_states
+        save_state(Path(output_dir), "rng_state", states if len(states) > 1 else states[0])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the saved weights; the stock method pickles the arguments, token included."""

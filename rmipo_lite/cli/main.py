@@ -12,9 +12,10 @@ from typing import Any
 
 from rmipo_lite.cli import runs
 from rmipo_lite.cli.contenders import methods_of
+from rmipo_lite.cli.launch import is_launched, launch
 from rmipo_lite.cli.parser import OWN_NAMES, parser_for
 from rmipo_lite.model.upstream import quiet_bitsandbytes
-from rmipo_lite.output.console import printable, say
+from rmipo_lite.output.console import printable, rank, say
 from rmipo_lite.output.redaction import redact_text
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -45,13 +46,18 @@ def _options(command: str, given: dict[str, Any], *needed: str) -> dict[str, Any
 
 
 def _train(given: dict[str, Any]) -> int:
+    words = given.pop("words")
     options = _options("train", given, "model", "dataset")
-    report = options.pop("report", None)
+    report, processes = options.pop("report", None), int(options.pop("num_processes", 1))
+    if processes < 1:
+        raise ValueError(f"num_processes must be at least 1, got {processes}")
+    if processes > 1 and not is_launched():
+        return launch(words, processes)
     import rmipo_lite
 
     result = rmipo_lite.train(options.pop("model"), options.pop("dataset"), **options)
     say(repr(result))
-    if report:
+    if report and not rank():
         result.report(None if report is True else report)
     if result.unsaved is not None:
         return FAILED
@@ -128,7 +134,9 @@ _HELP = {"-h", "--help", "--help-all"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (also the entry point of `rmipo-lite`)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in _SLOW_TO_START and not _HELP & set(words):
+    if rank() and words[:1] != ["train"]:
+        return OK  # it is no work for several processes: the first does it
+    if not rank() and words and words[0] in _SLOW_TO_START and not _HELP & set(words):
         _complain("starting")
     parser = parser_for(words)
     try:
@@ -147,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return USAGE
+    if command == "train":
+        given["words"] = words
     return _run(command, given)
 
 

@@ -20,6 +20,7 @@ OWN_NAMES = {
         "split",
         "eval_dataset",
         "eval_split",
+        "num_processes",
         "output_dir",
         "quantization",
         "ref_model",
@@ -126,6 +127,10 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
         return
     train.add_argument("model", nargs="?", help="hub name or folder of the model")
     train.add_argument("dataset", nargs="?", help=_ROWS)
+    train.add_argument(
+        "--num_processes", "--num-processes", type=int, metavar="N",
+        help="processes of this machine that share every step, one a GPU (default: 1)",
+    )  # fmt: skip
     train.add_argument(
         "--eval_dataset", "--eval-dataset", help="held-out pairs; else 5 %% are held out"
     )

@@ -5,6 +5,7 @@ hours. It imports nothing heavy, so that `rmipo-lite --help` stays quick.
 """
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -36,9 +37,28 @@ class Lenient:
         return getattr(self._stream, name)
 
 
-def say(text: str) -> None:
-    """Print one message to standard output; never raises, never sends control characters."""
-    stream = sys.stdout
+def rank() -> int:
+    """Which of several processes this is; the first speaks for all.
+
+    Asked of what is loaded, since one that was forked by a notebook has no RANK around it.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return int(os.environ.get("RANK") or 0)
+
+
+def say(text: str, *, of_each: bool = False) -> None:
+    """Print one message to standard output; never raises, never sends control characters.
+
+    Of several processes the first prints. `of_each`: it is about this process alone, and others
+    print it too, to standard error with their number.
+    """
+    stream, number = sys.stdout, rank()
+    if number and of_each:
+        stream, text = sys.stderr, f"process {number}: {text}"
+    elif number:
+        return
     if stream is None:
         return
     try:
@@ -53,7 +73,7 @@ def in_terminal() -> bool:
     """Whether standard output can show a bar that rewrites its own line."""
     stream = sys.stdout
     try:
-        return stream is not None and stream.isatty() and can_rewrite_lines()
+        return stream is not None and stream.isatty() and can_rewrite_lines() and not rank()
     except ValueError:  # isatty() of a closed file
         return False
 
@@ -65,7 +85,11 @@ def in_notebook() -> bool:
     """
     # Asked of what is loaded: a program without IPython is no notebook.
     shell = sys.modules.get("IPython")
-    if shell is None or not type(sys.stdout).__module__.startswith(("ipykernel", "google.colab")):
+    if (
+        rank()
+        or shell is None
+        or not type(sys.stdout).__module__.startswith(("ipykernel", "google.colab"))
+    ):
         return False
     return getattr(shell.get_ipython(), "kernel", None) is not None
 

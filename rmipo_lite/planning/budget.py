@@ -52,15 +52,19 @@ class MicroStepPlan:
     checkpointing: bool
 
 
-def plan_micro_steps(model: nn.Module, args: RMiPOConfig, longest: int) -> MicroStepPlan:
+def plan_micro_steps(
+    model: nn.Module, args: RMiPOConfig, longest: int, processes: int = 1
+) -> MicroStepPlan:
     """Resolve `max_tokens_per_microstep` and, where it is left open, checkpointing.
 
-    `longest` is what the longest pair takes alone, tokens: a pair can't be cut.
+    `longest` is what the longest pair takes alone, tokens: a pair can't be cut. `processes` are
+    those of this machine that plan alike; a card is one's own, the CPU's memory is shared.
     """
     device = device_of(model)
     return choose_budget(
         lambda checkpointing: activations(model, args, checkpointing, longest),
-        free=free_bytes(device) - fixed_bytes(model, args),
+        free=free_bytes(device) / (processes if device.type == "cpu" else 1)
+        - fixed_bytes(model, args),
         longest=longest,
         args=args,
         on_cuda=device.type == "cuda",

@@ -10,6 +10,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.packing_check import packing_problem
 from rmipo_lite.output.console import say
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.planning.budget import plan_micro_steps
 from rmipo_lite.step.losses import memory_of
 from rmipo_lite.step.pair_step import PairStep
@@ -42,28 +43,31 @@ def make_step(
         UnsupportedModelError: our head disagrees with the model's own logits.
         RuntimeError: the kernels, or this device's products, are wrong.
     """
+    group = Group.current()  # what one process can't do, none does
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(i for i in ids if i is not None)
     packing = args.packing
     if packing and pairs:
         say("Checking packed batches against padded ones")
         problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
-        if problem is not None:
+        problems = [found for found in group.gather(problem) if found is not None]
+        if problems:
+            problem = problems[0]
             packing = False
             say(f"Packed batches are off for this model, padded ones are used: {problem}")
     longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)
-    plan = plan_micro_steps(model, args, longest)
+    plan = plan_micro_steps(model, args, longest, group.on_this_machine)
     step = PairStep(
         model=model,
         args=args,
-        max_tokens=plan.max_tokens,
+        max_tokens=group.least(plan.max_tokens),
         packing=packing,
         prior_front=prior_front,
         pad_id=pad_id,
         autocast=autocast,
         memory=memory_of(args),
     )
-    if plan.checkpointing:
+    if group.any(plan.checkpointing):
         step.enable_checkpointing()
         if args.checkpointing_is_open:
             say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")

@@ -9,35 +9,26 @@ Where memory runs out, what was accumulated is thrown away, the budget is halved
 again; a single pair that doesn't fit gets checkpointing. Nothing is lost or counted twice.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmipo_lite.checkpoints.random_state import random_state, set_random_state
-from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.memory import Memory
 from rmipo_lite.methods.sums import sequence_sums
 from rmipo_lite.model import batch
-from rmipo_lite.model.attention import packed_attention
 from rmipo_lite.model.backbone import (
-    can_checkpoint,
     device_of,
-    enable_checkpointing,
     evaluating,
     scored_hidden,
 )
 from rmipo_lite.model.batch import ModelInput
-from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.model.head import ModelHead, end_nll, read_head
-from rmipo_lite.output.console import say
-from rmipo_lite.planning.budget import is_out_of_memory
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.step.gradients import clear_gradients, is_finite, void_gradients
 from rmipo_lite.step.losses import (
     SideMeans,
@@ -47,28 +38,27 @@ from rmipo_lite.step.losses import (
     losses,
     side_means,
 )
+from rmipo_lite.step.micro_steps import MicroSteps
 from rmipo_lite.step.neftune import embedding_noise
 from rmipo_lite.step.pair_values import PairValues, StepOutcome
 from rmipo_lite.step.reference import Reference
-from rmipo_lite.step.together import solve_step
+from rmipo_lite.step.together import (
+    evaluated_by_all,
+    outcome_of_all,
+    share_of,
+    solved_of,
+    sums_of,
+)
 from rmipo_lite.tokens.pair import TokenizedPair
 
-T = TypeVar("T")
 Backward = Callable[[Tensor], None]
 PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class PairStep:
-    """Runs pairs through model, head and loss.
+class PairStep(MicroSteps):
+    """Runs pairs through model, head and loss."""
 
-    `max_tokens` is the micro-step's budget; `packing` chooses the packed or the padded form.
-    """
-
-    model: nn.Module
-    args: RMiPOConfig
-    max_tokens: int
-    packing: bool
     prior_front: Sequence[int] = ()  # ids before a bare response, by `prior_context`
     pad_id: int = 0
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -77,8 +67,7 @@ class PairStep:
     reference: Reference | None = None  # of methods that measure from one
     memory: Memory | None = None  # of methods that have one
     end_id: int | None = None  # the token that ends an answer, for `end_anchor`
-    checkpointing: bool = False  # activations are computed again in the backward pass
-    _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
+    group: Group = field(default_factory=Group.current)  # the processes that share a step
     _solved: Mapping[int, Tensor] | None = None  # by row, of methods whose pairs aren't apart
     _noise_seed: int | None = None  # of the training step in progress, with NEFTune
 
@@ -126,10 +115,11 @@ class PairStep:
         """Pairs and their values without a gradient, micro-step by micro-step, longest first."""
         self._know_reference(pairs)
         with self._solved_for(pairs):
-            for part, (values, *_) in self._in_parts(
-                pairs, lambda part: self._forward(part, self._live_prior)
-            ):
-                yield part, values
+            found = self._in_parts(
+                share_of(self.group, pairs), lambda part: self._forward(part, self._live_prior)[0]
+            )
+            like = torch.zeros((), device=device_of(self.model))
+            yield from evaluated_by_all(self.group, found, pairs, like)
 
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
@@ -137,10 +127,13 @@ class PairStep:
         return self._side_means(pairs, self._live_prior)
 
     def _side_means(self, pairs: Sequence[TokenizedPair], score: PriorOf) -> SideMeans:
-        means: SideMeans = {}
-        for part, scored in self._in_parts(pairs, score):
-            means |= side_means(part, *scored)
-        return means
+        def own() -> SideMeans:
+            means: SideMeans = {}
+            for part, scored in self._in_parts(share_of(self.group, pairs), score):
+                means |= side_means(part, *scored)
+            return means
+
+        return self.group.merged(self.group.agreed(own))
 
     @torch.no_grad()
     def response_logps(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
@@ -153,113 +146,54 @@ class PairStep:
         self, pairs: Sequence[TokenizedPair]
     ) -> list[tuple[TokenizedPair, tuple[float, float]]]:
         """Pairs with both sides' log-probs, summed as the run's method sums them."""
-        found: list[tuple[TokenizedPair, tuple[float, float]]] = []
-        with evaluating(self.model):
-            for part, (logps, borders) in self._in_parts(pairs, self._scored):
+        place = {id(pair): number for number, pair in enumerate(pairs)}  # rows of two sets can meet
+
+        def own() -> dict[int, tuple[float, float]]:
+            found: dict[int, tuple[float, float]] = {}
+            for part, (logps, borders) in self._in_parts(share_of(self.group, pairs), self._scored):
                 sums = sequence_sums(logps, borders, self.args.ld_alpha).tolist()
                 sides = zip(sums[0::2], sums[1::2], strict=True)
-                found += zip(part, sides, strict=True)
-        return found
+                found |= {place[id(pair)]: both for pair, both in zip(part, sides, strict=True)}
+            return found
+
+        with evaluating(self.model):
+            found = self.group.merged(self.group.agreed(own))
+        return [(pairs[number], sides) for number, sides in found.items()]
 
     def _know_reference(self, pairs: Sequence[TokenizedPair]) -> None:
         if self.reference is not None:
             self.reference.know(pairs)
 
-    def enable_checkpointing(self) -> None:
-        """Compute activations again in the backward pass from now on."""
-        enable_checkpointing(self.model)
-        self.checkpointing = True
-
-    def _in_parts(
-        self, pairs: Sequence[TokenizedPair], run: Callable[[list[TokenizedPair]], T]
-    ) -> Iterator[tuple[list[TokenizedPair], T]]:
-        """Micro-steps with what `run` makes of each; cut again where memory runs out."""
-        parts = self._split(pairs)
-        while parts:
-            part, *parts = parts
-            try:
-                with self._engaged():
-                    result = run(part)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = str(error)
-            else:
-                yield part, result
-                continue
-            # Outside the handler: its traceback holds the failed pass's tensors.
-            self._make_room(part, failure)
-            parts = self._split([pair for rest in (part, *parts) for pair in rest])
-
     def _accumulate(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
-        """Forward and backward over all pairs, from the start again where memory runs out."""
-        drawn = random_state()
-        while True:
-            if self.args.neftune_noise_alpha:
-                self._noise_seed = int(torch.randint(2**31, ()))
-            try:
-                return self._accumulate_once(pairs, backward)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = str(error)
-            finally:
-                self._noise_seed = None
-            clear_gradients(self.model)
-            self._make_room(self._running, failure)
-            set_random_state(drawn)
-
-    def _make_room(self, failed: Sequence[TokenizedPair], failure: str) -> None:
-        """Halve the micro-step that failed, or with a single pair turn checkpointing on.
-
-        Raises:
-            torch.OutOfMemoryError: neither is possible.
-        """
-        gc.collect()
-        clear_device_cache()
-        tokens = batch.micro_step_tokens(failed, self.packing)
-        if len(failed) > 1:
-            self.max_tokens = min(self.max_tokens, tokens) // 2
-            say(f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on")
-        elif torch.is_grad_enabled() and self._may_checkpoint():
-            self.enable_checkpointing()
-            say(f"Out of memory with one pair of {tokens} tokens: checkpointing is on from here on")
-        else:
-            raise torch.OutOfMemoryError(
-                f"out of memory with one pair alone (row {failed[0].row}, {tokens} tokens); a "
-                "smaller max_length, 4-bit weights or a smaller model are the ways out. The "
-                f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
-            )
-
-    def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
-        return batch.split_by_budget(pairs, self.max_tokens, self.packing)
-
-    def _may_checkpoint(self) -> bool:
-        """Whether checkpointing is still to be had: off, not refused, known to the model."""
-        return (
-            not self.checkpointing
-            and self.args.checkpointing_is_open
-            and can_checkpoint(self.model)
-        )
+        """Forward and backward over all pairs, each process its share; the outcome of all."""
+        self._know_reference(pairs)  # not between the micro-steps: it has other weights
+        if self.args.neftune_noise_alpha:
+            self._noise_seed = int(torch.randint(2**31, ()))
+        try:
+            with self._solved_for(pairs):
+                outcome = self.group.agreed(
+                    lambda: self._retried(lambda: self._accumulate_once(pairs, backward))
+                )
+        finally:
+            self._noise_seed = None
+        return outcome_of_all(self.group, self.model, outcome, pairs, self.weights)
 
     def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
-        self._know_reference(pairs)  # not between the micro-steps: it has other weights
-        num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
         outcome = StepOutcome(
             loss=torch.zeros((), device=device_of(self.model)), num_pairs=len(pairs)
         )
-        with self._solved_for(pairs):
-            self._backward_over(pairs, num_chosen, backward, outcome)
+        with self._solved_for(pairs):  # micro-steps may have become several since
+            self._backward_over(pairs, backward, outcome)
         return outcome
 
     def _backward_over(
         self,
         pairs: Sequence[TokenizedPair],
-        num_chosen: int,
         backward: Backward,
         outcome: StepOutcome,
     ) -> None:
-        for part in self._split(pairs):
+        num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
+        for part in self._split(share_of(self.group, pairs)):
             self._running = part
             # The backward pass inside the block: checkpointing runs the forward pass again.
             with self._engaged():
@@ -316,17 +250,27 @@ class PairStep:
         A forward pass more: what each pair pulls at is known when all are. In an evaluation the
         pairs of a method that remembers stand for themselves.
         """
-        parts, method = self._split(pairs), self.args.loss
+        method, known = self.args.loss, self._solved
         stand_apart = self.memory is not None and not torch.is_grad_enabled()
-        if method.of_the_step and not stand_apart and (len(parts) > 1 or method.needs_logits):
-            drawn = random_state()  # both passes draw the same dropout
-            states = partial(self.states, in_training=True)
-            self._solved = solve_step(parts, states, self.args, self.reference, self.memory)
-            set_random_state(drawn)
+        is_cut = self.group.size > 1 or len(self._split(pairs)) > 1 or method.needs_logits
+        if known is None and method.of_the_step and not stand_apart and is_cut:
+            self._solved = self._solve(pairs)
         try:
             yield
         finally:
-            self._solved = None
+            self._solved = known
+
+    def _solve(self, pairs: Sequence[TokenizedPair]) -> Mapping[int, Tensor]:
+        states, mine = partial(self.states, in_training=True), share_of(self.group, pairs)
+        drawn = random_state()  # both passes draw the same dropout
+        own = self.group.agreed(
+            lambda: self._retried(
+                lambda: sums_of(self._split(mine), states, self.args, self.reference)
+            )
+        )
+        set_random_state(drawn)
+        reference = None if self.reference is None else self.reference.sums(pairs)
+        return solved_of(pairs, self.group.merged(own), self.args, reference, self.memory)
 
     @torch.no_grad()
     def states(
@@ -376,14 +320,21 @@ class PairStep:
         return head.token_logps(self._hidden(inputs), inputs.target_ids, self.args.kernel_impl)
 
     def _is_finite(self, outcome: StepOutcome) -> bool:
-        return is_finite(self.model, outcome.loss, bool(self.args.fp16))
+        fp16 = bool(self.args.fp16)
+        return self.group.agreed(lambda: is_finite(self.model, outcome.loss, fp16))
 
     @contextmanager
-    def _engaged(self) -> Iterator[None]:
-        """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
-        attention = packed_attention(self.model) if self.packing else nullcontext()
-        with attention, fused_lora(self.model):
+    def alone(self) -> Iterator[None]:
+        """Inside the block this process computes whole steps by itself, as do the others."""
+        steps = {id(step): step for step in (self, self.reference and self.reference.step)}
+        groups = [(step, step.group) for step in steps.values() if isinstance(step, PairStep)]
+        for step, _ in groups:
+            step.group = Group()
+        try:
             yield
+        finally:
+            for step, group in groups:
+                step.group = group
 
     def _noise(self, pairs: Sequence[TokenizedPair]) -> AbstractContextManager[None]:
         if self._noise_seed is None or not self.args.neftune_noise_alpha:

@@ -106,9 +106,11 @@ class PairEvaluation(TrainerBeside):
             return {}
         try:
             with phase(cast(Any, self), "answering prompts", unit="tokens") as advance:
-                columns = completion_numbers(
-                    self.model, self._tokenizer, pairs, self.args.eval_completions, self.args.seed,
-                    lambda done, most: advance(done, total=most),
+                columns = self.pair_step.group.from_first(
+                    lambda: completion_numbers(
+                        self.model, self._tokenizer, pairs, self.args.eval_completions,
+                        self.args.seed, lambda done, most: advance(done, total=most),
+                    )
                 )  # fmt: skip
         except Exception as error:
             self._can_answer = False
@@ -127,9 +129,11 @@ class PairEvaluation(TrainerBeside):
 
     def _may_stop_evaluating(self) -> bool:
         """Whether Ctrl-C asks for an end, and no choice of the best model hangs on the numbers."""
-        asked = any(
-            isinstance(callback, GracefulInterrupt) and callback.requested
-            for callback in self.callback_handler.callbacks
+        asked = self.pair_step.group.any(
+            any(
+                isinstance(callback, GracefulInterrupt) and callback.requested
+                for callback in self.callback_handler.callbacks
+            )
         )
         return asked and self.args.metric_for_best_model is None
 

@@ -4,7 +4,7 @@ An interrupt inside `optimizer.step` leaves part of the parameters updated (meas
 and such a state is neither the old one nor the new one. So the first SIGINT only sets a flag, and
 the run saves and stops when the step it is in has ended (an evaluation is cut short, a save goes to
 its end). A second SIGINT raises KeyboardInterrupt at once: the run ends there, and the last
-checkpoint is what is left.
+checkpoint is what is left. SIGTERM, by which clusters end a job, is heard in the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rmipo_lite.output.console import say
+from rmipo_lite.parallel.group import Group
 
 
 class GracefulInterrupt(TrainerCallback):
@@ -33,7 +34,7 @@ class GracefulInterrupt(TrainerCallback):
     def __init__(self) -> None:
         self.requested = False
         self.stopped_at_step: int | None = None
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._depth = 0
 
     def __enter__(self) -> GracefulInterrupt:
@@ -42,8 +43,9 @@ class GracefulInterrupt(TrainerCallback):
             self.requested = False
             self.stopped_at_step = None
             if threading.current_thread() is threading.main_thread():
-                self._previous = signal.getsignal(signal.SIGINT)
-                signal.signal(signal.SIGINT, self._on_signal)
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self._previous[number] = signal.getsignal(number)
+                    signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -53,9 +55,11 @@ class GracefulInterrupt(TrainerCallback):
         traceback: TracebackType | None,
     ) -> None:
         self._depth -= 1
-        if self._depth == 0 and self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        if self._depth == 0:
+            for number, handler in self._previous.items():
+                # None: something that isn't Python's installed it
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            self._previous = {}
 
     def request(self) -> None:
         """Ask the run to save and stop when the current step has ended."""
@@ -72,7 +76,8 @@ class GracefulInterrupt(TrainerCallback):
         say("Stopping when this step, or this save, is whole. Ctrl-C again stops at once.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Turn the flag into a save and a stop; the step is whole here."""
+        """Turn the flag into a save and a stop; the step is whole here, and everybody's."""
+        self.requested = Group.current().any(self.requested)
         if self.requested and self.stopped_at_step is None:
             self.stopped_at_step = state.global_step
             control.should_log = True

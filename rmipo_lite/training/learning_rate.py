@@ -175,7 +175,8 @@ class FindsLearningRate(TrainerBeside):
     def _hear(self) -> None:
         """Ctrl-C."""
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, GracefulInterrupt) and callback.requested:
+            asked = isinstance(callback, GracefulInterrupt) and callback.requested
+            if self.pair_step.group.any(asked):
                 raise KeyboardInterrupt
 
 

@@ -113,18 +113,6 @@ def whole_step_batches(args: RMiPOConfig) -> RMiPOConfig:
     return whole
 
 
-def refuse_several_devices(args: RMiPOConfig) -> None:
-    """Raise ValueError for more than one process or GPU, and for what shards over them."""
-    if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
-        raise ValueError("deepspeed, fsdp: not supported; one process on one device trains here")
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError(
-            f"one process on one device: this run has {args.world_size} processes and "
-            f"{args.n_gpu} GPUs visible. Start it without a launcher and set "
-            "CUDA_VISIBLE_DEVICES=0; several devices are refused until they are proven"
-        )
-
-
 def refuse_unknown_metric(trainer: Any) -> None:
     """Raise ValueError where the best model would be chosen by a number that nobody measures."""
     args, wanted = trainer.args, trainer.args.metric_for_best_model

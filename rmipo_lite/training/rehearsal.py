@@ -132,7 +132,8 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | No
         measured = _measure(trainer, largest, coming, left + search)
     if measured is not None:
         pace, memory = measured
-        step_seconds = pace * statistics.mean(_work(trainer, pairs) for pairs in coming)
+        work = statistics.mean(_work(trainer, pairs) for pairs in coming)
+        step_seconds = pace * work / trainer.pair_step.group.size
         evaluations = _times(args.eval_strategy, args.eval_steps, trainer, left)
         seconds = (left + search) * step_seconds + evaluations * eval_seconds
     disk, folder = _disk(trainer, steps), _nearest_folder(Path(str(args.output_dir)))
@@ -166,7 +167,7 @@ def _run_once(trainer: RMiPOTrainer, pairs: Sequence[TokenizedPair]) -> None:
     """A step's forward and backward passes; its gradients are thrown away."""
     trainer.model.train()
     try:
-        with trainer.pair_step.put_back():
+        with trainer.pair_step.put_back(), trainer.pair_step.alone():
             trainer.pair_step.train(pairs, trainer.accelerator.backward)
         device = device_of(trainer.model)
         if device.type != "cpu":

@@ -19,6 +19,7 @@ import torch
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.length_balance import effective_sample
 from rmipo_lite.output.console import say
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.step import pair_values
 from rmipo_lite.step.pair_values import PairValues, StepOutcome
 
@@ -100,7 +101,7 @@ class RunLog:
         return total, sum(outcome.num_pairs for outcome in counted)
 
     def _write_pairs(self) -> None:
-        if self._pair_file is None:
+        if self._pair_file is None or not Group.current().is_first:
             return
         lines = [
             json.dumps({"step": step, "row": row, "weight": weight, "end_nll": end, **numbers})
@@ -121,7 +122,9 @@ class RunLog:
 
     def _trim_pairs(self, first_step: int) -> None:
         """Take the lines from a step on out of the file: they are about to be written again."""
-        if self._pair_file is None or not self._pair_file.is_file():
+        if self._pair_file is None or not Group.current().is_first:
+            return
+        if not self._pair_file.is_file():
             return
         with self._pair_file.open(encoding="utf-8") as file:
             kept = [line for line in file if _step_of(line) < first_step]

@@ -38,6 +38,7 @@ from rmipo_lite.model.generation import other_ends, savable_generation_config
 from rmipo_lite.ops.devices import slow_bf16, unused_gpu
 from rmipo_lite.output.console import say
 from rmipo_lite.output.uncertainty import PairedValues
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.planning.half_range import keep_family_in_range, keep_model_in_range
 from rmipo_lite.step.losses import balance_of
 from rmipo_lite.step.make import make_step
@@ -59,12 +60,17 @@ from rmipo_lite.training.refusals import (
     refuse_other_options,
     refuse_other_vocabulary,
     refuse_repeated_rows,
-    refuse_several_devices,
     refuse_unknown_metric,
     whole_step_batches,
 )
 from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
+from rmipo_lite.training.shared_steps import (
+    SharesSteps,
+    refuse_sharded_models,
+    say_how_many,
+    take_first_card,
+)
 from rmipo_lite.watch.doctor import Doctor
 from rmipo_lite.watch.progress import show_progress
 
@@ -84,7 +90,7 @@ class _LogLastStep(TrainerCallback):
 
 
 class RMiPOTrainer(
-    GoingOn, FindsLearningRate, KnowsBefore, SafeCheckpointing, PairEvaluation, Trainer
+    GoingOn, FindsLearningRate, KnowsBefore, SafeCheckpointing, PairEvaluation, SharesSteps, Trainer
 ):
     """Train a causal language model on preference pairs.
 
@@ -137,7 +143,8 @@ class RMiPOTrainer(
         upstream.require()
         refuse_other_options(args)
         refuse_other_callbacks(callbacks)
-        refuse_several_devices(args)
+        refuse_sharded_models(args)
+        take_first_card(args)
         unused = None if args.use_cpu else unused_gpu()
         if unused:
             say(f"WARNING: {unused}")
@@ -161,6 +168,7 @@ class RMiPOTrainer(
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
         loaded = attach.attach_adapter(loaded, peft_config, args)
+        Group.current().begin_alike(loaded)
         self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:
             disable_dropout(loaded)
@@ -211,6 +219,7 @@ class RMiPOTrainer(
         self.pair_step.end_id = anchored_end(train_pairs or [], self._tokenizer)
         self.doctor.is_anchored = self.pair_step.end_id is not None
         self.held_out_values = self.doctor.held_out_values = PairedValues()
+        say_how_many(args, self.pair_step.group)
         self.begin_run()
         refuse_unknown_metric(self)
         refuse_coarse_steps(self)

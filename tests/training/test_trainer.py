@@ -312,18 +312,23 @@ def test_raw_rows_are_read_reported_and_clamped(
     assert {"eval_same_loss", "eval_other_loss"} <= metrics.keys()
 
 
-def test_several_devices_are_refused(tmp_path: Path, tokenizer: Any) -> None:
-    args = RMiPOConfig(str(tmp_path))
+def test_one_process_takes_the_first_of_several_cards(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = RMiPOConfig(str(tmp_path), use_cpu=True)
     args._n_gpu = 2
-    with pytest.raises(ValueError, match="one process on one device"):
-        RMiPOTrainer(tiny_model(), args, train_dataset=random_pairs(2), processing_class=tokenizer)
+    RMiPOTrainer(tiny_model(), args, train_dataset=random_pairs(2), processing_class=tokenizer)
+    assert args.n_gpu == 1
+    said = capsys.readouterr().out
+    assert "2 GPUs are here and one process, which uses the first" in said
+    assert "rmipo-lite train --num_processes 2" in said
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
 def test_what_shards_a_model_is_refused(name: str, tmp_path: Path, tokenizer: Any) -> None:
     args = RMiPOConfig(str(tmp_path))
     setattr(args, name, {"any": "thing"})
-    with pytest.raises(ValueError, match="deepspeed, fsdp: not supported"):
+    with pytest.raises(ValueError, match=f"{name}: not supported; every process holds"):
         RMiPOTrainer(tiny_model(), args, train_dataset=random_pairs(2), processing_class=tokenizer)
 
 

@@ -1,0 +1,125 @@
+"""Micro-steps: a list of pairs cut by tokens, and cut again where memory runs out.
+
+Where it does, the budget is halved and the work begins again; a single pair that doesn't fit gets
+checkpointing. Nothing is lost or counted twice.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+
+from rmipo_lite.checkpoints.random_state import random_state, set_random_state
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model import batch
+from rmipo_lite.model.attention import packed_attention
+from rmipo_lite.model.backbone import can_checkpoint, enable_checkpointing
+from rmipo_lite.model.fused_lora import fused_lora
+from rmipo_lite.output.console import say
+from rmipo_lite.planning.budget import is_out_of_memory
+from rmipo_lite.step.gradients import clear_gradients
+from rmipo_lite.tokens.pair import TokenizedPair
+
+T = TypeVar("T")
+
+
+@dataclass
+class MicroSteps:
+    """How a model's passes are cut.
+
+    `max_tokens` is the micro-step's budget; `packing` chooses the packed or the padded form.
+    """
+
+    model: nn.Module
+    args: RMiPOConfig
+    max_tokens: int
+    packing: bool
+    checkpointing: bool = False  # activations are computed again in the backward pass
+    _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass from now on."""
+        enable_checkpointing(self.model)
+        self.checkpointing = True
+
+    def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+        return batch.split_by_budget(pairs, self.max_tokens, self.packing)
+
+    def _in_parts(
+        self, pairs: Sequence[TokenizedPair], run: Callable[[list[TokenizedPair]], T]
+    ) -> Iterator[tuple[list[TokenizedPair], T]]:
+        """Micro-steps with what `run` makes of each; cut again where memory runs out."""
+        parts = self._split(pairs)
+        while parts:
+            part, *parts = parts
+            try:
+                with self._engaged():
+                    result = run(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            else:
+                yield part, result
+                continue
+            # Outside the handler: its traceback holds the failed pass's tensors.
+            self._make_room(part, failure)
+            parts = self._split([pair for rest in (part, *parts) for pair in rest])
+
+    def _retried(self, run: Callable[[], T]) -> T:
+        """`run`, from the start again, with the same random numbers, where memory runs out."""
+        drawn = random_state()
+        while True:
+            try:
+                return run()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            clear_gradients(self.model)
+            self._make_room(self._running, failure)
+            set_random_state(drawn)
+
+    def _make_room(self, failed: Sequence[TokenizedPair], failure: str) -> None:
+        """Halve the micro-step that failed, or with a single pair turn checkpointing on.
+
+        Raises:
+            torch.OutOfMemoryError: neither is possible.
+        """
+        gc.collect()
+        clear_device_cache()
+        tokens = batch.micro_step_tokens(failed, self.packing)
+        if len(failed) > 1:
+            self.max_tokens = min(self.max_tokens, tokens) // 2
+            text = f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on"
+            say(text, of_each=True)
+        elif torch.is_grad_enabled() and self._may_checkpoint():
+            self.enable_checkpointing()
+            text = f"Out of memory with one pair of {tokens} tokens: checkpointing is on from here"
+            say(text, of_each=True)
+        else:
+            raise torch.OutOfMemoryError(
+                f"out of memory with one pair alone (row {failed[0].row}, {tokens} tokens); a "
+                "smaller max_length, 4-bit weights or a smaller model are the ways out. The "
+                f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
+            )
+
+    def _may_checkpoint(self) -> bool:
+        """Whether checkpointing is still to be had: off, not refused, known to the model."""
+        return (
+            not self.checkpointing
+            and self.args.checkpointing_is_open
+            and can_checkpoint(self.model)
+        )
+
+    @contextmanager
+    def _engaged(self) -> Iterator[None]:
+        """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
+        attention = packed_attention(self.model) if self.packing else nullcontext()
+        with attention, fused_lora(self.model):
+            yield

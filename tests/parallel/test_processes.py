@@ -1,0 +1,187 @@
+"""A run on two and three processes is the run of one: numbers, files, and what goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rmipo_lite.checkpoints.sealed_folder import verify_checkpoint
+from rmipo_lite.demo import MODEL, load_rows
+from tests.conftest import ROOT
+from tests.parallel import worker
+
+pytestmark = pytest.mark.slow
+
+_GUARD_S = 120  # a hang is a failure
+_TIMES = ("_runtime", "_per_second")
+_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+_RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+_OF_THREE = ("plain", "fewer_pairs_than_processes", "kto_pair", "not_finite")
+# Names whose numbers are those of one process; the others have tests of their own.
+SAME = [name for name in worker.SCENARIOS if name not in ("out_of_memory_for_ever", "resumed")]
+
+
+def _launched(processes: int, folder: Path, names: list[str]) -> None:
+    command = [*_RUN, str(processes), "-m", "tests.parallel.worker", str(folder), *names]
+    done = subprocess.run(
+        command,
+        env=_ENV,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=4 * _GUARD_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every scenario by one process, two, and some by three."""
+    found = tmp_path_factory.mktemp("processes")
+    worker.run(found / "1", [*SAME, "resumed"])
+    _launched(2, found / "2", list(worker.SCENARIOS))
+    _launched(3, found / "3", list(_OF_THREE))
+    return found
+
+
+def _of(folder: Path, processes: int, name: str, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / str(processes) / name / f"rank{rank}.pt")
+    return found
+
+
+def _numbers(outcome: dict[str, Any]) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.items() if not name.endswith(_TIMES)}
+        for line in outcome["log"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [*((2, name) for name in SAME), *((3, name) for name in _OF_THREE)],
+)
+def test_it_is_the_run_of_one_process(folder: Path, processes: int, name: str) -> None:
+    one, first = _of(folder, 1, name), _of(folder, processes, name)
+    # Within rounding, of which Adam makes more where a gradient is near 0.
+    loose = 1e-4 if name in ("cached_prior", "gamma_dpo") else 1e-5
+    assert len(one["log"]) == len(first["log"])
+    for line, of_one in zip(_numbers(first), _numbers(one), strict=True):
+        if name == "padded":  # other micro-steps, other padding
+            line.pop("num_tokens", None), of_one.pop("num_tokens", None)
+        assert line == pytest.approx(of_one, rel=loose, abs=loose), name
+    for weight, value in one["weights"].items():
+        torch.testing.assert_close(first["weights"][weight], value, rtol=0, atol=loose)
+    assert first["dropped"] == one["dropped"]
+    assert len(first["failed"]) == len(one["failed"])
+    for rank in range(1, processes):
+        other = _of(folder, processes, name, rank)
+        assert _numbers(other) == _numbers(first)
+        assert all(torch.equal(other["weights"][n], w) for n, w in first["weights"].items())
+
+
+def test_what_the_scenarios_were_meant_to_show(folder: Path) -> None:
+    assert {pair["row"] for pair in _of(folder, 2, "not_finite")["dropped"]} == {3, 17}
+    assert len(_of(folder, 2, "full_disk", 1)["failed"]) == 1
+    assert _of(folder, 2, "stopped_by_one")["log"][-1]["step"] == 4
+    assert _of(folder, 2, "unused_weight")["weights"]["unused"].tolist() == [1.0] * 3
+    assert _of(folder, 2, "out_of_memory", 1)["budget"] < _of(folder, 2, "out_of_memory")["budget"]
+    assert _of(folder, 2, "out_of_memory", 1)["said"].startswith("process 1: Out of memory")
+    first, last = (_of(folder, 2, "out_of_memory_for_ever", rank)["error"] for rank in (0, 1))
+    assert last.startswith("OutOfMemoryError: out of memory with one pair alone (row ")
+    assert first.startswith("OtherProcessError: process 1 could not go on")
+
+
+def test_every_pair_is_written_once(folder: Path) -> None:
+    def lines(processes: int) -> list[tuple[int, int]]:
+        text = (folder / str(processes) / "plain" / "run" / "pair_values.jsonl").read_text()
+        return [(line["step"], line["row"]) for line in map(json.loads, text.splitlines())]
+
+    assert sorted(lines(2)) == sorted(lines(3)) == sorted(lines(1))
+    assert len(set(lines(2))) == len(lines(2)) == 121 - 1
+
+
+def test_a_checkpoint_is_the_one_of_one_process(folder: Path) -> None:
+    def files(processes: int) -> list[str]:
+        checkpoint = folder / str(processes) / "plain" / "run" / "checkpoint-18"
+        verify_checkpoint(checkpoint)
+        return sorted(path.name for path in checkpoint.iterdir())
+
+    assert files(2) == files(1)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    whole, again = _of(folder, 2, "plain"), _of(folder, 2, "resumed")
+    assert all(torch.equal(again["weights"][name], w) for name, w in whole["weights"].items())
+    for taken in (1, 2):  # two processes' by one, one's by two
+        swapped = tmp_path / str(taken)
+        swapped.mkdir()
+        (swapped / "plain").symlink_to(folder / str(3 - taken) / "plain")
+        if taken == 1:
+            worker.run(swapped, ["resumed"])
+        else:
+            _launched(2, swapped, ["resumed"])
+        weights = torch.load(swapped / "resumed" / "rank0.pt")["weights"]
+        for name, weight in whole["weights"].items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)
+
+
+def _command(tmp_path: Path, *more: str) -> list[str]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in load_rows()[:300]), encoding="utf-8")
+    return [
+        sys.executable, "-m", "rmipo_lite.cli.main", "train", str(MODEL), str(rows), "--use_cpu",
+        "True", "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "run"), *more,
+    ]  # fmt: skip
+
+
+def test_the_command_says_everything_once(tmp_path: Path) -> None:
+    options = ("--max_steps", "6", "--report", str(tmp_path / "run.html"))
+    done = subprocess.run(
+        [*_command(tmp_path, *options), "--num_processes", "2"], env=_ENV, cwd=tmp_path,
+        capture_output=True, text=True, timeout=_GUARD_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if len(line) > 20]
+    assert "2 processes share the 32 pairs of every step" in lines
+    assert sum(line.startswith("TrainResult(") for line in lines) == 1
+    told = [line for line in lines if line.startswith(("Plan:", "step 6:", "Loading", "source"))]
+    assert len(told) == len(set(told)) >= 3
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run.html").is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
+def test_ctrl_c_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    options = ("--max_steps", "4000", "--save_steps", "4000")
+    command = [*_command(tmp_path, *options), "--num_processes", "2"]
+    with subprocess.Popen(
+        command, env=_ENV, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("step ") and "left" in line:
+                    break
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            rest = process.stdout.read()
+            assert process.wait(timeout=_GUARD_S) != 0
+            assert time.monotonic() - began < _GUARD_S
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert rest.count("Stopping when this step") == 1
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    verify_checkpoint(checkpoint)

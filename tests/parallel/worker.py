@@ -1,0 +1,206 @@
+"""What every process of a group does in a test: scenarios one after the other, a file of each.
+
+`python -m torch.distributed.run --nproc_per_node N -m tests.parallel.worker FOLDER NAME...`, and
+in the test's own process for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainerCallback
+
+from rmipo_lite.checkpoints import trainer_mixin
+from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.parallel.group import Group
+from rmipo_lite.step import pair_step
+from rmipo_lite.training.trainer import RMiPOTrainer
+from tests.kit import random_pairs, tiny_model, word_tokenizer
+
+POISON = [5] * 6  # tokens that no other pair has in a row
+_real = pair_step.scored_hidden
+
+
+def _trainer(folder: Path, **options: Any) -> RMiPOTrainer:
+    """7 pairs a step, micro-steps of a pair or two, over an epoch's end, evaluated every 5."""
+    pairs = options.pop("pairs", None) or random_pairs(options.pop("count", 40))
+    model = options.pop("model", None) or tiny_model("llama")
+    peft_config, callbacks = options.pop("peft_config", "auto"), options.pop("callbacks", None)
+    settings = {
+        "max_steps": 18, "per_device_train_batch_size": 7, "learning_rate": 2e-3, "use_cpu": True,
+        "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 9,
+        "logging_steps": 1, "disable_tqdm": True, "eval_completions": 0, "sft_weight": 1.0,
+        "max_tokens_per_microstep": 60, "save_pair_values": True,
+    }  # fmt: skip
+    args = RMiPOConfig(str(folder / "run"), **{**settings, **options})
+    return RMiPOTrainer(
+        model, args, train_dataset=pairs, eval_dataset=random_pairs(9, seed=5),
+        processing_class=word_tokenizer(), peft_config=peft_config, callbacks=callbacks,
+    )  # fmt: skip
+
+
+def _outcome(trainer: RMiPOTrainer, resume: Any = None) -> dict[str, Any]:
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "log": list(trainer.state.log_history),
+        "weights": {
+            name: weight.detach().clone()
+            for name, weight in trainer.model.named_parameters()
+            if weight.requires_grad
+        },
+        "dropped": trainer.dropped_pairs,
+        "failed": trainer.failed_saves,
+        "budget": trainer.pair_step.max_tokens,
+    }
+
+
+def _short(folder: Path, **options: Any) -> dict[str, Any]:
+    given = {"max_steps": 6, "eval_steps": 3, "save_strategy": "no", "sft_weight": 0.0}
+    return _outcome(_trainer(folder, **{**given, **options}))
+
+
+@contextlib.contextmanager
+def _hidden(change: Callable[[Any, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """What the last hidden states are made into, or an error instead."""
+
+    def changed(model: nn.Module, inputs: Any) -> torch.Tensor:
+        return change(inputs, _real(model, inputs))
+
+    with mock.patch.object(pair_step, "scored_hidden", changed):
+        yield
+
+
+@contextlib.contextmanager
+def _out_of_memory(times: int) -> Iterator[None]:
+    """The last process runs out so often, in passes of more than one pair or of any."""
+    group, left = Group.current(), [times]
+
+    def fail(inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if group.size > 1 and group.rank == group.size - 1 and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden
+
+    with _hidden(fail):
+        yield
+
+
+def out_of_memory(folder: Path) -> dict[str, Any]:
+    with _out_of_memory(2), contextlib.redirect_stderr(io.StringIO()) as said:
+        return {**_short(folder, max_tokens_per_microstep=200), "said": said.getvalue()}
+
+
+def out_of_memory_for_ever(folder: Path) -> dict[str, Any]:
+    with _out_of_memory(10**9), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            _short(folder)
+        except RuntimeError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "none"}
+
+
+def not_finite(folder: Path) -> dict[str, Any]:
+    pairs = random_pairs(40)
+    poisoned = {3: pairs[3], 17: pairs[17]}
+    pairs = [
+        dataclasses.replace(pair, chosen_ids=[*POISON, *pair.chosen_ids])
+        if row in poisoned
+        else pair
+        for row, pair in enumerate(pairs)
+    ]
+
+    def poison(inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        runs = inputs.target_ids.unfold(0, len(POISON), 1) if len(inputs.target_ids) > 5 else None
+        is_there = runs is not None and bool((runs == POISON[0]).all(1).any())
+        return hidden * torch.nan if is_there else hidden
+
+    with _hidden(poison):
+        return _short(folder, pairs=pairs)
+
+
+def full_disk(folder: Path) -> dict[str, Any]:
+    """The first save fails, the second doesn't."""
+    real, left = trainer_mixin.save_run, [1]
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    trainer = _trainer(folder, max_steps=6, save_steps=3)
+    with mock.patch.object(trainer_mixin, "save_run", save):
+        return _outcome(trainer)
+
+
+class _StopsInTheLast(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        group = Group.current()
+        if state.global_step == 4 and group.rank == group.size - 1:
+            control.should_training_stop = True
+
+
+def stopped_by_one(folder: Path) -> dict[str, Any]:
+    return _short(folder, callbacks=[_StopsInTheLast()])
+
+
+def unused_weight(folder: Path) -> dict[str, Any]:
+    """A trained weight that no pass reaches has no gradient, and isn't decayed."""
+    model = tiny_model("llama")
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    return _short(folder, model=model, peft_config=None, weight_decay=0.5)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """From step 9 of `plain`."""
+    checkpoint = folder.parent / "plain" / "run" / "checkpoint-9"
+    return _outcome(_trainer(folder), resume=str(checkpoint))
+
+
+SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "plain": lambda folder: _outcome(_trainer(folder)),
+    "fewer_pairs_than_processes": lambda folder: _short(folder, count=8),
+    "one_pair": lambda folder: _short(folder, count=1, loss_type="simpo"),
+    "cached_prior": lambda folder: _short(folder, prior="cached"),
+    "padded": lambda folder: _short(folder, packing=False, loss_type="hinge"),
+    "full_training": lambda folder: _short(
+        folder, peft_config=None, loss_type="dpo", reference="live", learning_rate=1e-3
+    ),
+    "kto_pair": lambda folder: _short(folder, loss_type="kto_pair"),
+    "gamma_dpo": lambda folder: _short(folder, loss_type="gamma_dpo"),
+    "epsilon_dpo": lambda folder: _short(folder, loss_type="epsilon_dpo"),
+    "found_rate": lambda folder: _short(folder, learning_rate="auto"),
+    "out_of_memory": out_of_memory,
+    "out_of_memory_for_ever": out_of_memory_for_ever,
+    "not_finite": not_finite,
+    "full_disk": full_disk,
+    "stopped_by_one": stopped_by_one,
+    "unused_weight": unused_weight,
+    "resumed": resumed,
+}
+
+
+def run(folder: Path, names: list[str]) -> None:
+    """Each into a folder of its own, with what came of it by rank."""
+    rank = Group.current().rank
+    for name in names:
+        into = folder / name
+        into.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = SCENARIOS[name](into)
+        torch.save(found, into / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    run(Path(sys.argv[1]), sys.argv[2:])
