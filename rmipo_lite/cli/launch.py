@@ -10,9 +10,17 @@ from rmipo_lite.output.console import say
 _STOP_S = "600"
 
 
-def is_launched() -> bool:
-    """Whether a launcher began this process."""
-    return "RANK" in os.environ
+# By which a launcher tells a process of the others.
+_OF_LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+    "MASTER_PORT",
+)  # fmt: skip
+
+
+def leave_the_others() -> None:
+    """Be a process of one's own: what it does is no work for several, which have left."""
+    for name in _OF_LAUNCHERS:
+        os.environ.pop(name, None)
 
 
 def launch(words: Sequence[str], processes: int) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 
 from rmipo_lite.cli import runs
 from rmipo_lite.cli.contenders import methods_of
-from rmipo_lite.cli.launch import is_launched, launch
+from rmipo_lite.cli.launch import launch, leave_the_others
 from rmipo_lite.cli.parser import OWN_NAMES, parser_for
 from rmipo_lite.model.upstream import quiet_bitsandbytes
-from rmipo_lite.output.console import printable, rank, say
+from rmipo_lite.output.console import is_launched, printable, rank, say
 from rmipo_lite.output.redaction import redact_text
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -134,8 +134,10 @@ _HELP = {"-h", "--help", "--help-all"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (also the entry point of `rmipo-lite`)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if rank() and words[:1] != ["train"]:
-        return OK  # it is no work for several processes: the first does it
+    if is_launched() and words[:1] != ["train"]:
+        if rank():
+            return OK  # it is no work for several processes: the first does it
+        leave_the_others()
     if not rank() and words and words[0] in _SLOW_TO_START and not _HELP & set(words):
         _complain("starting")
     parser = parser_for(words)

@@ -35,6 +35,7 @@ from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import duration, show, size
+from rmipo_lite.parallel.group import refuse_several
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.tokens.prepare import is_several
 from rmipo_lite.tokens.templates import prepare_tokenizer
@@ -98,6 +99,7 @@ def compare(
         ValueError, TypeError: as `train`; a method, rate, seed or judge that can't be; a folder of
             other pairs or options.
     """
+    refuse_several("compare")
     found = contenders(methods, learning_rates, config)
     seeds = _seeds(seeds)
     if isinstance(model, Path):

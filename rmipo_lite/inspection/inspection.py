@@ -37,6 +37,7 @@ from rmipo_lite.model import batch, loading, names
 from rmipo_lite.model.backbone import device_of
 from rmipo_lite.output.console import say
 from rmipo_lite.output.page import write_report
+from rmipo_lite.parallel.group import refuse_several
 from rmipo_lite.planning.half_range import keep_model_in_range
 from rmipo_lite.planning.quantization import load_for_run
 from rmipo_lite.step.make import make_step
@@ -121,6 +122,7 @@ def inspect(
     if not (model is None or isinstance(model, (str, nn.Module))):
         causal_lm(model)  # says what is wanted
     folder = None if output_dir is None else writable_folder(output_dir)
+    refuse_several("inspect")
     with surroundings_restored("" if model is None else model):
         args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **_NO_BACKWARD | config)
         rows, report = load_rows(dataset, split=split, unpaired=args.loss.unpaired)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rmipo_lite.methods.sums import PairSums
 
+_ROUNDING = 1e-4  # nats, of a response's summed log-probs in float32
 _ALMOST_SURE = -1e-15  # nats per token: nearer to 0 the odds of a response leave float64
 
 
@@ -67,12 +68,19 @@ def ipo(pairs: PairSums, o: MethodOptions) -> Tensor:
 def kto_pair(pairs: PairSums, o: MethodOptions) -> Tensor:
     """Half of sigma(-beta (W - KL_l)) and of sigma(-beta (KL_w - L)), KTO's early paired form.
 
-    KL is the mean ratio of a side over the step's pairs, at least 0, and carries a gradient.
+    KL is the mean ratio of a side over the step's pairs, at least 0, and carries a gradient where it
+    isn't below: a run begins at 0, and the rounding of a pass must not decide.
     """
-    kl_chosen = pairs.chosen_ratio.mean().clamp(min=0.0)
-    kl_rejected = pairs.rejected_ratio.mean().clamp(min=0.0)
+    kl_chosen = _from_zero(pairs.chosen_ratio.mean())
+    kl_rejected = _from_zero(pairs.rejected_ratio.mean())
     chosen = torch.sigmoid(-o.beta * (pairs.chosen_ratio - kl_rejected))
     return (chosen + torch.sigmoid(-o.beta * (kl_chosen - pairs.rejected_ratio))) / 2
+
+
+def _from_zero(mean: Tensor) -> Tensor:
+    """At least 0, with the gradient of what is 0 but for rounding."""
+    held = mean + (mean.clamp(min=0.0) - mean).detach()
+    return torch.where(mean > -_ROUNDING, held, mean.clamp(min=0.0))
 
 
 def kto(pairs: PairSums, o: MethodOptions) -> Tensor:

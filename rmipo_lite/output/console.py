@@ -40,12 +40,18 @@ class Lenient:
 def rank() -> int:
     """Which of several processes this is; the first speaks for all.
 
-    Asked of what is loaded, since one that was forked by a notebook has no RANK around it.
+    Asked of what is loaded, since one that was forked by a notebook has no RANK around it, and a
+    RANK without others may be some scheduler's.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
-    return int(os.environ.get("RANK") or 0)
+    return int(os.environ.get("RANK") or 0) if is_launched() else 0
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, accelerate launch) began this process beside others."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def say(text: str, *, of_each: bool = False) -> None:

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rmipo_lite.output.console import is_launched
+
 T = TypeVar("T")
 
 _SAMPLE = 64  # numbers of each frozen weight that processes compare
@@ -193,6 +195,17 @@ class Group:
                 f"model: the frozen weights of process {other[0]} are others than the first's; "
                 "every process must load the same model"
             )
+
+
+def refuse_several(what: str) -> None:
+    """Raise ValueError where a launcher began several processes for what one does alone."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1) if is_launched() else 1
+    size = max(Group.current().size, launched)
+    if size > 1:
+        raise ValueError(
+            f"{what} runs in one process, and this is one of {size}: start it without a launcher "
+            "(it is training that is shared: train, RMiPOTrainer)"
+        )
 
 
 def _carried(error: Exception) -> Exception:

@@ -19,30 +19,15 @@ from rmipo_lite.checkpoints.sealed_folder import verify_checkpoint
 from rmipo_lite.demo import MODEL, load_rows
 from tests.conftest import ROOT
 from tests.parallel import worker
+from tests.parallel.launched import difference, launched, outcome_of
 
 pytestmark = pytest.mark.slow
 
 _GUARD_S = 120  # a hang is a failure
-_TIMES = ("_runtime", "_per_second")
 _ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-_RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 _OF_THREE = ("plain", "fewer_pairs_than_processes", "kto_pair", "not_finite")
 # Names whose numbers are those of one process; the others have tests of their own.
 SAME = [name for name in worker.SCENARIOS if name not in ("out_of_memory_for_ever", "resumed")]
-
-
-def _launched(processes: int, folder: Path, names: list[str]) -> None:
-    command = [*_RUN, str(processes), "-m", "tests.parallel.worker", str(folder), *names]
-    done = subprocess.run(
-        command,
-        env=_ENV,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=4 * _GUARD_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every scenario by one process, two, and some by three."""
     found = tmp_path_factory.mktemp("processes")
     worker.run(found / "1", [*SAME, "resumed"])
-    _launched(2, found / "2", list(worker.SCENARIOS))
-    _launched(3, found / "3", list(_OF_THREE))
+    launched(2, found / "2", list(worker.SCENARIOS))
+    launched(3, found / "3", list(_OF_THREE))
     return found
 
 
 def _of(folder: Path, processes: int, name: str, rank: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(folder / str(processes) / name / f"rank{rank}.pt")
-    return found
-
-
-def _numbers(outcome: dict[str, Any]) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if not name.endswith(_TIMES)}
-        for line in outcome["log"]
-    ]
+    return outcome_of(folder / str(processes) / name, rank)
 
 
 @pytest.mark.parametrize(
@@ -72,22 +49,13 @@ def _numbers(outcome: dict[str, Any]) -> list[dict[str, float]]:
     [*((2, name) for name in SAME), *((3, name) for name in _OF_THREE)],
 )
 def test_it_is_the_run_of_one_process(folder: Path, processes: int, name: str) -> None:
-    one, first = _of(folder, 1, name), _of(folder, processes, name)
     # Within rounding, of which Adam makes more where a gradient is near 0.
     loose = 1e-4 if name in ("cached_prior", "gamma_dpo") else 1e-5
-    assert len(one["log"]) == len(first["log"])
-    for line, of_one in zip(_numbers(first), _numbers(one), strict=True):
-        if name == "padded":  # other micro-steps, other padding
-            line.pop("num_tokens", None), of_one.pop("num_tokens", None)
-        assert line == pytest.approx(of_one, rel=loose, abs=loose), name
-    for weight, value in one["weights"].items():
-        torch.testing.assert_close(first["weights"][weight], value, rtol=0, atol=loose)
-    assert first["dropped"] == one["dropped"]
-    assert len(first["failed"]) == len(one["failed"])
-    for rank in range(1, processes):
-        other = _of(folder, processes, name, rank)
-        assert _numbers(other) == _numbers(first)
-        assert all(torch.equal(other["weights"][n], w) for n, w in first["weights"].items())
+    problem = difference(
+        _of(folder, 1, name), [_of(folder, processes, name, rank) for rank in range(processes)],
+        loose, padded=name == "padded",
+    )  # fmt: skip
+    assert problem is None
 
 
 def test_what_the_scenarios_were_meant_to_show(folder: Path) -> None:
@@ -130,7 +98,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path, tmp_path: 
         if taken == 1:
             worker.run(swapped, ["resumed"])
         else:
-            _launched(2, swapped, ["resumed"])
+            launched(2, swapped, ["resumed"])
         weights = torch.load(swapped / "resumed" / "rank0.pt")["weights"]
         for name, weight in whole["weights"].items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)

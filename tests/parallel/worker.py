@@ -1,14 +1,17 @@
 """What every process of a group does in a test: scenarios one after the other, a file of each.
 
-`python -m torch.distributed.run --nproc_per_node N -m tests.parallel.worker FOLDER NAME...`, and
-in the test's own process for one.
+`python -m torch.distributed.run --nproc_per_node N -m tests.parallel.worker FOLDER NAME...`, or
+FOLDER FILE.json with lists of options, and in the test's own process for one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +25,10 @@ from transformers import TrainerCallback
 
 from rmipo_lite.checkpoints import trainer_mixin
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.methods.table import method_named
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.step import pair_step
+from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
@@ -44,9 +49,16 @@ def _trainer(folder: Path, **options: Any) -> RMiPOTrainer:
     }  # fmt: skip
     args = RMiPOConfig(str(folder / "run"), **{**settings, **options})
     return RMiPOTrainer(
-        model, args, train_dataset=pairs, eval_dataset=random_pairs(9, seed=5),
-        processing_class=word_tokenizer(), peft_config=peft_config, callbacks=callbacks,
+        model, args, train_dataset=pairs, processing_class=word_tokenizer(), callbacks=callbacks,
+        eval_dataset=_labelled(random_pairs(9, seed=5), args.loss_type), peft_config=peft_config,
     )  # fmt: skip
+
+
+def _labelled(pairs: list[TokenizedPair], loss_type: str) -> list[TokenizedPair]:
+    """Of a method of unpaired rows every second label is true."""
+    if not method_named(loss_type).unpaired:
+        return pairs
+    return [dataclasses.replace(pair, label=number % 2 == 0) for number, pair in enumerate(pairs)]
 
 
 def _outcome(trainer: RMiPOTrainer, resume: Any = None) -> dict[str, Any]:
@@ -81,12 +93,15 @@ def _hidden(change: Callable[[Any, torch.Tensor], torch.Tensor]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _out_of_memory(times: int) -> Iterator[None]:
-    """The last process runs out so often, in passes of more than one pair or of any."""
+def _out_of_memory(times: int, *, for_ever: bool = False) -> Iterator[None]:
+    """The last process runs out so often."""
     group, left = Group.current(), [times]
 
     def fail(inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
-        if group.size > 1 and group.rank == group.size - 1 and left[0]:
+        is_mine = group.size > 1 and group.rank == group.size - 1
+        # Alone and without a gradient there would be no way out of it.
+        can_do_with_less = torch.is_grad_enabled() or len(inputs.cu_seqlens) > 3
+        if is_mine and left[0] and (can_do_with_less or for_ever):
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return hidden
@@ -101,7 +116,7 @@ def out_of_memory(folder: Path) -> dict[str, Any]:
 
 
 def out_of_memory_for_ever(folder: Path) -> dict[str, Any]:
-    with _out_of_memory(10**9), contextlib.redirect_stderr(io.StringIO()):
+    with _out_of_memory(10**9, for_ever=True), contextlib.redirect_stderr(io.StringIO()):
         try:
             _short(folder)
         except RuntimeError as error:
@@ -109,27 +124,35 @@ def out_of_memory_for_ever(folder: Path) -> dict[str, Any]:
     return {"error": "none"}
 
 
-def not_finite(folder: Path) -> dict[str, Any]:
-    pairs = random_pairs(40)
-    poisoned = {3: pairs[3], 17: pairs[17]}
-    pairs = [
-        dataclasses.replace(pair, chosen_ids=[*POISON, *pair.chosen_ids])
-        if row in poisoned
-        else pair
-        for row, pair in enumerate(pairs)
-    ]
+@contextlib.contextmanager
+def _poisoned(rows: set[int], pairs: list[TokenizedPair]) -> Iterator[list[TokenizedPair]]:
+    """The pairs, of which those of these rows have no number."""
 
     def poison(inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
-        runs = inputs.target_ids.unfold(0, len(POISON), 1) if len(inputs.target_ids) > 5 else None
-        is_there = runs is not None and bool((runs == POISON[0]).all(1).any())
-        return hidden * torch.nan if is_there else hidden
+        targets, borders = inputs.target_ids.tolist(), inputs.cu_seqlens.tolist()
+        factors = torch.ones(len(hidden), 1, dtype=hidden.dtype)
+        for start, end in itertools.pairwise(borders):  # of each sequence its own rows
+            if targets[start:end][: len(POISON)] == POISON:
+                factors[start:end] = torch.nan
+        return hidden * factors
 
     with _hidden(poison):
+        yield [
+            dataclasses.replace(pair, chosen_ids=[*POISON, *pair.chosen_ids])
+            if pair.row in rows
+            else pair
+            for pair in pairs
+        ]
+
+
+def not_finite(folder: Path) -> dict[str, Any]:
+    with _poisoned({3, 17}, random_pairs(40)) as pairs:
         return _short(folder, pairs=pairs)
 
 
-def full_disk(folder: Path) -> dict[str, Any]:
-    """The first save fails, the second doesn't."""
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    """The first save fails."""
     real, left = trainer_mixin.save_run, [1]
 
     def save(*args: Any, **kwargs: Any) -> Any:
@@ -138,8 +161,31 @@ def full_disk(folder: Path) -> dict[str, Any]:
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    trainer = _trainer(folder, max_steps=6, save_steps=3)
     with mock.patch.object(trainer_mixin, "save_run", save):
+        yield
+
+
+def full_disk(folder: Path) -> dict[str, Any]:
+    """The second save doesn't fail."""
+    trainer = _trainer(folder, max_steps=6, save_steps=3)
+    with _full_disk():
+        return _outcome(trainer)
+
+
+def drawn(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Any options, with a fault: memory, number or disk."""
+    options = dict(options)
+    fault, count = options.pop("fault"), options.pop("count")
+    pairs = _labelled(random_pairs(count), options["loss_type"])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        if fault == "memory":
+            stack.enter_context(_out_of_memory(1))
+        if fault == "number":
+            pairs = stack.enter_context(_poisoned({1}, pairs))
+        trainer = _trainer(folder, pairs=pairs, **options)
+        if fault == "disk":
+            stack.enter_context(_full_disk())
         return _outcome(trainer)
 
 
@@ -192,15 +238,28 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def run(folder: Path, names: list[str]) -> None:
     """Each into a folder of its own, with what came of it by rank."""
-    rank = Group.current().rank
     for name in names:
-        into = folder / name
-        into.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            found = SCENARIOS[name](into)
-        torch.save(found, into / f"rank{rank}.pt")
+        keep(folder / name, SCENARIOS[name])
+
+
+def run_drawn(folder: Path, file: Path) -> None:
+    """The same of lists of options, by number."""
+    for number, options in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        keep(folder / str(number), functools.partial(drawn, options=options))
+
+
+def keep(into: Path, scenario: Callable[[Path], dict[str, Any]]) -> None:
+    """What came of a scenario, or the error that it ended with."""
+    into.mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = scenario(into)
+    torch.save(found, into / f"rank{Group.current().rank}.pt")
 
 
 if __name__ == "__main__":
     PartialState(cpu=True)
-    run(Path(sys.argv[1]), sys.argv[2:])
+    target, names = Path(sys.argv[1]), sys.argv[2:]
+    if names[0].endswith(".json"):
+        run_drawn(target, Path(names[0]))
+    else:
+        run(target, names)

@@ -20,14 +20,13 @@ from tests.kit import equal_weights, make_trainer, tiny_peft, trained_weights
 class PressCtrlC(TrainerCallback):
     """Sends SIGINT in the middle of a step, before the optimizer's update."""
 
-    def __init__(self, step: int, times: int = 1) -> None:
-        self.step = step
-        self.times = times
+    def __init__(self, step: int, times: int = 1, number: int = signal.SIGINT) -> None:
+        self.step, self.times, self.number = step, times, number
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == self.step:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
@@ -55,6 +54,17 @@ def test_one_ctrl_c_finishes_the_step_saves_and_resumes_exactly(
     whole.train()
     assert resumed.state.global_step == 12
     assert equal_weights(trained_weights(resumed), trained_weights(whole))
+
+
+def test_sigterm_is_heard_as_ctrl_c_is(tmp_path: Path) -> None:
+    """By it clusters end a job; killed in the middle of a step it would lose what it did."""
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt = GracefulInterrupt()
+    press = PressCtrlC(4, number=signal.SIGTERM)
+    make_trainer(tmp_path, callbacks=[interrupt, press]).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert interrupt.stopped_at_step == 4
+    assert newest_valid_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-4"
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
