@@ -101,8 +101,10 @@ def train_words(
     tokenizer: PreTrainedTokenizerFast | None = None,
     **options: Any,
 ) -> TrainResult:
-    """`train()` on rows of the word tokenizer, four pairs a step."""
+    """`train()` on rows of the word tokenizer, four pairs a step; it answers no prompts."""
     settings: dict[str, Any] = {
+        "eval_completions": 0,
+        "sample_prompts": 0,
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
         "use_cpu": True,

@@ -44,7 +44,10 @@ def _rows(count: int = 24) -> list[dict[str, str]]:
 
 
 def _train(model: Any, tokenizer: Any, folder: Path, **options: Any) -> rmipo_lite.TrainResult:
-    settings = {"max_steps": 3, "learning_rate": 5e-3, "per_device_train_batch_size": 8, **options}
+    settings = {
+        "max_steps": 3, "learning_rate": 5e-3, "per_device_train_batch_size": 8,
+        "eval_completions": 0, "sample_prompts": 0, **options,
+    }  # fmt: skip
     dataset = settings.pop("dataset", None) or _rows()
     return rmipo_lite.train(model, dataset, tokenizer=tokenizer, output_dir=folder, **settings)
 
@@ -88,7 +91,7 @@ def test_a_look_at_the_answers_never_ends_a_run(
         raise RuntimeError("planted")
 
     monkeypatch.setattr(rmipo_lite.TrainResult, "compare", fail)
-    result = _train(str(MODEL), tokenizer, tmp_path / "run")
+    result = _train(str(MODEL), tokenizer, tmp_path / "run", sample_prompts=1)
     assert "No samples: RuntimeError: planted" in capsys.readouterr().out
     assert result.metrics["eval_loss"] > 0
 

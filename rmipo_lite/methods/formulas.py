@@ -68,8 +68,8 @@ def ipo(pairs: PairSums, o: MethodOptions) -> Tensor:
 def kto_pair(pairs: PairSums, o: MethodOptions) -> Tensor:
     """Half of sigma(-beta (W - KL_l)) and of sigma(-beta (KL_w - L)), KTO's early paired form.
 
-    KL is the mean ratio of a side over the step's pairs, at least 0, and carries a gradient where it
-    isn't below: a run begins at 0, and the rounding of a pass must not decide.
+    KL is the mean ratio of a side over the step's pairs, at least 0, and carries a gradient where
+    it isn't below: a run begins at 0, and the rounding of a pass must not decide.
     """
     kl_chosen = _from_zero(pairs.chosen_ratio.mean())
     kl_rejected = _from_zero(pairs.rejected_ratio.mean())

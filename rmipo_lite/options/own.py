@@ -19,6 +19,8 @@ def take_defaults(args: Any) -> str | None:
     if args.beta is None:
         args.beta = defaults["beta"]
     if args.gamma_beta_ratio is not None and isinstance(args.gamma_beta_ratio, int | float):
+        if not 0 <= args.gamma_beta_ratio < float("inf"):
+            return f"gamma_beta_ratio must be a number >= 0, got {args.gamma_beta_ratio!r}"
         gamma = args.beta * args.gamma_beta_ratio
         if args.simpo_gamma not in (None, gamma):
             return "simpo_gamma and gamma_beta_ratio say the same thing: give one of them"

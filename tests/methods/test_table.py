@@ -60,6 +60,7 @@ def test_defaults_that_a_reader_looks_up(tmp_path: Path) -> None:
             "slic_delta must be a number >= 0, got nan",
         ),
         ({"loss_type": "kto_pair", "length_balance": "auto"}, "length_balance must be off with"),
+        ({"gamma_beta_ratio": -1.0}, "gamma_beta_ratio must be a number >= 0, got -1.0"),
         ({"gamma_beta_ratio": 0.5, "simpo_gamma": 0.5}, "simpo_gamma and gamma_beta_ratio say"),
         ({"loss_type": "dpo", "gamma_beta_ratio": 0.5}, "simpo_gamma must be None, since"),
         ({"reference": "later"}, "reference must be one of cached, live"),

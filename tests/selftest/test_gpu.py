@@ -11,7 +11,7 @@ import torch
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.selftest import gpu
 from rmipo_lite.selftest.check import Lost
-from rmipo_lite.step import pair_step
+from rmipo_lite.step import micro_steps
 
 
 def test_inputs_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(Lost, match="nothing ran out"):
         gpu.out_of_memory("cpu", args)
     # A step that goes on with what the failed attempt had added up.
-    monkeypatch.setattr(pair_step, "clear_gradients", lambda model: None)
+    monkeypatch.setattr(micro_steps, "clear_gradients", lambda model: None)
     with pytest.raises(Lost, match="gradient of"):
         gpu.out_of_memory("cpu", args, _failing_once(before=False))
 
