@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 _GUARD_S = 120  # a hang is a failure
 _ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-_OF_THREE = ("plain", "fewer_pairs_than_processes", "kto_pair", "not_finite")
+_OF_THREE = ("plain", "fewer_pairs_than_processes", "not_finite")
 # Names whose numbers are those of one process; the others have tests of their own.
 SAME = [name for name in worker.SCENARIOS if name not in ("out_of_memory_for_ever", "resumed")]
 
@@ -50,11 +50,8 @@ def _of(folder: Path, processes: int, name: str, rank: int = 0) -> dict[str, Any
 )
 def test_it_is_the_run_of_one_process(folder: Path, processes: int, name: str) -> None:
     # Within rounding, of which Adam makes more where a gradient is near 0.
-    loose = 1e-4 if name in ("cached_prior", "gamma_dpo") else 1e-5
-    problem = difference(
-        _of(folder, 1, name), [_of(folder, processes, name, rank) for rank in range(processes)],
-        loose, padded=name == "padded",
-    )  # fmt: skip
+    of_each = [_of(folder, processes, name, rank) for rank in range(processes)]
+    problem = difference(_of(folder, 1, name), of_each, 1e-5)
     assert problem is None
 
 

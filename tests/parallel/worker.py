@@ -216,14 +216,10 @@ def resumed(folder: Path) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": lambda folder: _outcome(_trainer(folder)),
     "fewer_pairs_than_processes": lambda folder: _short(folder, count=8),
-    "one_pair": lambda folder: _short(folder, count=1, loss_type="simpo"),
-    "cached_prior": lambda folder: _short(folder, prior="cached"),
-    "padded": lambda folder: _short(folder, packing=False, loss_type="hinge"),
     "full_training": lambda folder: _short(
         folder, peft_config=None, loss_type="dpo", reference="live", learning_rate=1e-3
     ),
     "kto_pair": lambda folder: _short(folder, loss_type="kto_pair"),
-    "gamma_dpo": lambda folder: _short(folder, loss_type="gamma_dpo"),
     "epsilon_dpo": lambda folder: _short(folder, loss_type="epsilon_dpo"),
     "found_rate": lambda folder: _short(folder, learning_rate="auto"),
     "out_of_memory": out_of_memory,
