@@ -37,6 +37,7 @@ def _logits(model: Any, ids: torch.Tensor = _IDS) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "tied"),
     [("none", True), ("a row", True), ("a row", False), ("new rows", True), ("new rows", False)],
@@ -65,6 +66,7 @@ def test_reloading_gives_the_trained_model(change: str, tied: bool, tmp_path: Pa
     assert torch.equal(_logits(more.model, ids), want)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
     def model() -> Any:
         made = _base(tmp_path / "base", rows=2)
@@ -78,6 +80,7 @@ def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
     assert torch.equal(_logits(rest.model), _logits(whole.model))
 
 
+@pytest.mark.slow
 def test_a_change_between_two_runs_is_seen(tmp_path: Path) -> None:
     model = _base(tmp_path / "base")
     train_words(model, tmp_path / "first")

@@ -67,6 +67,7 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(found.plot().axes) == 6
 
 
+@pytest.mark.slow
 def test_a_run_is_the_one_that_train_makes(tmp_path: Path) -> None:
     """Whatever ran before it: the second method's numbers are those of a call of its own."""
     found = _compare(tmp_path / "both")
@@ -86,6 +87,7 @@ def test_a_method_of_unpaired_rows_is_measured_on_the_same_pairs(tmp_path: Path)
         assert kto["accuracy"][pair] == float(margin > 0)
 
 
+@pytest.mark.slow
 def test_unpaired_rows_have_their_own_comparison(tmp_path: Path) -> None:
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen"], "label": number % 2 == 0}
@@ -99,6 +101,7 @@ def test_unpaired_rows_have_their_own_comparison(tmp_path: Path) -> None:
         _compare(tmp_path / "mixed", rows=rows, methods=["kto", "dpo"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["an adapter goes on", "in full"])
 def test_every_run_begins_with_the_model_as_it_came(kind: str, tmp_path: Path) -> None:
     model = tiny_peft() if kind == "an adapter goes on" else tiny_model("llama")
@@ -136,6 +139,7 @@ def test_it_goes_on_where_it_was(
         _compare(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_one_failure_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = RMiPOTrainer.training_step
 
@@ -155,6 +159,7 @@ def test_one_failure_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not _compare(tmp_path).failed  # made anew, and the other is there
 
 
+@pytest.mark.slow
 def test_stopped_it_gives_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,7 @@ def test_the_demo_is_quiet() -> None:
     assert found.metrics["rewards/accuracies"] > 0.98
 
 
+@pytest.mark.slow
 def test_metrics_are_what_training_evaluates_first(tmp_path: Path) -> None:
     rows = demo_rows()[:60]
     result = rmipo_lite.train(

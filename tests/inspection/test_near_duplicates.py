@@ -92,6 +92,7 @@ def test_texts_without_a_word_are_no_duplicates() -> None:
     assert groups([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["identical", "one number", "long shared part"])
 def test_thousands_that_share_a_bucket_take_seconds(kind: str) -> None:
     """A step over all pairs of 4,000 rows would be 8 million comparisons."""

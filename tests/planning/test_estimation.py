@@ -77,6 +77,7 @@ def test_what_does_not_fit_names_what_would(eight_billion: str) -> None:
         _ = hopeless.settings
 
 
+@pytest.mark.slow
 def test_advice_is_computed_with_every_option_of_the_caller(
     eight_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

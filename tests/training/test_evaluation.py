@@ -175,6 +175,7 @@ def test_a_change_is_as_sure_as_its_pairs_agree(tmp_path: Path) -> None:
     assert trainer.held_out_values.errors["eval_rewards/margins"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_several_sets_by_name_in_train(tmp_path: Path) -> None:
     rows = word_rows(40)
     result = rmipo_lite.train(

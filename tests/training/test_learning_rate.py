@@ -24,6 +24,7 @@ from tests.kit import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,6 +75,7 @@ def test_every_loss_and_full_training_find_one(
     assert 1e-6 < trainer.found_rate < 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     options: dict[str, Any] = {"learning_rate": "auto", "max_steps": 4}
     whole = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, **options)
@@ -164,6 +166,7 @@ def test_a_pair_without_finite_log_probs_is_left_out_and_named(
         trainer.find_learning_rate()
 
 
+@pytest.mark.slow
 def test_a_second_run_has_the_second_rate(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, learning_rate="auto", warmup_steps=0)
     for steps in (2, 6):
