@@ -30,53 +30,50 @@ _OF_THREE = ("plain", "fewer_pairs_than_processes", "not_finite")
 SAME = [name for name in worker.SCENARIOS if name not in ("out_of_memory_for_ever", "resumed")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every scenario by one process, two, and some by three."""
-    found = tmp_path_factory.mktemp("processes")
-    worker.run(found / "1", [*SAME, "resumed"])
-    launched(2, found / "2", list(worker.SCENARIOS))
-    launched(3, found / "3", list(_OF_THREE))
-    return found
+def test_a_shared_run_is_that_of_one_process(tmp_path: Path) -> None:
+    """One test, so that the processes are begun once: every scenario by one, two, some by three."""
+    worker.run(tmp_path / "1", [*SAME, "resumed"])
+    launched(2, tmp_path / "2", list(worker.SCENARIOS))
+    launched(3, tmp_path / "3", list(_OF_THREE))
+    problems = {}
+    for processes, names in ((2, SAME), (3, _OF_THREE)):
+        for name in names:
+            of_each = [_of(tmp_path, processes, name, rank) for rank in range(processes)]
+            problems[processes, name] = difference(_of(tmp_path, 1, name), of_each, 1e-5)
+    assert {where: problem for where, problem in problems.items() if problem} == {}
+    _shows_what_it_was_meant_to(tmp_path)
+    _wrote_every_pair_once(tmp_path)
+    _wrote_the_files_of_one_process(tmp_path)
+    _goes_on_with_another_number(tmp_path)
 
 
 def _of(folder: Path, processes: int, name: str, rank: int = 0) -> dict[str, Any]:
     return outcome_of(folder / str(processes) / name, rank)
 
 
-@pytest.mark.parametrize(
-    ("processes", "name"),
-    [*((2, name) for name in SAME), *((3, name) for name in _OF_THREE)],
-)
-def test_it_is_the_run_of_one_process(folder: Path, processes: int, name: str) -> None:
-    # Within rounding, of which Adam makes more where a gradient is near 0.
-    of_each = [_of(folder, processes, name, rank) for rank in range(processes)]
-    problem = difference(_of(folder, 1, name), of_each, 1e-5)
-    assert problem is None
-
-
-def test_what_the_scenarios_were_meant_to_show(folder: Path) -> None:
+def _shows_what_it_was_meant_to(folder: Path) -> None:
     assert {pair["row"] for pair in _of(folder, 2, "not_finite")["dropped"]} == {3, 17}
     assert len(_of(folder, 2, "full_disk", 1)["failed"]) == 1
     assert _of(folder, 2, "stopped_by_one")["log"][-1]["step"] == 4
     assert _of(folder, 2, "unused_weight")["weights"]["unused"].tolist() == [1.0] * 3
-    assert _of(folder, 2, "out_of_memory", 1)["budget"] < _of(folder, 2, "out_of_memory")["budget"]
-    assert _of(folder, 2, "out_of_memory", 1)["said"].startswith("process 1: Out of memory")
-    first, last = (_of(folder, 2, "out_of_memory_for_ever", rank)["error"] for rank in (0, 1))
-    assert last.startswith("OutOfMemoryError: out of memory with one pair alone (row ")
-    assert first.startswith("OtherProcessError: process 1 could not go on")
+    first, last = (_of(folder, 2, "out_of_memory", rank) for rank in (0, 1))
+    assert last["budget"] < first["budget"]
+    assert last["said"].startswith("process 1: Out of memory")
+    first, last = (_of(folder, 2, "out_of_memory_for_ever", rank) for rank in (0, 1))
+    assert last["error"].startswith("OutOfMemoryError: out of memory with one pair alone (row ")
+    assert first["error"].startswith("OtherProcessError: process 1 could not go on")
 
 
-def test_every_pair_is_written_once(folder: Path) -> None:
+def _wrote_every_pair_once(folder: Path) -> None:
     def lines(processes: int) -> list[tuple[int, int]]:
         text = (folder / str(processes) / "plain" / "run" / "pair_values.jsonl").read_text()
         return [(line["step"], line["row"]) for line in map(json.loads, text.splitlines())]
 
     assert sorted(lines(2)) == sorted(lines(3)) == sorted(lines(1))
-    assert len(set(lines(2))) == len(lines(2)) == 121 - 1
+    assert len(set(lines(2))) == len(lines(2)) == 120
 
 
-def test_a_checkpoint_is_the_one_of_one_process(folder: Path) -> None:
+def _wrote_the_files_of_one_process(folder: Path) -> None:
     def files(processes: int) -> list[str]:
         checkpoint = folder / str(processes) / "plain" / "run" / "checkpoint-18"
         verify_checkpoint(checkpoint)
@@ -85,18 +82,18 @@ def test_a_checkpoint_is_the_one_of_one_process(folder: Path) -> None:
     assert files(2) == files(1)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
+def _goes_on_with_another_number(folder: Path) -> None:
     whole, again = _of(folder, 2, "plain"), _of(folder, 2, "resumed")
     assert all(torch.equal(again["weights"][name], w) for name, w in whole["weights"].items())
-    for taken in (1, 2):  # two processes' by one, one's by two
-        swapped = tmp_path / str(taken)
+    for processes in (1, 2):  # two processes' by one, one's by two
+        swapped = folder / f"resumed by {processes}"
         swapped.mkdir()
-        (swapped / "plain").symlink_to(folder / str(3 - taken) / "plain")
-        if taken == 1:
+        (swapped / "plain").symlink_to(folder / str(3 - processes) / "plain")
+        if processes == 1:
             worker.run(swapped, ["resumed"])
         else:
             launched(2, swapped, ["resumed"])
-        weights = torch.load(swapped / "resumed" / "rank0.pt")["weights"]
+        weights = outcome_of(swapped / "resumed")["weights"]
         for name, weight in whole["weights"].items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)
 
