@@ -24,8 +24,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from rmipo_lite.checkpoints import trainer_mixin
+from rmipo_lite.checkpoints.weights import save_run
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.table import method_named
+from rmipo_lite.model.backbone import scored_hidden
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.step import pair_step
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -33,7 +35,7 @@ from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import random_pairs, tiny_model, word_tokenizer
 
 POISON = [5] * 6  # tokens that no other pair has in a row
-_real = pair_step.scored_hidden
+_real = scored_hidden
 
 
 def _trainer(folder: Path, **options: Any) -> RMiPOTrainer:
@@ -153,7 +155,7 @@ def not_finite(folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _full_disk() -> Iterator[None]:
     """The first save fails."""
-    real, left = trainer_mixin.save_run, [1]
+    real, left = save_run, [1]
 
     def save(*args: Any, **kwargs: Any) -> Any:
         if left[0]:

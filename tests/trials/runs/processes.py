@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -56,7 +57,7 @@ def shared(trials: Trials) -> None:
             with trial:
                 own = options[number]
                 trial.tried = str(own)
-                keep(trial.folder / "one", lambda into, own=own: drawn(into, own))
+                keep(trial.folder / "one", functools.partial(drawn, options=own))
                 of_both = [outcome_of(folder / "2" / str(number), rank) for rank in (0, 1)]
                 one = outcome_of(trial.folder / "one")
                 problem = difference(one, of_both, _LOOSE, padded=not own["packing"])
