@@ -251,7 +251,7 @@ def _answer_samples(result: TrainResult) -> None:
 def _save(result: TrainResult, folder: Path) -> None:
     """Save the result; where that fails, the result is returned all the same, and says so."""
     try:
-        Group.current().from_first(lambda: _saved(result, folder))
+        Group.current().from_first(lambda: result.save(folder))
     except Exception as error:  # whatever it is, what was trained isn't lost with it
         result.unsaved = str(error)
         what = "adapter" if isinstance(result.model, PeftModel) else "model"
@@ -260,10 +260,6 @@ def _save(result: TrainResult, folder: Path) -> None:
             f"WARNING: the {what} could not be saved to {folder}: {str(error).rstrip('.')}. It is "
             f"in memory: {first}call result.save(folder)"
         )
-
-
-def _saved(result: TrainResult, folder: Path) -> None:
-    result.save(folder)
 
 
 def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rmipo_lite.output.console import watched_bars
 from rmipo_lite.output.redaction import redact
 
 CONFIG_FILE = "training_config.json"
+_SAMPLE = 512  # values of each weight that a fingerprint is made of
 
 
 def non_finite_weight(model: nn.Module, trained_only: bool = False) -> str | None:
@@ -26,6 +29,20 @@ def non_finite_weight(model: nn.Module, trained_only: bool = False) -> str | Non
         if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             return name
     return None
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of names, shapes and some values of every weight.
+
+    Training changes them all, and to read all of an 8B model would take a minute.
+    """
+    found = sha256()
+    for name, weight in weights:
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from rmipo_lite.data.normalise import (
     system_of,
 )
 from rmipo_lite.data.report import DataReport, name_rows, shortened
-from rmipo_lite.data.unpaired import LEAST_ROWS, halves, mismatched, normalise_unpaired
+from rmipo_lite.data.unpaired import LEAST_ROWS, halves, mismatched, normalise_unpaired, whole_of
 
 Texts = tuple[str, str, str]  # prompt, chosen, rejected
 _MIN_PROMPT = 20  # characters from which repeating the prompt is no chance
@@ -107,7 +107,7 @@ def load_rows(
         if argument == "dataset":
             raise
         raise type(error)(argument + str(error).removeprefix("dataset")) from error
-    report.has_system = any(system_of(getattr(record, "record", record)) for record in records)
+    report.has_system = any(system_of(whole_of(record)) for record in records)
     if report.has_system:
         report.read_as.append("system: the system message in front of the prompt")
     rows: list[Row] = []
@@ -136,7 +136,7 @@ def load_rows(
 
 
 def _row(index: int, record: Any, as_messages: bool, unpaired: bool) -> Row:
-    whole = getattr(record, "record", record)
+    whole = whole_of(record)
     if isinstance(whole, Broken):
         raise Refused("row", whole.wanted, whole.got, whole.where)
     if not unpaired:

@@ -40,6 +40,11 @@ def halves(records: Sequence[Any]) -> list[Half]:
     return [Half(record, chosen) for record in records for chosen in (True, False)]
 
 
+def whole_of(record: Any) -> Any:
+    """The record as it came, of half a pair too."""
+    return record.record if isinstance(record, Half) else record
+
+
 def normalise_unpaired(record: Any, as_messages: bool) -> tuple[Side, Side, bool]:
     """(prompt, completion, label) of a record {prompt, completion, label} or of half a pair.
 

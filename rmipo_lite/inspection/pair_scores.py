@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rmipo_lite.checkpoints.weights import fingerprint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import Row
 from rmipo_lite.inspection.score_file import LENGTHS, NUMBERS, Numbers, ScoreFile
@@ -37,7 +38,6 @@ from rmipo_lite.tokens.options import TokenizationOptions
 from rmipo_lite.tokens.pair import TokenizedPair
 
 _SAY_EVERY = 10.0  # seconds between two lines about the progress
-_SAMPLE = 512  # values of each weight that the model's fingerprint is made of
 _OWN_MEANS = ("loss", "weight")
 # Options that change a pair's numbers.
 OPTIONS = (
@@ -239,6 +239,7 @@ def identity(
     data = sha256()
     for row in rows:
         data.update(json.dumps([row.index, row.prompt, row.chosen, row.rejected]).encode())
+    active = model.active_adapters if isinstance(model, PeftModel) else ()
     named = {name: getattr(args, name) for name in OPTIONS}
     named |= {
         "max_length": options.max_length,
@@ -248,24 +249,8 @@ def identity(
     }
     return {
         "model_name": name_of(model),
-        "model": _fingerprint(model),
+        "model": " ".join([fingerprint(model.named_parameters()), *active]),
         "tokenizer": tokens.hexdigest(),
         "dataset": {"rows": len(rows), "sha256": data.hexdigest()},
         "options": named,
     }
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A hash of some values of every weight.
-
-    Training changes them all, and to read all of an 8B model would take a minute.
-    """
-    found = sha256()
-    if isinstance(model, PeftModel):
-        found.update(json.dumps(list(model.active_adapters)).encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        found.update(some.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

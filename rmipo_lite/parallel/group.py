@@ -10,11 +10,10 @@ Of one process every meeting is nothing, and costs nothing.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,8 +24,6 @@ from torch import Tensor, nn
 from rmipo_lite.output.console import is_launched
 
 T = TypeVar("T")
-
-_SAMPLE = 64  # numbers of each frozen weight that processes compare
 
 
 class OtherProcessError(RuntimeError):
@@ -91,7 +88,7 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds of one of them."""
-        return flag if self.size == 1 else bool(self.add(torch.tensor([float(flag)])).item())
+        return self.any_of([flag])[0]
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """The same of several at once."""
@@ -169,32 +166,12 @@ class Group:
                 grad.copy_(part.view_as(grad))
 
     @torch.no_grad()
-    def begin_alike(self, model: nn.Module) -> None:
-        """Trained weights as the first process has them; the frozen ones are compared.
-
-        Raises:
-            ValueError: these are another model's.
-        """
-        if self.size == 1:
-            return
-        seen = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                there = parameter.to(self._device)
-                dist.broadcast(there, src=0)
-                parameter.copy_(there)
-                continue
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
-            seen.update(f"{name} {tuple(parameter.shape)}".encode())
-            seen.update(some.view(torch.uint8).numpy().tobytes())
-        found = self.gather(seen.hexdigest())
-        other = [rank for rank, digest in enumerate(found) if digest != found[0]]
-        if other:
-            raise ValueError(
-                f"model: the frozen weights of process {other[0]} are others than the first's; "
-                "every process must load the same model"
-            )
+    def spread(self, weights: Iterable[Tensor]) -> None:
+        """Make every weight the first process's."""
+        for weight in weights if self.size > 1 else ():
+            there = weight.to(self._device)
+            dist.broadcast(there, src=0)
+            weight.copy_(there)
 
 
 def refuse_several(what: str) -> None:

@@ -49,10 +49,9 @@ def make_step(
     packing = args.packing
     if packing and pairs:
         say("Checking packed batches against padded ones")
-        problem = packing_problem(model, pairs, args.kernel_impl, pad_id)
-        problems = [found for found in group.gather(problem) if found is not None]
-        if problems:
-            problem = problems[0]
+        found = group.gather(packing_problem(model, pairs, args.kernel_impl, pad_id))
+        problem = next(filter(None, found), None)
+        if problem is not None:
             packing = False
             say(f"Packed batches are off for this model, padded ones are used: {problem}")
     longest = max((batch.micro_step_tokens([pair], packing) for pair in pairs), default=0)

@@ -3,10 +3,8 @@
 A step's pairs are cut into micro-steps by a token budget, and every micro-step is weighted by its
 share of the pairs: the gradient is that of the mean over the step's pairs whatever the cut. A step
 that isn't finite is thrown away as a whole and its pairs are run one by one to find the culprit:
-masking it would not do, since 0 * NaN is NaN in the adapter's gradient.
-
-Where memory runs out, what was accumulated is thrown away, the budget is halved and the pairs start
-again; a single pair that doesn't fit gets checkpointing. Nothing is lost or counted twice.
+masking it would not do, since 0 * NaN is NaN in the adapter's gradient. Where memory runs out, what
+was accumulated is thrown away and the pairs start again (`micro_steps`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -20,6 +20,7 @@ from rmipo_lite.adapters.start import start_of
 from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.checkpoints.state import load_state
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
+from rmipo_lite.checkpoints.weights import fingerprint
 from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import redact
@@ -59,11 +60,20 @@ def identity(trainer: Any) -> dict[str, Any]:
         },
         "weights": _sample(model),
         "peft_config": _adapter(model),
+        "reference model": _other_reference(trainer),
         **{name: getattr(args, name) for name in _OF_TOKENS},
         **_grouping(args),
         "pairs": len(pairs),
         "pairs_digest": pairs_digest(pairs),
     }
+
+
+def _other_reference(trainer: Any) -> str | None:
+    """Of `ref_model`, by which a checkpoint's pairs are scored; None: the model's own start."""
+    reference = trainer.pair_step.reference
+    if reference is None or reference.step is trainer.pair_step:
+        return None
+    return fingerprint(reference.step.model.named_parameters())
 
 
 def _grouping(args: Any) -> dict[str, Any]:
@@ -140,6 +150,8 @@ def _short(value: Any) -> Any:
     """A whole adapter's config is one word, and of a digest the first digits tell."""
     if isinstance(value, dict):
         return value.get("peft_type", "an adapter")
+    if value is None:
+        return "none"
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else value
 
 

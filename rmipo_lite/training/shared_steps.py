@@ -11,7 +11,10 @@ import os
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
+from rmipo_lite.checkpoints.weights import fingerprint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
@@ -33,6 +36,25 @@ def say_how_many(args: RMiPOConfig, group: Group) -> None:
             f"WARNING: that is {pairs / group.size:.2g} pairs a process, whose work is uneven "
             "then; a larger per_device_train_batch_size (it counts the pairs of all of them) "
             "keeps them busy"
+        )
+
+
+def begin_alike(model: nn.Module, group: Group) -> None:
+    """Trained weights as the first process has them; the frozen ones are compared.
+
+    Raises:
+        ValueError: these are another model's.
+    """
+    if group.size == 1:
+        return
+    weights = list(model.named_parameters())
+    group.spread(weight for _, weight in weights if weight.requires_grad)
+    found = group.gather(fingerprint((n, w) for n, w in weights if not w.requires_grad))
+    other = [rank for rank, digest in enumerate(found) if digest != found[0]]
+    if other:
+        raise ValueError(
+            f"model: the frozen weights of process {other[0]} are others than the first's; "
+            "every process must load the same model"
         )
 
 

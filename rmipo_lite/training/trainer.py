@@ -67,6 +67,7 @@ from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
 from rmipo_lite.training.shared_steps import (
     SharesSteps,
+    begin_alike,
     refuse_sharded_models,
     say_how_many,
     take_first_card,
@@ -168,7 +169,7 @@ class RMiPOTrainer(
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
         loaded = attach.attach_adapter(loaded, peft_config, args)
-        Group.current().begin_alike(loaded)
+        begin_alike(loaded, Group.current())
         self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:
             disable_dropout(loaded)

@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
+from rmipo_lite.adapters.start import moved_towards, trained_weights
+from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.table import SumLoss, method_named, methods
 from rmipo_lite.model import batch
@@ -22,6 +24,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import random_pairs, tiny_model, word_tokenizer
+from tests.methods.golden import needs_golden, numbers, recorded
 
 _OF_SUMS = [name for name, method in methods().items() if isinstance(method, SumLoss)]
 _REMEMBERING = [name for name, method in methods().items() if method.remembers]
@@ -391,3 +394,34 @@ def test_a_pair_is_known_by_its_tokens() -> None:
         TokenizedPair(0, [1, 2], [3], [5, 4]), TokenizedPair(0, [1, 2], [3], [4, 5], [7]),
     ]  # fmt: skip
     assert len({key_of(pair), *map(key_of, others)}) == 5
+
+
+def test_what_another_reference_said_is_not_taken_over(tmp_path: Path) -> None:
+    """A checkpoint has the pairs' scores by its run's reference model, and by no other."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    other = tiny_model("llama").double().float()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.1)
+    _trainer(tmp_path, tiny_model("llama"), ref_model=copy.deepcopy(other), **options).train()
+    for wrong in (tiny_model("llama"), None):
+        again = _trainer(tmp_path, tiny_model("llama"), ref_model=wrong, **options)
+        with pytest.raises(CheckpointError, match="another run: reference model is"):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    same = _trainer(tmp_path, tiny_model("llama"), ref_model=other, **options)
+    same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same.state.global_step == 2
+
+
+@needs_golden
+def test_recorded_moves_of_the_reference() -> None:
+    runs = [run for run in recorded()["sequences"] if run["method"] == "tr_dpo"]
+    for run in runs:
+        model = torch.nn.Module()
+        model.register_parameter("w", torch.nn.Parameter(numbers(run["initial"])))
+        start = trained_weights(model)
+        for step in run["steps"]:
+            model.w.data = numbers(step["policy"])
+            if step["global_step"] % run["opts"]["tau"] == 0:
+                start = moved_towards(model, start, run["opts"]["alpha"])
+            torch.testing.assert_close(start["w"], numbers(step["ref_after"]), rtol=1e-12, atol=0)
+    assert len(runs) == 6
