@@ -146,6 +146,7 @@ setup(
     packages=find_packages(include=["rmipo_lite", "rmipo_lite.*"]),
     package_data={
         "rmipo_lite.demo": ["assets/*", "assets/**/*"],
+        "rmipo_lite.cli": ["accelerate_configs/*.yaml"],
         "rmipo_lite.planning": ["cards.csv"],
     },
     ext_modules=native + bindings(),

@@ -28,6 +28,7 @@ from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of, new_folder, run_name
 from rmipo_lite.output.console import say, show
 from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.sharded import is_sharded, whole
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
@@ -40,6 +41,7 @@ from rmipo_lite.training.known_before import RefModel
 from rmipo_lite.training.learning_rate import pairs_of_a_search
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_callbacks
 from rmipo_lite.training.rehearsal import plan_run
+from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
 from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.progress import show_progress
@@ -115,7 +117,9 @@ def train(
         args.output_dir = str(folder)
         say("Reading the pairs")
         data = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
-        loaded, tokenizer = _load(model, tokenizer, args, quantization)
+        args.shards_layers = asks_to_shard(args)
+        with seen_by_us_alone(args):
+            loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
         train_pairs, eval_pairs, prompts = _pairs(
             data, eval_dataset, eval_split, tokenizer, args, loaded
@@ -236,7 +240,7 @@ def _answer_samples(result: TrainResult) -> None:
         return
     if not isinstance(result.model, PeftModel):
         return  # trained in full: there is no adapter to switch off
-    if not Group.current().is_first:
+    if not (Group.current().is_first or is_sharded(result.model)):
         return  # whoever looks at the result looks at the first's
     say(f"Answering {len(prompts)} prompts before and after training")
     try:
@@ -251,7 +255,8 @@ def _answer_samples(result: TrainResult) -> None:
 def _save(result: TrainResult, folder: Path) -> None:
     """Save the result; where that fails, the result is returned all the same, and says so."""
     try:
-        Group.current().from_first(lambda: result.save(folder))
+        with whole(result.model, everything=not isinstance(result.model, PeftModel)):
+            Group.current().from_first(lambda: result.save(folder))
     except Exception as error:  # whatever it is, what was trained isn't lost with it
         result.unsaved = str(error)
         what = "adapter" if isinstance(result.model, PeftModel) else "model"
@@ -264,7 +269,9 @@ def _save(result: TrainResult, folder: Path) -> None:
 
 def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException) -> None:
     """Before a run ends with an error: save what is sound, and say where one can go on."""
-    if isinstance(error, Exception) and trainer.state.global_step > 0:
+    if is_sharded(trainer.model):
+        pass  # weights are gathered by all, and this process may be alone with its error
+    elif isinstance(error, Exception) and trainer.state.global_step > 0:
         # An error comes before the optimizer's update, so the adapter is that of a whole step.
         try:
             refuse_bad_weights(trainer.model)

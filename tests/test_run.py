@@ -72,6 +72,7 @@ def test_from_a_folder_to_a_saved_adapter(
         assert torch.equal(fresh(ids).logits, result.model.eval()(ids).logits)
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_answered_before_and_after(tokenizer: Any, tmp_path: Path) -> None:
     rows = _rows()
     result = _train(str(MODEL), tokenizer, tmp_path / "a", eval_dataset=rows[:5], sample_prompts=2)

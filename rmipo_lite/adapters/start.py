@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.parallel.sharded import write
 
 Weights = dict[str, Tensor]  # by the names that parameters have in the model
 
@@ -86,7 +87,7 @@ def fill(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) 
     for name, weight in weights.items():
         parameter = parameters[name]
         if parameter.shape == weight.shape:
-            parameter.copy_(weight)
+            write(parameter, weight)
         else:
             parameter.data = weight.to(parameter)
 

@@ -42,6 +42,7 @@ from rmipo_lite.checkpoints.weights import (
 )
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.sharded import full_state, share_state, whole
 
 STATE_FILE = "trainer_state.json"
 
@@ -81,7 +82,9 @@ class SafeCheckpointing(TrainerBeside):
     """
 
     _run_id: str = ""
-    _random_states: list[Any]
+    _random_states: list[Any]  # of a checkpoint to be written, as are these two
+    _extra_state: dict[str, Any]
+    _optimizer_state: dict[str, Any]
     failed_saves: list[str]
     changed: Mapping[str, Any]  # options that are others than the checkpoint's
 
@@ -120,9 +123,10 @@ class SafeCheckpointing(TrainerBeside):
         self.failed_saves = []
         self.begin_run()
         group = Group.current()
-        group.from_first(
-            lambda: rehearse_save(self._bare_model(), self.processing_class, self.args)
-        )
+        with self._whole_weights():
+            group.from_first(
+                lambda: rehearse_save(self._bare_model(), self.processing_class, self.args)
+            )
         folder = self.resolve_resume(resume_from_checkpoint)
         self.changed = {}
         if folder is None:
@@ -170,6 +174,10 @@ class SafeCheckpointing(TrainerBeside):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         target = self.model if model is None else model
+        with whole(target, everything=not isinstance(target, PeftModel), changed=True):
+            self._load_weights(folder, target)
+
+    def _load_weights(self, folder: Path, target: Any) -> None:
         if isinstance(target, PeftModel):
             try:
                 load_adapter_weights(target, folder)
@@ -178,7 +186,7 @@ class SafeCheckpointing(TrainerBeside):
             return
         if not list(folder.glob("model*.safetensors")):
             raise CheckpointError(f"{folder.name} holds no model*.safetensors; pickle isn't read")
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(str(folder), target)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
@@ -190,6 +198,7 @@ class SafeCheckpointing(TrainerBeside):
             return
         folder = Path(checkpoint)
         load_optimizer(self.optimizer, load_state(folder, "optimizer"), self.changed)
+        share_state(getattr(self.optimizer, "optimizer", self.optimizer))
         load_schedule(
             self.lr_scheduler, load_state(folder, "scheduler"), self.changed,
             int(self.state.global_step),
@@ -223,18 +232,24 @@ class SafeCheckpointing(TrainerBeside):
         group = Group.current()
         self._random_states = group.gather(random_state())
         try:
+            self._extra_state = self.extra_state()
+            self._optimizer_state = full_state(self.optimizer.state_dict())
             if self.hp_search_backend is None and trial is None:
                 self.store_flos()
-            best = group.from_first(lambda: self._write_checkpoint(trial))
+            with self._whole_weights():
+                best = group.from_first(lambda: self._write_checkpoint(trial))
             self.state.best_model_checkpoint = best
         except Exception as error:  # CheckpointError, or what another package raises
             self.failed_saves.append(str(error))
             reason = str(error).rstrip(".")
             say(f"WARNING: {reason}. Training goes on and tries again at the next save")
+        finally:
+            self._optimizer_state = {}  # of a sharded model a copy
 
     def _refuse_to_save_bad_weights(self) -> None:
         """A checkpoint of NaN would push the good ones out."""
-        name = non_finite_weight(self.model, trained_only=True)
+        found = Group.current().gather(non_finite_weight(self.model, trained_only=True))
+        name = next(filter(None, found), None)
         if name is not None:
             raise FloatingPointError(
                 f"stopped at step {self.state.global_step}: the trained weight {name} holds NaN or "
@@ -258,7 +273,7 @@ class SafeCheckpointing(TrainerBeside):
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
-                save_state(folder, "extra_state", self.extra_state())
+                save_state(folder, "extra_state", self._extra_state)
             self._export_callback_states()
             self.state.save_to_json(str(folder / STATE_FILE))
         if self.args.push_to_hub:
@@ -303,17 +318,22 @@ class SafeCheckpointing(TrainerBeside):
         self.state.stateful_callbacks = exported
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not Group.current().is_first:
-            return
         folder = Path(output_dir or self.args.output_dir)
-        with files_put_in_place(folder) as staged:
-            save_run(self._bare_model(), self.processing_class, self.args, staged, state_dict)
+        with self._whole_weights():
+            if not Group.current().is_first:
+                return
+            with files_put_in_place(folder) as staged:
+                save_run(self._bare_model(), self.processing_class, self.args, staged, state_dict)
+
+    def _whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        """As `save_run` wants them; every process enters it."""
+        return whole(self.model, everything=not isinstance(self.model, PeftModel))
 
     def _bare_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_state(Path(output_dir), "optimizer", self.optimizer.state_dict())
+        save_state(Path(output_dir), "optimizer", self._optimizer_state)
         save_state(Path(output_dir), "scheduler", self.lr_scheduler.state_dict())
 
     def _save_scaler(self, output_dir: str) -> None:

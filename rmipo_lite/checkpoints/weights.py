@@ -16,6 +16,7 @@ from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.saved import save_adapter
 from rmipo_lite.output.console import watched_bars
 from rmipo_lite.output.redaction import redact
+from rmipo_lite.parallel.sharded import local
 
 CONFIG_FILE = "training_config.json"
 _SAMPLE = 512  # values of each weight that a fingerprint is made of
@@ -26,6 +27,8 @@ def non_finite_weight(model: nn.Module, trained_only: bool = False) -> str | Non
     for name, parameter in model.named_parameters():
         if trained_only and not parameter.requires_grad:
             continue
+        if getattr(parameter, "quant_state", None) is not None:
+            continue  # packed bits, whatever they are stored as
         if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             return name
     return None
@@ -46,8 +49,9 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
+    own = local(weight.detach())
     # Not isfinite().all(): its intermediate results take more memory than a large head itself.
-    return bool(torch.stack(weight.detach().aminmax()).isfinite().all())  # NaN is in both
+    return not own.numel() or bool(torch.stack(own.aminmax()).isfinite().all())  # NaN is in both
 
 
 def rehearse_save(model: Any, tokenizer: Any, args: Any) -> None:

@@ -48,11 +48,12 @@ def _options(command: str, given: dict[str, Any], *needed: str) -> dict[str, Any
 def _train(given: dict[str, Any]) -> int:
     words = given.pop("words")
     options = _options("train", given, "model", "dataset")
-    report, processes = options.pop("report", None), int(options.pop("num_processes", 1))
-    if processes < 1:
+    report, config = options.pop("report", None), options.pop("accelerate_config", None)
+    processes = options.pop("num_processes", None)
+    if processes is not None and int(processes) < 1:
         raise ValueError(f"num_processes must be at least 1, got {processes}")
-    if processes > 1 and not is_launched():
-        return launch(words, processes)
+    if (config or int(processes or 1) > 1) and not is_launched():
+        return launch(words, processes and int(processes), config or "multi_gpu")
     import rmipo_lite
 
     result = rmipo_lite.train(options.pop("model"), options.pop("dataset"), **options)

@@ -21,6 +21,7 @@ OWN_NAMES = {
         "eval_dataset",
         "eval_split",
         "num_processes",
+        "accelerate_config",
         "output_dir",
         "quantization",
         "ref_model",
@@ -130,6 +131,11 @@ def _add_train(commands: Any, argv: Sequence[str]) -> None:
     train.add_argument(
         "--num_processes", "--num-processes", type=int, metavar="N",
         help="processes of this machine that share every step, one a GPU (default: 1)",
+    )  # fmt: skip
+    train.add_argument(
+        "--accelerate_config", "--accelerate-config", metavar="NAME",
+        help="how several processes share a model: multi_gpu (each has all of it; what "
+        "--num_processes alone means), fsdp2 (each a part), or a file of accelerate's",
     )  # fmt: skip
     train.add_argument(
         "--eval_dataset", "--eval-dataset", help="held-out pairs; else 5 %% are held out"

@@ -114,7 +114,7 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": args.weights_dtype, "use_safetensors": True, **_NO_CODE}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    if args.device.type != "cpu":
+    if args.device.type != "cpu" and not args.shards_layers:  # shared out, it needs no card whole
         # One card: "auto" would spread the layers over all of them, and the head with them.
         on_cuda = args.device.type == "cuda"
         kwargs["device_map"] = {"": torch.cuda.current_device() if on_cuda else args.device}

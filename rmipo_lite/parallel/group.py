@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rmipo_lite.output.console import is_launched
+from rmipo_lite.parallel.sharded import is_part
 
 T = TypeVar("T")
 
@@ -98,6 +99,10 @@ class Group:
         """The smallest of their numbers."""
         return min(self.gather(number))
 
+    def most(self, number: int) -> int:
+        """The largest of their numbers."""
+        return max(self.gather(number))
+
     def gather(self, value: T) -> list[T]:
         """Everybody's value, by rank, on every process."""
         if self.size == 1:
@@ -147,10 +152,13 @@ class Group:
         return box[0]
 
     def add_gradients(self, model: nn.Module) -> None:
-        """Every gradient the sum over all processes; None where nobody has one."""
+        """Every gradient the sum over all processes; None where nobody has one.
+
+        Those of weights that are shared out were added up in the backward pass.
+        """
         if self.size == 1:
             return
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad and not is_part(p)]
         counts = self.add(torch.tensor([float(p.grad is not None) for p in trained])).tolist()
         by_kind: dict[Any, list[nn.Parameter]] = {}
         for parameter, count in zip(trained, counts, strict=True):

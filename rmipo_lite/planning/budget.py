@@ -21,6 +21,7 @@ from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import head_buffer_bytes
 from rmipo_lite.ops.devices import is_trusted
 from rmipo_lite.ops.native import use_native
+from rmipo_lite.parallel.sharded import local
 from rmipo_lite.planning.device import free_bytes
 from rmipo_lite.planning.footprint import (
     Activations,
@@ -122,7 +123,9 @@ def fixed_bytes(model: nn.Module, args: RMiPOConfig) -> int:
     """What a step takes whatever its tokens: gradients, optimizer, the head's buffer."""
     width = optimizer_width(str(getattr(args.optim, "value", args.optim)))
     trained = sum(
-        p.numel() * (p.element_size() + width) for p in model.parameters() if p.requires_grad
+        local(p).numel() * (p.element_size() + width)
+        for p in model.parameters()
+        if p.requires_grad
     )
     weight = read_head(model).weight
     native = use_native(args.kernel_impl, weight.device)

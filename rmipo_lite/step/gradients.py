@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rmipo_lite.ops import device_flag
+from rmipo_lite.parallel.sharded import full, is_part
 
 
 def is_finite(model: nn.Module, loss: Tensor, fp16: bool) -> bool:
@@ -17,9 +18,7 @@ def is_finite(model: nn.Module, loss: Tensor, fp16: bool) -> bool:
     checks = [torch.isfinite(loss)]
     # With fp16's loss scaling an infinite gradient is the scaler's to see and skip.
     if not fp16:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if grads:
-            checks.append(torch.isfinite(nn.utils.get_total_norm(grads)))
+        checks.append(torch.isfinite(norm_of(model).to(device)))
     if device.type != "cpu":
         checks.append(device_flag(device).eq(0).squeeze())
     results = torch.stack(checks).tolist()
@@ -30,6 +29,22 @@ def is_finite(model: nn.Module, loss: Tensor, fp16: bool) -> bool:
             "is not the model's"
         )
     return all(results)
+
+
+def norm_of(model: nn.Module) -> Tensor:
+    """The norm of all gradients as one vector; every process must ask where weights are parted."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    kinds = [[g for g in grads if is_part(g)], [g for g in grads if not is_part(g)]]
+    norms = [full(nn.utils.get_total_norm(kind)) for kind in kinds if kind] or [torch.zeros(())]
+    return norms[0] if len(norms) == 1 else torch.stack([norm.cpu() for norm in norms]).norm()
+
+
+def clip(model: nn.Module, most: float) -> None:
+    """Scale all gradients so that their norm is at most this."""
+    norm = norm_of(model)
+    for parts in (True, False):
+        kind = [p for p in model.parameters() if p.grad is not None and is_part(p) == parts]
+        nn.utils.clip_grads_with_norm_(kind, most, norm)
 
 
 def clear_gradients(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ checkpointing. Nothing is lost or counted twice.
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,8 +21,11 @@ from rmipo_lite.model.attention import packed_attention
 from rmipo_lite.model.backbone import can_checkpoint, enable_checkpointing
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.output.console import say
+from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.sharded import is_sharded
 from rmipo_lite.planning.budget import is_out_of_memory
 from rmipo_lite.step.gradients import clear_gradients
+from rmipo_lite.step.together import share_of
 from rmipo_lite.tokens.pair import TokenizedPair
 
 T = TypeVar("T")
@@ -40,6 +43,7 @@ class MicroSteps:
     max_tokens: int
     packing: bool
     checkpointing: bool = False  # activations are computed again in the backward pass
+    group: Group = field(default_factory=Group.current)  # the processes that share a step
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
 
     def enable_checkpointing(self) -> None:
@@ -50,11 +54,37 @@ class MicroSteps:
     def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
         return batch.split_by_budget(pairs, self.max_tokens, self.packing)
 
+    def _shared(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+        """The micro-steps of this process's share of the pairs."""
+        return self._split(share_of(self.group, pairs))
+
+    def _fillers(self, pairs: Sequence[TokenizedPair], parts: int) -> list[list[TokenizedPair]]:
+        """Micro-steps that count for nothing, so that a sharded model's passes are as many on all.
+
+        `parts` are this process's own ones of these pairs.
+        """
+        if not (pairs and self.group.size > 1 and is_sharded(self.model)):
+            return []
+        shortest = min(pairs, key=batch.packed_length)
+        return [[shortest]] * (self.group.most(parts) - parts)
+
+    def _agreed(self, make: Callable[[], T]) -> T:
+        """As `Group.agreed`; a sharded model's processes don't meet where one fails in a pass."""
+        return make() if is_sharded(self.model) else self.group.agreed(make)
+
+    def by_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes of the model; of a sharded one all make it, alike."""
+        return make() if is_sharded(self.model) else self.group.from_first(make)
+
     def _in_parts(
         self, pairs: Sequence[TokenizedPair], run: Callable[[list[TokenizedPair]], T]
     ) -> Iterator[tuple[list[TokenizedPair], T]]:
-        """Micro-steps with what `run` makes of each; cut again where memory runs out."""
-        parts = self._split(pairs)
+        """This process's micro-steps of the pairs, with what `run` makes of each.
+
+        They are cut again where memory runs out.
+        """
+        parts = self._shared(pairs)
+        fillers = self._fillers(pairs, len(parts))
         while parts:
             part, *parts = parts
             try:
@@ -70,6 +100,9 @@ class MicroSteps:
             # Outside the handler: its traceback holds the failed pass's tensors.
             self._make_room(part, failure)
             parts = self._split([pair for rest in (part, *parts) for pair in rest])
+        for part in fillers:
+            with self._engaged():
+                run(part)
 
     def _retried(self, run: Callable[[], T]) -> T:
         """`run`, from the start again, with the same random numbers, where memory runs out."""
@@ -94,6 +127,13 @@ class MicroSteps:
         gc.collect()
         clear_device_cache()
         tokens = batch.micro_step_tokens(failed, self.packing)
+        if is_sharded(self.model):  # the others wait for its share of a layer's weights
+            raise torch.OutOfMemoryError(
+                f"out of memory in a micro-step of {tokens} tokens (row {failed[0].row}), which a "
+                "sharded model's processes can't begin again: a smaller max_tokens_per_microstep, "
+                "gradient_checkpointing=True or a smaller max_length are the ways out. The "
+                f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
+            )
         if len(failed) > 1:
             self.max_tokens = min(self.max_tokens, tokens) // 2
             text = f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on"

@@ -9,7 +9,7 @@ was accumulated is thrown away and the pairs start again (`micro_steps`).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ from rmipo_lite.model.backbone import (
 from rmipo_lite.model.batch import ModelInput
 from rmipo_lite.model.head import ModelHead, end_nll, read_head
 from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.sharded import is_sharded
 from rmipo_lite.step.gradients import clear_gradients, is_finite, void_gradients
 from rmipo_lite.step.losses import (
     SideMeans,
@@ -40,13 +41,7 @@ from rmipo_lite.step.micro_steps import MicroSteps
 from rmipo_lite.step.neftune import embedding_noise
 from rmipo_lite.step.pair_values import PairValues, StepOutcome
 from rmipo_lite.step.reference import Reference
-from rmipo_lite.step.together import (
-    evaluated_by_all,
-    outcome_of_all,
-    share_of,
-    solved_of,
-    sums_of,
-)
+from rmipo_lite.step.together import Sums, evaluated_by_all, outcome_of_all, solved_of, sums_of
 from rmipo_lite.tokens.pair import TokenizedPair
 
 Backward = Callable[[Tensor], None]
@@ -65,7 +60,6 @@ class PairStep(MicroSteps):
     reference: Reference | None = None  # of methods that measure from one
     memory: Memory | None = None  # of methods that have one
     end_id: int | None = None  # the token that ends an answer, for `end_anchor`
-    group: Group = field(default_factory=Group.current)  # the processes that share a step
     _solved: Mapping[int, Tensor] | None = None  # by row, of methods whose pairs aren't apart
     _noise_seed: int | None = None  # of the training step in progress, with NEFTune
 
@@ -113,11 +107,13 @@ class PairStep(MicroSteps):
         """Pairs and their values without a gradient, micro-step by micro-step, longest first."""
         self._know_reference(pairs)
         with self._solved_for(pairs):
-            found = self._in_parts(
-                share_of(self.group, pairs), lambda part: self._forward(part, self._live_prior)[0]
-            )
+            found = self._in_parts(pairs, lambda part: self._forward(part, self._live_prior)[0])
+            if self.group.size == 1:
+                yield from found
+                return
+            own = self._agreed(lambda: list(found))
             like = torch.zeros((), device=device_of(self.model))
-            yield from evaluated_by_all(self.group, found, pairs, like)
+            yield list(pairs), evaluated_by_all(self.group, own, pairs, like)
 
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
@@ -127,11 +123,11 @@ class PairStep(MicroSteps):
     def _side_means(self, pairs: Sequence[TokenizedPair], score: PriorOf) -> SideMeans:
         def own() -> SideMeans:
             means: SideMeans = {}
-            for part, scored in self._in_parts(share_of(self.group, pairs), score):
+            for part, scored in self._in_parts(pairs, score):
                 means |= side_means(part, *scored)
             return means
 
-        return self.group.merged(self.group.agreed(own))
+        return self.group.merged(self._agreed(own))
 
     @torch.no_grad()
     def response_logps(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
@@ -148,14 +144,14 @@ class PairStep(MicroSteps):
 
         def own() -> dict[int, tuple[float, float]]:
             found: dict[int, tuple[float, float]] = {}
-            for part, (logps, borders) in self._in_parts(share_of(self.group, pairs), self._scored):
+            for part, (logps, borders) in self._in_parts(pairs, self._scored):
                 sums = sequence_sums(logps, borders, self.args.ld_alpha).tolist()
                 sides = zip(sums[0::2], sums[1::2], strict=True)
                 found |= {place[id(pair)]: both for pair, both in zip(part, sides, strict=True)}
             return found
 
         with evaluating(self.model):
-            found = self.group.merged(self.group.agreed(own))
+            found = self.group.merged(self._agreed(own))
         return [(pairs[number], sides) for number, sides in found.items()]
 
     def _know_reference(self, pairs: Sequence[TokenizedPair]) -> None:
@@ -169,7 +165,7 @@ class PairStep(MicroSteps):
             self._noise_seed = int(torch.randint(2**31, ()))
         try:
             with self._solved_for(pairs):
-                outcome = self.group.agreed(
+                outcome = self._agreed(
                     lambda: self._retried(lambda: self._accumulate_once(pairs, backward))
                 )
         finally:
@@ -191,8 +187,10 @@ class PairStep(MicroSteps):
         outcome: StepOutcome,
     ) -> None:
         num_chosen = sum(batch.scored_lengths(pair)[0] for pair in pairs)
-        for part in self._split(share_of(self.group, pairs)):
-            self._running = part
+        own = self._shared(pairs)
+        fillers = self._fillers(pairs, len(own))
+        for number, part in enumerate((*own, *fillers)):
+            self._running, is_filler = part, number >= len(own)
             # The backward pass inside the block: checkpointing runs the forward pass again.
             with self._engaged():
                 values, pair_losses, chosen_nll, num_tokens, ends = self._forward(part, self._prior)
@@ -202,7 +200,9 @@ class PairStep(MicroSteps):
                 micro_loss = weighted.sum() / len(pairs)
                 if self.args.sft_weight:
                     micro_loss = micro_loss + self.args.sft_weight * chosen_nll / num_chosen
-                backward(micro_loss)
+                backward(0.0 * micro_loss if is_filler else micro_loss)
+            if is_filler:
+                continue
             outcome.loss += micro_loss.detach().to(outcome.loss.dtype)
             outcome.values.append(values)
             outcome.rows += [pair.row for pair in part]
@@ -259,16 +259,18 @@ class PairStep(MicroSteps):
             self._solved = known
 
     def _solve(self, pairs: Sequence[TokenizedPair]) -> Mapping[int, Tensor]:
-        states, mine = partial(self.states, in_training=True), share_of(self.group, pairs)
+        states = partial(self.states, in_training=True)
         drawn = random_state()  # both passes draw the same dropout
-        own = self.group.agreed(
-            lambda: self._retried(
-                lambda: sums_of(self._split(mine), states, self.args, self.reference)
-            )
-        )
+
+        def own() -> Sums:
+            parts = self._shared(pairs)
+            parts += self._fillers(pairs, len(parts))
+            return sums_of(parts, states, self.args, self.reference)
+
+        found = self._agreed(lambda: self._retried(own))
         set_random_state(drawn)
         reference = None if self.reference is None else self.reference.sums(pairs)
-        return solved_of(pairs, self.group.merged(own), self.args, reference, self.memory)
+        return solved_of(pairs, self.group.merged(found), self.args, reference, self.memory)
 
     @torch.no_grad()
     def states(
@@ -299,6 +301,8 @@ class PairStep(MicroSteps):
         inputs = batch.prior_input(pairs, self.packing, self.prior_front, self.pad_id)
         inputs = inputs.to(device_of(self.model))
         if not len(inputs.target_ids):  # only responses of one token: nothing to score
+            if is_sharded(self.model):  # and as many passes as the others' all the same
+                self._hidden(self._policy(pairs))
             return torch.zeros(0, device=inputs.target_ids.device), inputs.cu_seqlens
         return self._score(inputs), inputs.cu_seqlens
 
@@ -319,7 +323,7 @@ class PairStep(MicroSteps):
 
     def _is_finite(self, outcome: StepOutcome) -> bool:
         fp16 = bool(self.args.fp16)
-        return self.group.agreed(lambda: is_finite(self.model, outcome.loss, fp16))
+        return self._agreed(lambda: is_finite(self.model, outcome.loss, fp16))
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ of it is added up here, and is the same on all of them afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,22 +138,18 @@ def outcome_of_all(
 
 def evaluated_by_all(
     group: Group,
-    found: Iterable[tuple[list[TokenizedPair], PairValues]],
+    parts: Sequence[tuple[list[TokenizedPair], PairValues]],
     pairs: Sequence[TokenizedPair],
     like: Tensor,
-) -> Iterator[tuple[list[TokenizedPair], PairValues]]:
-    """The values of all pairs, of which `found` are this process's; `like`: of their kind."""
-    if group.size == 1:
-        yield from found
-        return
-    parts = group.agreed(lambda: list(found))
+) -> PairValues:
+    """The values of all pairs, of which `parts` are this process's; `like`: of their kind."""
     rows = [pair.row for part, _ in parts for pair in part]
     columns = {}
     if parts:
         whole = concat([values for _, values in parts])
         columns = {name: getattr(whole, name) for name in _FIELDS}
     table = _table(group, rows, columns, pairs, like)
-    yield list(pairs), PairValues(**{name: table[name] for name in _FIELDS})
+    return PairValues(**{name: table[name] for name in _FIELDS})
 
 
 def _table(

@@ -106,7 +106,7 @@ class PairEvaluation(TrainerBeside):
             return {}
         try:
             with phase(cast(Any, self), "answering prompts", unit="tokens") as advance:
-                columns = self.pair_step.group.from_first(
+                columns = self.pair_step.by_first(
                     lambda: completion_numbers(
                         self.model, self._tokenizer, pairs, self.args.eval_completions,
                         self.args.seed, lambda done, most: advance(done, total=most),

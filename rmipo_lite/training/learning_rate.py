@@ -25,6 +25,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import name_rows
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.range_test import FIRST_RATE, RangeTest
+from rmipo_lite.step.gradients import clip
 from rmipo_lite.step.losses import SideMeans
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import set_mode
@@ -132,7 +133,7 @@ class FindsLearningRate(TrainerBeside):
         if scaler is not None:
             scaler.unscale_(optimizer)
         if self.args.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            clip(self.model, self.args.max_grad_norm)
         if scaler is None:
             optimizer.step()
         else:

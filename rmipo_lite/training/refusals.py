@@ -14,13 +14,20 @@ from rmipo_lite.checkpoints.weights import non_finite_weight
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.report import name_rows
 from rmipo_lite.model.generation import vocabulary_size
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import metric_names
 
 
-def refuse_bad_weights(model: nn.Module, when: str = "") -> None:
-    """Raise where a weight is NaN or inf: no pair is to blame then, and nothing can be learnt."""
-    name = non_finite_weight(model)
+_ALONE = Group()
+
+
+def refuse_bad_weights(model: nn.Module, when: str = "", group: Group = _ALONE) -> None:
+    """Raise where a weight is NaN or inf: no pair is to blame then, and nothing can be learnt.
+
+    `group`: those that ask together, each of what it has of the weights.
+    """
+    name = next(filter(None, group.gather(non_finite_weight(model))), None)
     if name is not None:
         raise FloatingPointError(
             f"{when}model: the weight {name} holds NaN or inf, so every loss would. Load the model "

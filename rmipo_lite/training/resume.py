@@ -24,6 +24,7 @@ from rmipo_lite.checkpoints.weights import fingerprint
 from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import redact
+from rmipo_lite.parallel.sharded import full
 from rmipo_lite.step.losses import pairs_digest
 
 _TENSORS, _VALUES = 64, 4  # of the weights that aren't trained, as many are compared
@@ -99,7 +100,7 @@ def _sample(model: Any) -> dict[str, list[float]]:
 
 
 def _some(weight: torch.Tensor) -> list[float]:
-    flat = weight.detach().flatten()
+    flat = full(weight.detach()).flatten()
     places = torch.linspace(0, len(flat) - 1, _VALUES, dtype=torch.float64).long()
     values: list[float] = flat[places.to(flat.device)].float().tolist()
     return values

@@ -7,7 +7,6 @@ was computed is added up once, so that a step is the same whatever the number of
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
@@ -39,7 +38,7 @@ def say_how_many(args: RMiPOConfig, group: Group) -> None:
         )
 
 
-def begin_alike(model: nn.Module, group: Group) -> None:
+def begin_alike(model: nn.Module, group: Group, shards: bool = False) -> None:
     """Trained weights as the first process has them; the frozen ones are compared.
 
     Raises:
@@ -48,7 +47,9 @@ def begin_alike(model: nn.Module, group: Group) -> None:
     if group.size == 1:
         return
     weights = list(model.named_parameters())
-    group.spread(weight for _, weight in weights if weight.requires_grad)
+    # To be shared out, a model may have been loaded by the first alone (accelerate's way).
+    spreads_all = shards and not hasattr(model, "hf_quantizer")
+    group.spread(weight for _, weight in weights if weight.requires_grad or spreads_all)
     found = group.gather(fingerprint((n, w) for n, w in weights if not w.requires_grad))
     other = [rank for rank, digest in enumerate(found) if digest != found[0]]
     if other:
@@ -67,27 +68,6 @@ def take_first_card(args: RMiPOConfig) -> None:
         f"--nproc_per_node {args.n_gpu} script.py, or rmipo-lite train --num_processes {args.n_gpu}"
     )
     args._n_gpu = 1
-
-
-def refuse_sharded_models(args: RMiPOConfig) -> None:
-    """Raise ValueError for FSDP and DeepSpeed, by options or by the launcher's environment."""
-    asked = [
-        name
-        for name, is_asked in (
-            ("fsdp", getattr(args, "fsdp", None) or _is_set("ACCELERATE_USE_FSDP")),
-            ("deepspeed", getattr(args, "deepspeed", None) or _is_set("ACCELERATE_USE_DEEPSPEED")),
-        )
-        if is_asked
-    ]
-    if asked:
-        raise ValueError(
-            f"{' and '.join(asked)}: not supported; every process holds the whole model here, so "
-            "start plain data parallel (torchrun, or accelerate launch --multi_gpu)"
-        )
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 class SharesSteps(TrainerBeside):

@@ -65,10 +65,10 @@ from rmipo_lite.training.refusals import (
 )
 from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
+from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone, share_out
 from rmipo_lite.training.shared_steps import (
     SharesSteps,
     begin_alike,
-    refuse_sharded_models,
     say_how_many,
     take_first_card,
 )
@@ -144,7 +144,7 @@ class RMiPOTrainer(
         upstream.require()
         refuse_other_options(args)
         refuse_other_callbacks(callbacks)
-        refuse_sharded_models(args)
+        args.shards_layers = asks_to_shard(args)
         take_first_card(args)
         unused = None if args.use_cpu else unused_gpu()
         if unused:
@@ -160,16 +160,17 @@ class RMiPOTrainer(
             )
         if isinstance(model, str):
             keep_family_in_range(model, args)
-        loaded: nn.Module = (
-            loading.load_model(model, args, quantization_config)
-            if isinstance(model, str)
-            else model
-        )
+        with seen_by_us_alone(args):
+            loaded: nn.Module = (
+                loading.load_model(model, args, quantization_config)
+                if isinstance(model, str)
+                else model
+            )
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
         loaded = attach.attach_adapter(loaded, peft_config, args)
-        begin_alike(loaded, Group.current())
+        begin_alike(loaded, Group.current(), args.shards_layers)
         self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:
             disable_dropout(loaded)
@@ -188,16 +189,20 @@ class RMiPOTrainer(
         ends = other_ends(base.generation_config, self._tokenizer, scored_end(train_pairs or []))
         base.generation_config = savable_generation_config(loaded, self._tokenizer)
         use_cache = getattr(base.config, "use_cache", None)
-        super().__init__(
-            model=loaded,
-            args=with_own_rate(whole_step_batches(args), optimizers[0]),
-            data_collator=_collate,
-            train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
-            processing_class=self._tokenizer,
-            callbacks=None if callbacks is None else list(callbacks),
-            optimizers=optimizers,
-        )
+        if args.shards_layers:
+            share_out(loaded, args, Group.current())
+        own_args = with_own_rate(whole_step_batches(args), optimizers[0])
+        with seen_by_us_alone(own_args):
+            super().__init__(
+                model=loaded,
+                args=own_args,
+                data_collator=_collate,
+                train_dataset=train_pairs,
+                eval_dataset=eval_pairs,
+                processing_class=self._tokenizer,
+                callbacks=None if callbacks is None else list(callbacks),
+                optimizers=optimizers,
+            )
         if use_cache is not None and not args.use_cache:
             base.config.use_cache = use_cache  # no pass of ours asks it, and it is saved
         self.neftune_noise_alpha = None  # the step draws it
@@ -333,7 +338,7 @@ class RMiPOTrainer(
             return
         step = self.state.global_step + 1
         if not outcome.num_pairs:
-            refuse_bad_weights(self.model, f"stopped at step {step}: ")
+            refuse_bad_weights(self.model, f"stopped at step {step}: ", Group.current())
         rows = [pair.row for pair in outcome.dropped]
         named = name_rows(rows)
         say(

@@ -179,7 +179,8 @@ make_trainer(Path(sys.argv[1]), save_steps=1, num_train_epochs=50).train()
 """
 
 
-@pytest.mark.parametrize("delay_ms", [pytest.param(4, marks=pytest.mark.slow), 35])
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_ms", [4, 35])
 def test_kill_during_a_save_leaves_a_valid_checkpoint_and_an_exact_resume(
     tmp_path: Path, delay_ms: int
 ) -> None:

@@ -114,6 +114,7 @@ def test_every_run_begins_with_the_model_as_it_came(kind: str, tmp_path: Path) -
     assert equal_weights(was, model.state_dict())
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def test_what_can_be_known_before_is_said_before(given: Any, told: str, tmp_path
     assert not list(tmp_path.glob("*-seed*"))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, folder = tmp_path / "model", tmp_path / "runs"
     causal_lm(tiny_model("llama")).save_pretrained(model)

@@ -214,6 +214,7 @@ def test_the_compilers_first_error_is_the_message(monkeypatch, tmp_path: Path) -
         build.build("cpu", tmp_path)
 
 
+@pytest.mark.slow
 def test_host_functions_of_the_bindings(tmp_path: Path) -> None:
     """64-bit addresses past 2^31, id classes, gamma: the header the kernels share, from C++."""
     pybind11 = pytest.importorskip("pybind11")

@@ -29,6 +29,7 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.backbone import scored_hidden
 from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.sharded import full
 from rmipo_lite.step import pair_step
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
@@ -68,7 +69,7 @@ def _outcome(trainer: RMiPOTrainer, resume: Any = None) -> dict[str, Any]:
     return {
         "log": list(trainer.state.log_history),
         "weights": {
-            name: weight.detach().clone()
+            name: full(weight.detach()).clone()
             for name, weight in trainer.model.named_parameters()
             if weight.requires_grad
         },
