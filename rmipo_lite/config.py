@@ -39,7 +39,7 @@ _OTHER_NAMES = {
 }
 
 # What transformers takes, and leaves in the option, beside what its annotation says.
-_ALSO: dict[str, tuple[type, ...]] = {"accelerator_config": (AcceleratorConfig,)}
+_ALSO: dict[str, tuple[type, ...]] = {"accelerator_config": (AcceleratorConfig,), "fsdp": (bool,)}
 
 
 @dataclass

@@ -41,8 +41,8 @@ from rmipo_lite.training.known_before import RefModel
 from rmipo_lite.training.learning_rate import pairs_of_a_search
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_callbacks
 from rmipo_lite.training.rehearsal import plan_run
-from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
+from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone
 from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.progress import show_progress
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from rmipo_lite.adapters.base_model import packed_weights
+
 _OF_PEFT = ("original_module", "base_layer", "token_adapter")
 _ROUNDING = 1e-6  # an adapter that took a part out of the base was put back in float32
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -90,7 +92,7 @@ def changed_weight(base: PreTrainedModel) -> str | None:
         for end in (base.get_input_embeddings(), base.get_output_embeddings())
         if end is not None
         for parameter in end.parameters()
-    }
+    } | packed_weights(base)
     for name, weight in base.named_parameters():  # an adapter's own are in no such file
         if weight.ndim > 1 and weight.is_floating_point() and id(weight) not in ends:
             there = stored(base, file_name(name), rows=1)

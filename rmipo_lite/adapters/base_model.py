@@ -34,6 +34,12 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+def packed_weights(model: nn.Module) -> set[int]:
+    """The ids of 4-bit weights: bits, whatever dtype they are stored as."""
+    layers = [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Embedding4bit")]
+    return {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+
+
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """What peft's making of a model warns of and its user can do nothing about isn't shown."""

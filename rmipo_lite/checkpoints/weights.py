@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.base_model import causal_lm, packed_weights
 from rmipo_lite.adapters.saved import save_adapter
 from rmipo_lite.output.console import watched_bars
 from rmipo_lite.output.redaction import redact
@@ -24,11 +24,10 @@ _SAMPLE = 512  # values of each weight that a fingerprint is made of
 
 def non_finite_weight(model: nn.Module, trained_only: bool = False) -> str | None:
     """The name of the first weight that holds NaN or inf, None where all are numbers."""
+    packed = packed_weights(model)
     for name, parameter in model.named_parameters():
-        if trained_only and not parameter.requires_grad:
+        if (trained_only and not parameter.requires_grad) or id(parameter) in packed:
             continue
-        if getattr(parameter, "quant_state", None) is not None:
-            continue  # packed bits, whatever they are stored as
         if parameter.is_floating_point() and parameter.numel() and not _is_finite(parameter):
             return name
     return None

@@ -64,8 +64,8 @@ def config_file(name: str) -> tuple[Path, dict[str, Any]]:
     return path, said
 
 
-def launch(words: Sequence[str], processes: int | None, config: str) -> int:
-    """Run the command on several processes; its exit code.
+def launch(words: Sequence[str], processes: int | None, config: str) -> int | None:
+    """Run the command on several processes; its exit code, or None where this one is enough.
 
     Args:
         words: the command line behind `rmipo-lite`.
@@ -73,7 +73,7 @@ def launch(words: Sequence[str], processes: int | None, config: str) -> int:
         config: name or path of accelerate's file.
 
     Raises:
-        ValueError: as `config_file`; more than one process is wanted and there is one card.
+        ValueError: as `config_file`.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -82,15 +82,19 @@ def launch(words: Sequence[str], processes: int | None, config: str) -> int:
 
     path, said = config_file(config)
     own = said.get("num_processes") if path.parent != _SHIPPED else None
-    processes = processes or own or torch.accelerator.device_count()
+    processes = int(processes or own or torch.accelerator.device_count() or 1)
     machines = int(said.get("num_machines") or 1)
+    if processes == 1:
+        say("One process: nothing is shared")
+        return None
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _STOP_S)
     here = max(1, processes // machines)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
     flags = ["--config_file", str(path), "--num_processes", str(processes)]
-    if machines == 1:  # a port that is free: another run may be at work beside this one
+    if machines == 1:
         flags += ["--main_process_port", "0"]
     args = launch_command_parser().parse_args([*flags, "-m", "rmipo_lite.cli.main", *words])
+    args.standalone = machines == 1  # on a port that torchrun finds: other runs may be at work
     try:
         launch_command(args)
     except ChildFailedError as error:

@@ -53,7 +53,9 @@ def _train(given: dict[str, Any]) -> int:
     if processes is not None and int(processes) < 1:
         raise ValueError(f"num_processes must be at least 1, got {processes}")
     if (config or int(processes or 1) > 1) and not is_launched():
-        return launch(words, processes and int(processes), config or "multi_gpu")
+        code = launch(words, processes and int(processes), config or "multi_gpu")
+        if code is not None:
+            return code
     import rmipo_lite
 
     result = rmipo_lite.train(options.pop("model"), options.pop("dataset"), **options)

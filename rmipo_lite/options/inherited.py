@@ -7,6 +7,7 @@ be ignored without a word. Both are errors that name the option, before anything
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -85,6 +86,11 @@ CHECKED: dict[str, Wanted] = {
     ),
 }
 
+_NO_DEEPSPEED = (
+    "not supported; a model that fits one card: accelerate launch --multi_gpu, a larger one: "
+    "FSDP2, rmipo-lite train --accelerate_config fsdp2"
+)
+
 # name -> (the values that may stand there, where else what is meant is to be had)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False,), "the batch is ours"),
@@ -102,6 +108,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_compile_backend": ((None,), "packed batches go past a compiled forward"),
     "torch_compile_mode": ((None,), "packed batches go past a compiled forward"),
     "enable_jit_checkpoint": ((False,), "save_steps writes checkpoints that are whole at any time"),
+    "deepspeed": ((None, ""), _NO_DEEPSPEED),
     "resume_from_checkpoint": (
         (None,), "pass resume= to train(), or resume_from_checkpoint= to trainer.train()"
     ),
@@ -152,7 +159,7 @@ PASSED = frozenset([
     "hub_always_push", "hub_revision", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "ignore_data_skip", "full_determinism", "debug",
     "restore_callback_states_from_checkpoint", "accelerator_config", "parallelism_config",
-    "fsdp", "fsdp_config", "deepspeed", "dataloader_drop_last", "dataloader_persistent_workers",
+    "fsdp", "fsdp_config", "dataloader_drop_last", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_in_order", "ddp_find_unused_parameters",
     "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "skip_memory_metrics",
     "do_train", "do_eval", "do_predict", "local_rank", "prediction_loss_only",
@@ -162,6 +169,8 @@ PASSED = frozenset([
 
 def problem(options: Mapping[str, Any]) -> str | None:
     """What is wrong with the first option that can't stand, as "NAME must be ..., got ..."."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
+        return f"deepspeed must be left out of the launcher's file ({_NO_DEEPSPEED})"
     for name, value in options.items():
         if name in REFUSED:
             allowed, instead = REFUSED[name]

@@ -1,8 +1,9 @@
 """Several processes that train one model together, each computing a share of every step's pairs.
 
-`group` says who this process is among them, and is the only place where they meet.
+`group` says who this process is among them, and where they meet; `sharded` is of a model of which
+each holds a part, whose passes are meetings too.
 """
 
-from rmipo_lite.parallel import group
+from rmipo_lite.parallel import group, sharded
 
-__all__ = ["group"]
+__all__ = ["group", "sharded"]

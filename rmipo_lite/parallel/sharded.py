@@ -1,4 +1,4 @@
-"""A model too large for one card, its layers shared out: every process holds a part of each (FSDP2).
+"""A model too large for one card, its layers shared out: every process holds a part (FSDP2).
 
 torch's `fully_shard` gathers a layer's weights when it is called and frees them after it; in the
 backward pass it gathers them again, adds the processes' gradients up and leaves each its part. So a

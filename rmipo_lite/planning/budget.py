@@ -123,9 +123,7 @@ def fixed_bytes(model: nn.Module, args: RMiPOConfig) -> int:
     """What a step takes whatever its tokens: gradients, optimizer, the head's buffer."""
     width = optimizer_width(str(getattr(args.optim, "value", args.optim)))
     trained = sum(
-        local(p).numel() * (p.element_size() + width)
-        for p in model.parameters()
-        if p.requires_grad
+        local(p).numel() * (p.element_size() + width) for p in model.parameters() if p.requires_grad
     )
     weight = read_head(model).weight
     native = use_native(args.kernel_impl, weight.device)

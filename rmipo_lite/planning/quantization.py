@@ -68,6 +68,8 @@ def nf4_config(args: RMiPOConfig) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=args.dtype,
+        # FSDP2 shares out numbers alone: the packed bits are stored as if they were some.
+        bnb_4bit_quant_storage=args.dtype if args.shards_layers else torch.uint8,
     )
 
 

@@ -4,4 +4,4 @@
 what it says of every pair, `reference` the model it may measure from.
 """
 
-__all__ = ["losses", "make", "pair_step", "pair_values", "reference"]
+__all__ = ["gradients", "losses", "make", "pair_step", "pair_values", "reference"]

@@ -11,5 +11,6 @@ __all__ = [
     "rehearsal",
     "restore",
     "run_log",
+    "sharding",
     "trainer",
 ]

@@ -18,7 +18,6 @@ from rmipo_lite.parallel.group import Group
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import metric_names
 
-
 _ALONE = Group()
 
 
@@ -77,8 +76,17 @@ def refuse_other_vocabulary(
             )
 
 
-def refuse_repeated_rows(pairs: Sequence[TokenizedPair]) -> None:
-    """Raise ValueError for two pairs of one number: weights and cached priors go by it."""
+def refuse_bad_pairs(pairs: Sequence[TokenizedPair], args: RMiPOConfig) -> None:
+    """Raise ValueError where no step can be made of them, or two share a number.
+
+    Dropping the last batch may leave none; weights and cached priors go by the number.
+    """
+    if args.dataloader_drop_last and 0 < len(pairs) < args.pairs_per_step:
+        raise ValueError(
+            f"dataloader_drop_last: {len(pairs)} pairs are less than one step's "
+            f"{args.pairs_per_step}, and all would be dropped; leave it out, or lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
     counts = Counter(pair.row for pair in pairs)
     repeated = [row for row, count in counts.items() if count > 1]
     if repeated:
@@ -99,16 +107,6 @@ def refuse_coarse_steps(trainer: Any) -> None:
             "learning_rate='auto': the weights that are trained are in 16 bits, and most steps at "
             "such a rate would be rounded away. Load the model in float32 (dtype=torch.float32), "
             "train an adapter (peft_config='auto'), or pass a number"
-        )
-
-
-def refuse_no_batch(pairs: Sequence[TokenizedPair] | None, args: RMiPOConfig) -> None:
-    """Raise ValueError where dropping the last batch leaves none."""
-    if args.dataloader_drop_last and pairs and len(pairs) < args.pairs_per_step:
-        raise ValueError(
-            f"dataloader_drop_last: {len(pairs)} pairs are less than one step's "
-            f"{args.pairs_per_step}, and all would be dropped; leave it out, or lower "
-            "per_device_train_batch_size or gradient_accumulation_steps"
         )
 
 

@@ -29,13 +29,8 @@ def asks_to_shard(args: RMiPOConfig) -> bool:
     """Whether the model's layers are to be shared out among this run's processes.
 
     Raises:
-        ValueError: DeepSpeed, or FSDP as it isn't done here; the message says what to use.
+        ValueError: FSDP as it isn't done here; the message says what is.
     """
-    if args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "deepspeed: not supported. A model that fits one card: accelerate launch --multi_gpu "
-            "(or --accelerate_config multi_gpu); a larger one: --accelerate_config fsdp2"
-        )
     if not (args.fsdp or _is_set(_LAUNCHED)):
         return False
     if Group.current().size == 1:
@@ -53,8 +48,8 @@ def _refuse_other_forms(args: RMiPOConfig) -> None:
         version, offload = os.environ.get("FSDP_VERSION", "1"), _is_set("FSDP_OFFLOAD_PARAMS")
     if int(version) != 2:
         raise ValueError(
-            f"fsdp: version {version} is not supported, version 2 is: --accelerate_config fsdp2, or "
-            "fsdp_version: 2 in the file (docs/scale.md has one that works)"
+            f"fsdp: version {version} is not supported, version 2 is: --accelerate_config fsdp2, "
+            "or fsdp_version: 2 in the file (docs/scale.md has one that works)"
         )
     optimizer = str(getattr(args.optim, "value", args.optim))
     for is_wrong, what in (
@@ -68,11 +63,13 @@ def _refuse_other_forms(args: RMiPOConfig) -> None:
 
 
 def share_out(model: nn.Module, args: RMiPOConfig, group: Group) -> None:
-    """Leave each process its part of the model's layers.
+    """Leave each process its part of the model's layers, where that was asked for.
 
     Raises:
         ValueError: its adapter can't be shared out, or its layers aren't known.
     """
+    if not args.shards_layers:
+        return
     if isinstance(model, PeftModel) and changes_base(model.active_peft_config):
         kind = getattr(model.active_peft_config, "init_lora_weights", None)
         raise ValueError(f"fsdp: an adapter that starts as {kind!r} is not supported")
@@ -90,8 +87,8 @@ def _layers_of(base: Any, backbone: nn.Module) -> list[nn.Module]:
     layers = [module for module in backbone.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError(
-            f"fsdp: which modules of {type(base).__name__} are its layers is not known (it names no "
-            "_no_split_modules); plain data parallel takes it: accelerate launch --multi_gpu"
+            f"fsdp: which modules of {type(base).__name__} are its layers is not known (it names "
+            "no _no_split_modules); plain data parallel takes it: accelerate launch --multi_gpu"
         )
     return layers
 

@@ -52,14 +52,13 @@ from rmipo_lite.training.evaluation import PairEvaluation, set_mode
 from rmipo_lite.training.known_before import KnowsBefore, RefModel, say_uneven_labels
 from rmipo_lite.training.learning_rate import FindsLearningRate, with_own_rate
 from rmipo_lite.training.refusals import (
+    refuse_bad_pairs,
     refuse_bad_schedule,
     refuse_bad_weights,
     refuse_coarse_steps,
-    refuse_no_batch,
     refuse_other_callbacks,
     refuse_other_options,
     refuse_other_vocabulary,
-    refuse_repeated_rows,
     refuse_unknown_metric,
     whole_step_batches,
 )
@@ -146,26 +145,25 @@ class RMiPOTrainer(
         refuse_other_callbacks(callbacks)
         args.shards_layers = asks_to_shard(args)
         take_first_card(args)
-        unused = None if args.use_cpu else unused_gpu()
-        if unused:
-            say(f"WARNING: {unused}")
-        slow = slow_bf16() if args.bf16 and args.device.type == "cpu" else None
-        if slow:
-            say(f"WARNING: {slow}")
+        on_slow_cpu = args.bf16 and args.device.type == "cpu"
+        for warning in (
+            None if args.use_cpu else unused_gpu(), slow_bf16() if on_slow_cpu else None,
+        ):  # fmt: skip
+            if warning:
+                say(f"WARNING: {warning}")
         if processing_class is None:
             processing_class = loading.load_tokenizer(names.name_of(model))
         if not isinstance(model, str) and quantization_config is not None:
             raise ValueError(
                 "quantization_config is for a model given by name or folder; this one is loaded"
             )
+        loaded: nn.Module
         if isinstance(model, str):
             keep_family_in_range(model, args)
-        with seen_by_us_alone(args):
-            loaded: nn.Module = (
-                loading.load_model(model, args, quantization_config)
-                if isinstance(model, str)
-                else model
-            )
+            with seen_by_us_alone(args):
+                loaded = loading.load_model(model, args, quantization_config)
+        else:
+            loaded = model
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
@@ -180,8 +178,7 @@ class RMiPOTrainer(
         train_pairs, self.data_report = self._tokenized(
             train_dataset, args, loaded, "train_dataset", split
         )
-        refuse_no_batch(train_pairs, args)
-        refuse_repeated_rows(train_pairs or [])
+        refuse_bad_pairs(train_pairs or [], args)
         say_uneven_labels(train_pairs or [], args)
         eval_pairs = self._tokenized_eval(eval_dataset, args, loaded, eval_split)
         keep_model_in_range(loaded, train_pairs or [], args)
@@ -189,8 +186,7 @@ class RMiPOTrainer(
         ends = other_ends(base.generation_config, self._tokenizer, scored_end(train_pairs or []))
         base.generation_config = savable_generation_config(loaded, self._tokenizer)
         use_cache = getattr(base.config, "use_cache", None)
-        if args.shards_layers:
-            share_out(loaded, args, Group.current())
+        share_out(loaded, args, Group.current())
         own_args = with_own_rate(whole_step_batches(args), optimizers[0])
         with seen_by_us_alone(own_args):
             super().__init__(
@@ -207,8 +203,7 @@ class RMiPOTrainer(
             base.config.use_cache = use_cache  # no pass of ours asks it, and it is saved
         self.neftune_noise_alpha = None  # the step draws it
         self.add_callback(_LogLastStep())
-        one_set = eval_pairs if isinstance(eval_pairs, list) else []
-        self.doctor = Doctor(self.args, len(one_set))
+        self.doctor = Doctor(self.args, len(eval_pairs) if isinstance(eval_pairs, list) else 0)
         self.doctor.report, self.doctor.ends = self.data_report, ends
         self.add_callback(self.doctor)
         if not self.args.disable_tqdm:

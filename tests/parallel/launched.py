@@ -30,7 +30,7 @@ def launched(processes: int, folder: Path, what: list[str]) -> None:
     done = subprocess.run(
         command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=_GUARD_S, check=False
     )
-    told = [line for line in done.stderr.splitlines() if "Error" in line]
+    told = [line for line in done.stderr.splitlines() if "Error: " in line]
     assert done.returncode == 0, " | ".join(told[:4]) or done.stderr[-2000:]
 
 

@@ -125,7 +125,7 @@ def test_the_command_says_everything_once(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_all_at_the_same_step(tmp_path: Path) -> None:
-    options = ("--max_steps", "4000", "--save_steps", "4000")
+    options = ("--max_steps", "4000", "--save_steps", "4000", "--accelerate_config", "fsdp2")
     command = [*_command(tmp_path, *options), "--num_processes", "2"]
     with subprocess.Popen(
         command, env=_ENV, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

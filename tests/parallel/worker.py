@@ -20,20 +20,22 @@ from unittest import mock
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
+from rmipo_lite import train
 from rmipo_lite.checkpoints import trainer_mixin
 from rmipo_lite.checkpoints.weights import save_run
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.backbone import scored_hidden
 from rmipo_lite.parallel.group import Group
-from rmipo_lite.parallel.sharded import full
+from rmipo_lite.parallel.sharded import full, is_part
 from rmipo_lite.step import pair_step
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.trainer import RMiPOTrainer
-from tests.kit import random_pairs, tiny_model, word_tokenizer
+from tests.kit import random_pairs, tiny_model, word_rows, word_tokenizer
 
 POISON = [5] * 6  # tokens that no other pair has in a row
 _real = scored_hidden
@@ -76,6 +78,7 @@ def _outcome(trainer: RMiPOTrainer, resume: Any = None) -> dict[str, Any]:
         "dropped": trainer.dropped_pairs,
         "failed": trainer.failed_saves,
         "budget": trainer.pair_step.max_tokens,
+        "parts": sum(map(is_part, trainer.model.parameters())),
     }
 
 
@@ -148,9 +151,9 @@ def _poisoned(rows: set[int], pairs: list[TokenizedPair]) -> Iterator[list[Token
         ]
 
 
-def not_finite(folder: Path) -> dict[str, Any]:
+def not_finite(folder: Path, **options: Any) -> dict[str, Any]:
     with _poisoned({3, 17}, random_pairs(40)) as pairs:
-        return _short(folder, pairs=pairs)
+        return _short(folder, pairs=pairs, **options)
 
 
 @contextlib.contextmanager
@@ -216,6 +219,60 @@ def resumed(folder: Path) -> dict[str, Any]:
     return _outcome(_trainer(folder), resume=str(checkpoint))
 
 
+def one_line(folder: Path, **options: Any) -> dict[str, Any]:
+    """`train()` on a folder with a model in 4 bits, whose prompts are answered."""
+    saved = folder / "model"
+    if Group.current().is_first:
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+        model.save_pretrained(saved)
+        word_tokenizer().save_pretrained(saved)
+    Group.current().gather(None)
+    result = train(
+        str(saved), word_rows(60), output_dir=folder / "run", quantization="4bit", max_steps=3,
+        per_device_train_batch_size=7, learning_rate=2e-3, use_cpu=True, logging_steps=1,
+        disable_tqdm=True, eval_completions=2, sample_prompts=1, **options,
+    )  # fmt: skip
+    weights = {n: p for n, p in result.model.named_parameters() if p.requires_grad}
+    return {
+        "log": result.history,
+        "weights": {name: full(weight.detach()).clone() for name, weight in weights.items()},
+        "dropped": [],
+        "failed": [] if result.unsaved is None else [result.unsaved],
+        "parts": sum(map(is_part, result.model.parameters())),
+    }
+
+
+def _ends(**options: Any) -> dict[str, Any]:
+    """LoRA on head and layers, the embeddings trained as they are; nothing tied."""
+    targets = ["q_proj", "down_proj", "lm_head"]
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=["embed_tokens"])
+    model = tiny_model("llama", tie_word_embeddings=False)
+    return {"model": model, "peft_config": config, **options}
+
+
+_PARTS = {"fsdp": True}
+
+SHARDED: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "sharded": lambda folder: _outcome(_trainer(folder, **_PARTS)),
+    "sharded_fewer": lambda folder: _short(folder, count=8, **_PARTS),
+    "sharded_full": lambda folder: _short(
+        folder, peft_config=None, loss_type="dpo", reference="live", learning_rate=1e-3, **_PARTS
+    ),
+    "sharded_signs": lambda folder: _short(folder, loss_type="epsilon_dpo", **_PARTS),
+    "sharded_rate": lambda folder: _short(folder, learning_rate="auto", **_PARTS),
+    "sharded_ends": lambda folder: _short(folder, **_ends(), **_PARTS),
+    "sharded_padded": lambda folder: _short(
+        folder, packing=False, gradient_checkpointing=True, eval_completions=2, **_PARTS
+    ),
+    "sharded_cached": lambda folder: _short(folder, prior="cached", loss_type="kto_pair", **_PARTS),
+    "sharded_not_finite": lambda folder: not_finite(folder, **_PARTS),
+    "sharded_4bit": lambda folder: one_line(folder, **_PARTS),
+    "sharded_resumed": lambda folder: _outcome(
+        _trainer(folder, **_PARTS),
+        resume=str(folder.parent / "sharded" / "run" / "checkpoint-9"),
+    ),
+}
+
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": lambda folder: _outcome(_trainer(folder)),
     "fewer_pairs_than_processes": lambda folder: _short(folder, count=8),
@@ -238,7 +295,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
 def run(folder: Path, names: list[str]) -> None:
     """Each into a folder of its own, with what came of it by rank."""
     for name in names:
-        keep(folder / name, SCENARIOS[name])
+        keep(folder / name, {**SCENARIOS, **SHARDED}[name])
 
 
 def run_drawn(folder: Path, file: Path) -> None:

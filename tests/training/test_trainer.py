@@ -324,14 +324,6 @@ def test_one_process_takes_the_first_of_several_cards(
     assert "rmipo-lite train --num_processes 2" in said
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
-def test_what_shards_a_model_is_refused(name: str, tmp_path: Path, tokenizer: Any) -> None:
-    args = RMiPOConfig(str(tmp_path))
-    setattr(args, name, {"any": "thing"})
-    with pytest.raises(ValueError, match=f"{name}: not supported; every process holds"):
-        RMiPOTrainer(tiny_model(), args, train_dataset=random_pairs(2), processing_class=tokenizer)
-
-
 def test_quantising_a_loaded_model_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     from rmipo_lite.planning.quantization import nf4_config
 
