@@ -28,6 +28,7 @@ from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of, new_folder, run_name
 from rmipo_lite.output.console import say, show
 from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.once import once_a_machine
 from rmipo_lite.parallel.sharded import is_sharded, whole
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.model_card import model_card
@@ -116,13 +117,14 @@ def train(
         folder = group.from_first(lambda: _output_folder(model, output_dir, resume))
         args.output_dir = str(folder)
         say("Reading the pairs")
-        data = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
+        data = once_a_machine(lambda: load_rows(dataset, split=split, unpaired=args.loss.unpaired))
         args.shards_layers = asks_to_shard(args)
         with seen_by_us_alone(args):
             loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
-        train_pairs, eval_pairs, prompts = _pairs(
-            data, eval_dataset, eval_split, tokenizer, args, loaded
+        # With its report, which tokenising adds to.
+        data, (train_pairs, eval_pairs, prompts) = once_a_machine(
+            lambda: (data, _pairs(data, eval_dataset, eval_split, tokenizer, args, loaded))
         )
         show(data.report)
         interrupt = GracefulInterrupt()

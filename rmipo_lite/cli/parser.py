@@ -29,7 +29,7 @@ OWN_NAMES = {
         "report",
     ),
     "inspect": ("dataset", "split", "model", "tokenizer", "output_dir", "report", "top"),
-    "estimate": ("model", "dataset", "split", "tokenizer", "gpu", "quantization"),
+    "estimate": ("model", "dataset", "split", "tokenizer", "gpu", "num_gpus", "quantization"),
     "compare": (
         "model",
         "dataset",
@@ -242,6 +242,10 @@ def _add_estimate(commands: Any, argv: Sequence[str]) -> None:
         help="a card (RTX 3060 12GB, T4, M2 Max 64GB), a size (12GB), numbers (24GB 165TFLOPS "
         "1TB/s) or cpu (default: this machine's)",
     )
+    estimate.add_argument(
+        "--num_gpus", "--num-gpus", type=int, default=1, metavar="N",
+        help="such cards that share every step; both layouts are told of (default: 1)",
+    )  # fmt: skip
     estimate.add_argument("--tokenizer", help="folder or name (default: the model's)")
     _add_quantization(estimate)
 

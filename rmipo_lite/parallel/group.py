@@ -56,6 +56,11 @@ class Group:
         return self.rank == 0
 
     @property
+    def rank_here(self) -> int:
+        """This one's number among those of this machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank))
+
+    @property
     def on_this_machine(self) -> int:
         """How many of them share this machine's memory."""
         return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
@@ -145,7 +150,7 @@ class Group:
             try:
                 box[0] = make()
             except Exception as error:
-                box[1] = _carried(error)
+                box[1] = carried(error)
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
@@ -193,7 +198,7 @@ def refuse_several(what: str) -> None:
         )
 
 
-def _carried(error: Exception) -> Exception:
+def carried(error: Exception) -> Exception:
     """An error that can be sent: itself, or one with its words."""
     try:
         pickle.loads(pickle.dumps(error))

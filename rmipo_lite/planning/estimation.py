@@ -6,6 +6,7 @@ floating-point operations over a share of the card's speed: an order of magnitud
 """
 
 import copy
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from rmipo_lite.planning.device import free_bytes, name_of, total_bytes
 from rmipo_lite.planning.estimation_view import Estimate, Fit
 from rmipo_lite.planning.footprint import Activations, Setup, Weights, optimizer_width, weights_of
 from rmipo_lite.planning.half_range import is_beyond_half
+from rmipo_lite.planning.several_cards import ALONE, Layout, layouts_of
 from rmipo_lite.planning.workload import Workload, shortened, workload
 from rmipo_lite.tokens.options import options_for
 
@@ -54,6 +56,7 @@ def estimate(
     dataset: Any = None,
     *,
     gpu: str | float | None = None,
+    num_gpus: int = 1,
     split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     quantization: quantization.Quantization = "auto",
@@ -70,6 +73,8 @@ def estimate(
         gpu: a card ("RTX 3060 12GB", "T4", "M2 Max 64GB"), a memory ("12GB"), memory, speed in 16
             bits and bandwidth ("24GB 165TFLOPS 1TB/s"), or "cpu"; None is this machine's card, or
             its CPU.
+        num_gpus: such cards, which share every step; from 2 on both layouts are told of: each the
+            whole model, and FSDP2. A card must be named for it.
         split: which split of the dataset, as for `train`.
         tokenizer: of the dataset, itself or its folder; None loads the model's.
         quantization: "auto", "none" or "4bit", as for `train`.
@@ -85,6 +90,8 @@ def estimate(
     """
     if quantization not in ("auto", "none", "4bit"):
         raise ValueError(f"quantization: wanted 'auto', 'none' or '4bit', got {quantization!r}")
+    if not isinstance(num_gpus, int) or num_gpus < 1:
+        raise ValueError(f"num_gpus must be a whole number >= 1, got {num_gpus!r}")
     precision = {name: bool(config.pop(name, False)) for name in ("bf16", "fp16")}
     if all(precision.values()):
         raise ValueError("bf16, fp16: wanted one of them, got both")
@@ -110,6 +117,9 @@ def estimate(
         precision,
         workload(name, shape, dataset, tokenizer, args),
     )
+    card = _card_of(gpu)
+    if num_gpus > 1 and card.kind == CPU:
+        raise ValueError(f"num_gpus={num_gpus} needs a card: gpu='RTX 4090', for example")
     return Estimate(
         model=names.short_name(name) if isinstance(model, str) else name,
         note=case.work.note,
@@ -117,8 +127,10 @@ def estimate(
         pairs_per_step=args.pairs_per_step,
         tokens=case.work.policy * (1 + args.loss.needs_reference + 2 * args.loss.needs_logits)
         + (case.work.prior if args.uses_prior else 0),
-        fit=case.on(_card_of(gpu)),
+        fit=case.on(card),
         cards=[case.on(find_card(common)) for common in COMMON],
+        num_gpus=num_gpus,
+        layouts=[case.on(card, layout) for layout in layouts_of(num_gpus) if num_gpus > 1],
     )
 
 
@@ -188,18 +200,18 @@ class _Case:
     precision: dict[str, bool]  # bf16 or fp16, where the caller asked for it
     work: Workload
 
-    def on(self, card: Card) -> Fit:
-        """What `train` would do on this card, and whether it fits."""
-        setup = self._setup(card)
-        fit = self._fit(card, setup, self.args, self.work)
-        return fit if fit.fits else replace(fit, way_out=self._way_out(card, setup))
+    def on(self, card: Card, layout: Layout = ALONE) -> Fit:
+        """What `train` would do on this card, or on several of it, and whether it fits."""
+        setup = self._setup(card, layout)
+        fit = self._fit(card, setup, self.args, self.work, layout)
+        return fit if fit.fits else replace(fit, way_out=self._way_out(card, setup, layout))
 
     def is_beyond_half(self, card: Card) -> bool:
         """Whether the card would take float16, and the model's numbers don't fit it."""
         no_bf16 = card.kind == "cuda" and not card.has_bf16
         return no_bf16 and is_beyond_half(self.shape) and not any(self.precision.values())
 
-    def _setup(self, card: Card) -> Setup:
+    def _setup(self, card: Card, layout: Layout) -> Setup:
         on_cuda = card.kind == "cuda"
         dtype = torch.float16 if on_cuda else torch.float32
         if card.has_bf16:
@@ -212,14 +224,18 @@ class _Case:
             dtype = torch.float16
         setup = Setup(dtype, self.adapter)
         if self.quantization == "auto" and on_cuda:
-            weights = weights_of(self.shape, setup).loaded_bytes(setup)
+            shared_by = layout.cards if layout.shards else 1
+            weights = weights_of(self.shape, setup).loaded_bytes(setup, shared_by)
             free = card.memory - _CONTEXT_BYTES
             return replace(setup, quantized=quantization.wants_4bit(weights, free))
         return replace(setup, quantized=self.quantization == "4bit")
 
-    def _fit(self, card: Card, setup: Setup, args: RMiPOConfig, work: Workload) -> Fit:
-        weights = weights_of(self.shape, setup)
-        parts = self._parts(card, setup, weights)
+    def _fit(
+        self, card: Card, setup: Setup, args: RMiPOConfig, work: Workload, layout: Layout
+    ) -> Fit:
+        weights, work = weights_of(self.shape, setup), layout.share(work)
+        layers = int(self.shape.get_text_config().num_hidden_layers)
+        parts = layout.parts(self._parts(card, setup, weights), weights, setup, layers)
         taken = sum(parts.values())
         plan = choose_budget(
             lambda checkpointing: self._activations(card, setup, checkpointing, work),
@@ -234,6 +250,9 @@ class _Case:
         room = _USABLE * card.memory - taken
         if activations.bytes_of(tokens) > room:  # a run would halve its micro-steps
             tokens = max(work.longest, min(tokens, activations.tokens_in(room)))
+        seconds = _seconds(card, setup, weights, self, plan.checkpointing, tokens)
+        steps = math.ceil(work.pairs / args.pairs_per_step)
+        sent = layout.seconds_sent(card, setup, weights, work, steps, tokens)
         return Fit(
             card=card.name,
             memory=card.memory,
@@ -243,9 +262,11 @@ class _Case:
             parts={**parts, "activations": int(activations.bytes_of(tokens))},
             least=least,
             fits=least <= _USABLE * card.memory,
-            seconds=_seconds(card, setup, weights, self, plan.checkpointing, tokens),
+            seconds=None if seconds is None else seconds / layout.cards + sent,
             counted=activations.counted,
             note=_BEYOND_HALF if self.is_beyond_half(card) else "",
+            layout=layout.name,
+            sent=sent,
         )
 
     def _activations(
@@ -276,7 +297,7 @@ class _Case:
             "context": 0 if card.kind == CPU else _CONTEXT_BYTES,
         }
 
-    def _way_out(self, card: Card, setup: Setup) -> dict[str, Any] | None:
+    def _way_out(self, card: Card, setup: Setup, layout: Layout) -> dict[str, Any] | None:
         """The least that has to be changed for it to fit; None where nothing helps."""
         found: dict[str, Any] = {}
         if not setup.quantized and card.kind == "cuda":
@@ -287,13 +308,13 @@ class _Case:
         if not args.wants_checkpointing and not args.checkpointing_is_open:
             args, found = copy.copy(args), {**found, "gradient_checkpointing": True}
             args.gradient_checkpointing = True
-        if found and self._fit(card, setup, args, self.work).fits:
+        if found and self._fit(card, setup, args, self.work, layout).fits:
             return found
         longest = options_for(args, self.shape).max_length or self.work.longest
         shorter_ones = [length for length in _SHORTER if length < longest and self.work.lengths]
         for shorter in shorter_ones:
             work = shortened(self.work, shorter, args)
-            if self._fit(card, setup, args, work).fits:
+            if self._fit(card, setup, args, work, layout).fits:
                 return {**found, "max_length": shorter}
         return None
 

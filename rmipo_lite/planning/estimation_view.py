@@ -35,6 +35,8 @@ class Fit:
         seconds: of an epoch; None where the card's speed isn't known.
         way_out: options of `train` that make it fit where it doesn't; None where none is known.
         note: what else there is to say.
+        layout: how several such cards share it; empty for one.
+        sent: of `seconds`, those in which something is sent between cards.
         counted: False where the architecture could not be counted and a formula stood in.
     """
 
@@ -50,6 +52,8 @@ class Fit:
     way_out: dict[str, Any] | None = field(default_factory=dict)
     counted: bool = True
     note: str = ""
+    layout: str = ""
+    sent: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -68,6 +72,11 @@ class Fit:
     @property
     def time(self) -> str:
         return "?" if self.seconds is None else duration(self.seconds)
+
+    def layout_row(self) -> tuple[str, ...]:
+        """Texts of the table of layouts."""
+        sending = "?" if self.seconds is None else f"{self.sent / self.seconds:.0%}"
+        return self.layout, *self.row()[2:7], sending, self.verdict
 
     def row(self) -> tuple[str, ...]:
         """Texts of the table of cards."""
@@ -89,6 +98,12 @@ _HEAD = (
 )
 
 
+_LAYOUT_HEAD = (
+    "layout", "weights", "checkpointing", "tokens", "peak GiB", "epoch, counted", "sending",
+    "verdict",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate:
     """Memory and time of a run that has not begun.
@@ -100,6 +115,8 @@ class Estimate:
         tokens: read in an epoch, with and without prompts.
         fit: on the card that was asked for.
         cards: on common cards.
+        num_gpus: how many of the card there are.
+        layouts: on all of them, each with the whole model and each with a part; memory is a card's.
     """
 
     model: str
@@ -109,6 +126,8 @@ class Estimate:
     tokens: int
     fit: Fit
     cards: list[Fit]
+    num_gpus: int = 1
+    layouts: list[Fit] = field(default_factory=list)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,6 +183,8 @@ class Estimate:
 
     def __str__(self) -> str:
         lines = [printable(self.title), *labelled(self.facts(), 22, indent="  "), ""]
+        if self.layouts:
+            lines += [f"{self._several}:", *text_table(_LAYOUT_HEAD, self._layout_rows()), ""]
         return "\n".join([*lines, *text_table(_HEAD, self._rows(), right=(1, 4, 5)), _TIME_NOTE])
 
     __repr__ = __str__
@@ -171,10 +192,19 @@ class Estimate:
     def _rows(self) -> list[tuple[str, ...]]:
         return [fit.row() for fit in self.cards]
 
+    @property
+    def _several(self) -> str:
+        return f"On {self.num_gpus} x {self.fit.card}, memory a card (docs/scale.md)"
+
+    def _layout_rows(self) -> list[tuple[str, ...]]:
+        return [fit.layout_row() for fit in self.layouts]
+
     def _repr_html_(self) -> str:
+        table = html_table(_LAYOUT_HEAD, self._layout_rows()) if self.layouts else ""
+        several = f"<p>{escaped(self._several)}:</p>{table}" if self.layouts else ""
         return (
             f"<p><b>{escaped(self.title)}</b></p>"
-            f"{html_table(('part', 'takes'), self.facts())}<p>On common cards:</p>"
+            f"{html_table(('part', 'takes'), self.facts())}{several}<p>On common cards:</p>"
             f"{html_table(_HEAD, self._rows())}<p>{_TIME_NOTE}</p>"
         )
 

@@ -90,10 +90,13 @@ class Weights:
     largest: int  # of a linear layer
     trained: int
 
-    def loaded_bytes(self, setup: Setup) -> int:
-        """Bytes of the model's own weights as a run holds them, the adapter's not among them."""
+    def loaded_bytes(self, setup: Setup, shared_by: int = 1) -> int:
+        """Bytes of the model's own weights as a run holds them, the adapter's not among them.
+
+        `shared_by`: processes of which each holds a part of every layer.
+        """
         of_layers = self.layers * (NF4_BYTES if setup.quantized else setup.dtype.itemsize)
-        return int(of_layers + self.others * setup.dtype.itemsize)
+        return int(of_layers / shared_by + self.others * setup.dtype.itemsize)
 
     def adapter_bytes(self, setup: Setup) -> int:
         """Bytes of the adapter's weights, in float32; 0 where the model itself is trained."""

@@ -79,7 +79,8 @@ def _too_large(name: str, args: RMiPOConfig) -> bool:
     config = load_config(name)
     setup = Setup(args.weights_dtype, peft_config=None)
     free = free_bytes(torch.device("cuda", torch.cuda.current_device()))
-    return wants_4bit(weights_of(config, setup).loaded_bytes(setup), free)
+    shared_by = args.world_size if args.shards_layers else 1
+    return wants_4bit(weights_of(config, setup).loaded_bytes(setup, shared_by), free)
 
 
 def wants_4bit(weight_bytes: float, free: float) -> bool:

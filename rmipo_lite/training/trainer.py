@@ -46,8 +46,8 @@ from rmipo_lite.step.pair_values import StepOutcome
 from rmipo_lite.tokens.ending import anchored_end, scored_end
 from rmipo_lite.tokens.options import prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
-from rmipo_lite.tokens.prepare import is_several, prepare
 from rmipo_lite.tokens.templates import prepare_tokenizer
+from rmipo_lite.training.datasets import ReadsPairs
 from rmipo_lite.training.evaluation import PairEvaluation, set_mode
 from rmipo_lite.training.known_before import KnowsBefore, RefModel, say_uneven_labels
 from rmipo_lite.training.learning_rate import FindsLearningRate, with_own_rate
@@ -58,7 +58,6 @@ from rmipo_lite.training.refusals import (
     refuse_coarse_steps,
     refuse_other_callbacks,
     refuse_other_options,
-    refuse_other_vocabulary,
     refuse_unknown_metric,
     whole_step_batches,
 )
@@ -90,7 +89,14 @@ class _LogLastStep(TrainerCallback):
 
 
 class RMiPOTrainer(
-    GoingOn, FindsLearningRate, KnowsBefore, SafeCheckpointing, PairEvaluation, SharesSteps, Trainer
+    GoingOn,
+    FindsLearningRate,
+    KnowsBefore,
+    SafeCheckpointing,
+    PairEvaluation,
+    SharesSteps,
+    ReadsPairs,
+    Trainer,
 ):
     """Train a causal language model on preference pairs.
 
@@ -226,31 +232,6 @@ class RMiPOTrainer(
         refuse_coarse_steps(self)
         refuse_bad_schedule(self)
 
-    def _tokenized(
-        self,
-        dataset: Any,
-        args: RMiPOConfig,
-        model: nn.Module,
-        argument: str,
-        split: str | None = None,
-    ) -> tuple[list[TokenizedPair] | None, DataReport | None]:
-        if dataset is None:
-            return None, None
-        config = causal_lm(model).config
-        ready = prepare(dataset, self._tokenizer, args, config, argument=argument, split=split)
-        refuse_other_vocabulary(ready.pairs, model, self._tokenizer)
-        return ready.pairs, ready.report
-
-    def _tokenized_eval(
-        self, dataset: Any, args: RMiPOConfig, model: nn.Module, split: str | None
-    ) -> Any:
-        if is_several(dataset):
-            return {
-                name: self._tokenized(part, args, model, f"eval_dataset[{name!r}]", split)[0]
-                for name, part in dataset.items()
-            }
-        return self._tokenized(dataset, args, model, "eval_dataset", split)[0]
-
     @property
     def dropped_pairs(self) -> list[dict[str, int]]:
         """Pairs that training dropped as not finite: row and step."""
@@ -292,17 +273,6 @@ class RMiPOTrainer(
             say(f"This evaluation has no {wanted}: the best model stays what it was")
             return False
         return bool(super()._determine_best_metric(metrics, trial))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Of pairs, or of any preference dataset, as `train_dataset` may be."""
-        if not (eval_dataset is None or isinstance(eval_dataset, str)):
-            eval_dataset, _ = self._tokenized(eval_dataset, self.args, self.model, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Likewise, for `predict`, whose result has the metrics and no predictions."""
-        pairs, _ = self._tokenized(test_dataset, self.args, self.model, "test_dataset")
-        return super().get_test_dataloader(cast(Any, pairs))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Give back the mean loss that was logged; transformers' counts dropped steps as 0."""
