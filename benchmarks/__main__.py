@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
             "methods",
             "compare",
             "dpo",
+            "processes",
             "claims",
             "gpu",
             "report",

@@ -77,7 +77,7 @@ def line(row: Record) -> str:
         value = f"{value:.4g} {row.unit}"
         if row.low != row.high:
             value += f"   (middle half {row.low:.4g} to {row.high:.4g})"
-    return f"{row.op:9s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
+    return f"{row.op:10s}{row.impl:21s}{row.shape:28s}{row.dtype:5s}{row.metric:34s}{value}"
 
 
 def _keeps_memory() -> bool:
@@ -104,6 +104,7 @@ def _rows(
         memory,
         merge,
         methods,
+        processes,
         step,
     )
 
@@ -126,6 +127,8 @@ def _rows(
         return methods.bench(("dpo", "cpo") if quick else tuple(methods.METHODS))
     if what == "compare":
         return compare.bench(quick=quick)
+    if what == "processes":
+        return processes.bench()
     if what == "dpo":
         return dpo.bench(draws=2, vocab_size=32000) if quick else dpo.bench()
     if what == "merge":

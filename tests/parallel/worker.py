@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,6 +196,35 @@ def drawn(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         return _outcome(trainer)
 
 
+def soaked(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Many steps; memory that runs out at any pass of any process, and disks at any save."""
+    draw, real = random.Random(f"{options['seed']}/{Group.current().rank}"), save_run
+
+    def fail_now_and_then(inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        can_do_with_less = torch.is_grad_enabled() and len(inputs.cu_seqlens) > 3
+        if Group.current().size > 1 and can_do_with_less and draw.random() < 0.02:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden
+
+    def save_now_and_then(*args: Any, **kwargs: Any) -> Any:
+        if Group.current().size > 1 and draw.random() < 0.3:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    with (
+        _poisoned({3, 17}, random_pairs(40)) as pairs,
+        _hidden(fail_now_and_then),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        trainer = _trainer(
+            folder, pairs=pairs, max_steps=options["steps"], save_steps=20, eval_steps=25,
+            learning_rate=2e-4, max_tokens_per_microstep=100,
+        )  # fmt: skip
+        with mock.patch.object(trainer_mixin, "save_run", save_now_and_then):
+            found = _outcome(trainer)
+    return {**found, "shortages": said.getvalue().count("Out of memory")}
+
+
 class _StopsInTheLast(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         group = Group.current()
@@ -301,7 +331,8 @@ def run(folder: Path, names: list[str]) -> None:
 def run_drawn(folder: Path, file: Path) -> None:
     """The same of lists of options, by number."""
     for number, options in enumerate(json.loads(file.read_text(encoding="utf-8"))):
-        keep(folder / str(number), functools.partial(drawn, options=options))
+        scenario = soaked if "steps" in options else drawn
+        keep(folder / str(number), functools.partial(scenario, options=options))
 
 
 def keep(into: Path, scenario: Callable[[Path], dict[str, Any]]) -> None:

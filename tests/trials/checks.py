@@ -14,7 +14,7 @@ from tests.trials.numbers import (
     numerics,
     sanitizers,
 )
-from tests.trials.runs import evaluation, memory, processes, soak, survival, training
+from tests.trials.runs import evaluation, interrupted, memory, processes, soak, survival, training
 from tests.trials.scorecard import Check
 from tests.trials.users import (
     adapters,
@@ -29,8 +29,8 @@ from tests.trials.users import (
 )
 
 _MODULES = (
-    survival, soak, training, evaluation, memory, processes, rows, borders, lengths, hostile,
-    numerics, extremes, autograd, determinism, method, abuse, model, addresses, sanitizers,
+    survival, soak, training, evaluation, memory, processes, interrupted, rows, borders, lengths,
+    hostile, numerics, extremes, autograd, determinism, method, abuse, model, addresses, sanitizers,
     building, forks, adapters, kinds, options, said, plans, mistakes, alarms,
 )  # fmt: skip
 ELSEWHERE = {

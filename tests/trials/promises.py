@@ -25,7 +25,7 @@ PROMISES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("Wrong calls of the kernels raise; none ends the process", (15, 19, 41)),
     ("Without kernels, compiler or cache it trains all the same", (17, 18)),
     ("Your model, tokenizer, process and memory are as before", (27, 28)),
-    ("A run that several processes share is that of one, with faults in it", (47,)),
+    ("A run that several processes share is that of one, with faults in it", (47, 48, 49)),
     ("The log adds up, evaluation changes nothing", (29, 30)),
     ("Warned of before: swapped labels, length bias, time, memory, disk", (38, 39)),
     ("No code of a stranger runs, no secret is written, output fits its place", (34, 35, 36)),

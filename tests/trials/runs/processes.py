@@ -12,7 +12,7 @@ from typing import Any
 
 from rmipo_lite.methods.table import methods
 from tests.parallel.launched import difference, launched, outcome_of
-from tests.parallel.worker import drawn, keep
+from tests.parallel.worker import drawn, keep, soaked
 from tests.trials.scorecard import Check, Trials, expect
 
 _LOOSE = 1e-4  # Adam makes more of rounding where a gradient is near 0
@@ -66,4 +66,25 @@ def shared(trials: Trials) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-CHECKS = [Check(47, "a run shared by two processes is that of one", 60, shared, least=6)]
+def soak(trials: Trials) -> None:
+    """Hundreds of steps with shortages, full disks and bad pairs: the run of one without them."""
+    for trial in trials:
+        with trial:
+            options = {"steps": 300 if trials.thorough else 60, "seed": trial.rng.randrange(2**30)}
+            (trial.folder / "options.json").write_text(json.dumps([options]), encoding="utf-8")
+            launched(2, trial.folder / "2", [str(trial.folder / "options.json")])
+            keep(trial.folder / "one", functools.partial(soaked, options=options))
+            both = [outcome_of(trial.folder / "2" / "0", rank) for rank in (0, 1)]
+            one = outcome_of(trial.folder / "one")
+            shortages, failed = sum(found["shortages"] for found in both), len(both[0]["failed"])
+            trial.tried = f"{options['steps']} steps, {shortages} shortages, {failed} full disks"
+            one["failed"] = both[0]["failed"]  # one process met none
+            problem = difference(one, both, _LOOSE)
+            expect(problem is None, str(problem))
+            expect(shortages > 0, "memory ran out nowhere: nothing was tried")
+
+
+CHECKS = [
+    Check(49, "a long shared run through shortages of memory and disk", 1, soak),
+    Check(47, "a run shared by two processes is that of one", 60, shared, least=6),
+]
