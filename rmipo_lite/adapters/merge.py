@@ -22,6 +22,7 @@ from rmipo_lite.adapters.attach import ADAPTED
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.embeddings import EMBEDDINGS
 from rmipo_lite.adapters.start import START
+from rmipo_lite.parallel.sharded import is_sharded
 
 # What transformers leaves on a quantised model, so that it is saved and moved as one.
 _OF_QUANTISATION = (
@@ -44,6 +45,11 @@ def merged_copy(
     Raises:
         ValueError: this adapter can't be merged; the message says which layer and why.
     """
+    if is_sharded(model):
+        raise ValueError(
+            "model: its layers are shared out among processes (FSDP2), each has a part of them; "
+            "merge the saved folder in one process: rmipo-lite merge RUN FOLDER"
+        )
     base = causal_lm(model)
     # What stands in `memo` isn't copied: weights are shared, and the copy knows no adapter.
     memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}

@@ -216,14 +216,14 @@ class _Case:
         dtype = torch.float16 if on_cuda else torch.float32
         if card.has_bf16:
             dtype = torch.bfloat16
-        elif self.is_beyond_half(card):
+        elif self.is_beyond_half(card) or layout.shards:  # FSDP2 isn't done in float16
             dtype = torch.float32
         if self.precision["bf16"]:
             dtype = torch.bfloat16
         elif self.precision["fp16"]:
             dtype = torch.float16
         setup = Setup(dtype, self.adapter)
-        if self.quantization == "auto" and on_cuda:
+        if self.quantization == "auto" and on_cuda and self.adapter is not None:
             shared_by = layout.cards if layout.shards else 1
             weights = weights_of(self.shape, setup).loaded_bytes(setup, shared_by)
             free = card.memory - _CONTEXT_BYTES

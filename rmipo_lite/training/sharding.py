@@ -36,6 +36,9 @@ def asks_to_shard(args: RMiPOConfig) -> bool:
     if Group.current().size == 1:
         say("fsdp: one process has nobody to share the model with")
         return False
+    if args.half_is_open:
+        say("fsdp: in float32, since float16's scaler doesn't know weights in parts")
+        args.take_float32()
     _refuse_other_forms(args)
     return True
 

@@ -132,8 +132,12 @@ def out_of_memory_for_ever(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _poisoned(rows: set[int], pairs: list[TokenizedPair]) -> Iterator[list[TokenizedPair]]:
-    """The pairs, of which those of these rows have no number."""
+def _poisoned(
+    rows: set[int],
+    pairs: list[TokenizedPair],
+    also: Callable[[Any, torch.Tensor], torch.Tensor] = lambda inputs, hidden: hidden,
+) -> Iterator[list[TokenizedPair]]:
+    """The pairs, of which those of these rows have no number; `also` is done to every pass."""
 
     def poison(inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         targets, borders = inputs.target_ids.tolist(), inputs.cu_seqlens.tolist()
@@ -141,7 +145,7 @@ def _poisoned(rows: set[int], pairs: list[TokenizedPair]) -> Iterator[list[Token
         for start, end in itertools.pairwise(borders):  # of each sequence its own rows
             if targets[start:end][: len(POISON)] == POISON:
                 factors[start:end] = torch.nan
-        return hidden * factors
+        return also(inputs, hidden) * factors
 
     with _hidden(poison):
         yield [
@@ -212,8 +216,7 @@ def soaked(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         return real(*args, **kwargs)
 
     with (
-        _poisoned({3, 17}, random_pairs(40)) as pairs,
-        _hidden(fail_now_and_then),
+        _poisoned({3, 17}, random_pairs(40), also=fail_now_and_then) as pairs,
         contextlib.redirect_stderr(io.StringIO()) as said,
     ):
         trainer = _trainer(
