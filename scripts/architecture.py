@@ -33,7 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tokens",),
     ("model",),
     ("planning",),
-    ("step", "watch"),
+    ("step", "watch", "export"),
     ("training",),
     ("results", "inspection"),
     ("run", "environment"),

@@ -43,6 +43,18 @@ def add_commands(commands: Any) -> None:
         help="of the weights (default: that of the base model's files)",
     )  # fmt: skip
 
+    export = _command(commands, "export", "write a GGUF file for llama.cpp, Ollama or LM Studio")
+    export.add_argument("target", metavar="FILE", help="a new file, such as model.gguf")
+    export.add_argument(
+        "--format", default="f16", choices=("f32", "f16", "bf16", "q8_0", "q4_k_m"),
+        help="(default: f16)",
+    )  # fmt: skip
+    export.add_argument("--adapter", action="store_true", help="the adapter alone, in float32")
+    export.add_argument("--modelfile", action="store_true", help="Ollama's Modelfile beside it")
+    export.add_argument(
+        "--no_check", "--no-check", action="store_true", help="don't look at it in llama.cpp"
+    )
+
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
@@ -90,6 +102,15 @@ def merge(given: dict[str, Any]) -> int:
     dtype = None if given["dtype"] is None else getattr(torch, given["dtype"])
     _load(given).merge(given["target"], dtype=dtype)
     say(f"Merged model: {given['target']}")
+    return 0
+
+
+def export(given: dict[str, Any]) -> int:
+    """`rmipo-lite export RUN FILE`"""
+    _load(given).export_gguf(
+        given["target"], given["format"], adapter_only=given["adapter"],
+        modelfile=given["modelfile"], check=not given["no_check"],
+    )  # fmt: skip
     return 0
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from rmipo_lite.adapters import start
 from rmipo_lite.adapters.merge import merged_copy
 from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
+from rmipo_lite.export.run import export
 from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt_ids
 from rmipo_lite.model.loading import stored_dtype
 from rmipo_lite.model.names import name_of
@@ -159,11 +160,7 @@ class Trained(ABC):
             raise TypeError(f"dtype: wanted a floating torch.dtype or None, got {dtype!r}")
         adapted = self._adapted("merging")
         merged = merged_copy(adapted, dtype, stored_dtype(name_of(adapted)))
-        ids = [
-            prompt_ids(self.tokenizer, prompt, conversational=self.conversational)
-            for prompt in self.held_out_prompts or _TEXTS
-        ]
-        found = agreement(self.model, merged, ids)
+        found = agreement(self.model, merged, self._compared_on())
         if found is not None and not math.isfinite(found.kl):
             raise ValueError(
                 f"dtype: in {merged.dtype} the merged model gives NaN, which the trained one "
@@ -174,6 +171,47 @@ class Trained(ABC):
             merged.name_or_path = merged.config._name_or_path = str(target)
             self._write(target, merged, self._merged_card(str(found or "Not compared.")))
         return merged
+
+    def export_gguf(
+        self,
+        path: str | Path,
+        format: str = "f16",
+        *,
+        adapter_only: bool = False,
+        modelfile: bool = False,
+        check: bool = True,
+    ) -> Path:
+        """Write the model as a GGUF file, which llama.cpp, Ollama and LM Studio read.
+
+        The adapter is merged in, this result stays as it is. Where llama.cpp is installed (extra
+        [gguf]) the file is loaded there: texts must become the same tokens, conversations be
+        rendered alike, and predictions be the trained model's; how far off they are is printed.
+        An answer ends where it was taught to.
+
+        Args:
+            path: the new file.
+            format: "f32", "f16", "bf16", "q8_0" or "q4_k_m".
+            adapter_only: the adapter alone, float32, for use upon a file of the base model.
+            modelfile: write Ollama's Modelfile beside it.
+            check: whether to look at it in llama.cpp.
+
+        Raises:
+            ValueError: this model or tokenizer can't be exported, or llama.cpp makes something else
+                of the file, which then isn't left behind.
+            FileExistsError: there is such a file.
+            ImportError: packages of the extra [gguf] are missing.
+        """
+        return export(
+            self.model, self.tokenizer, path, format, self._compared_on(),
+            adapter_only=adapter_only, modelfile=modelfile, check=check,
+        )  # fmt: skip
+
+    def _compared_on(self) -> list[list[int]]:
+        """Ids of prompts on which another form of the model is compared with it."""
+        return [
+            prompt_ids(self.tokenizer, prompt, conversational=self.conversational)
+            for prompt in self.held_out_prompts or _TEXTS
+        ]
 
     def _write(self, target: Path, model: Any, card: str) -> Path:
         """All at once: a full disk or a kill leaves what was there before."""

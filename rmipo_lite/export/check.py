@@ -1,0 +1,94 @@
+"""Whether an exported file is the model: tokens, chat template and predictions, in llama.cpp.
+
+A file that cuts texts otherwise, or has a weight at another's place, loads and answers: only worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rmipo_lite.export.llama_cpp import Drift, LlamaCpp, drift, loaded
+
+# KL from the model, nats a token, that rounding to a format explains; a wrong weight gives more.
+_MOST_KL = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.1, "q4_k_m": 2.0}
+_TEXTS = (
+    "Hello, world!", "The quick brown fox jumps over the lazy dog.", "don't we'll I'm they've",
+    "DON'T WE'LL I'M", "1 12 123 1234 12345 3.14159 1,000,000 2024-11-30", "a  b   c    d",
+    "tab\\tand\\ttab".replace("\\t", "\t"), "line\nline\n\nline\n\n\nline", "trailing space ",
+    " leading space", "def f(x):\n    return x + 1  # comment", "if (a && b) { c[0] += d->e; }",
+    "https://example.org/a?b=c&d=e#f", "user@example.org", "Über naïve façade coöperate Łódź",
+    "Привет, как дела?", "Καλημέρα κόσμε", "日本語のテキスト。", "中文句子没有空格。",
+    "한국어 문장입니다.",
+    "مرحبا بالعالم", "שלום עולם", "हिन्दी में एक वाक्य", "ไทยไม่มีช่องว่าง", "emoji 🚀🦙 👩‍👩‍👧 ❤️",
+    "e\u0301 combining", "\u00a0non-breaking\u2003spaces", "$100 €50 £30 ¥20 50% #tag @name",
+    "...---===___***", "\"quotes\" 'single' “curly” «guillemets»",
+)  # fmt: skip
+_AROUND = ("{}", " {}", "{}\n", "A {} B", "{0}{0}")
+
+
+def is_available() -> bool:
+    """Whether llama.cpp is here to ask."""
+    return find_spec("xllamacpp") is not None
+
+
+def check(
+    model: nn.Module,
+    tokenizer: Any,
+    path: Path,
+    kind: str,
+    prompts: Sequence[list[int]],
+    adapter: Path | None = None,
+) -> Drift:
+    """How far the file is from the model.
+
+    Args:
+        model: what was exported.
+        tokenizer: its own.
+        path: the file; of an adapter's, that of the base model.
+        kind: the format.
+        prompts: ids of texts at whose places predictions are compared.
+        adapter: the adapter's file.
+
+    Raises:
+        ValueError: the file is not the model; the message says in what.
+    """
+    longest = max(map(len, prompts))
+    with loaded(path, context=max(256, longest + 8), adapter=adapter) as file:
+        _check_tokens(tokenizer, file)
+        _check_template(tokenizer, file)
+        found = drift(model, file, prompts)
+    if found.kl > _MOST_KL[kind]:
+        raise ValueError(
+            f"llama.cpp makes something else of the file than the model is ({found}); please "
+            "report the model's name"
+        )
+    return found
+
+
+def _check_tokens(tokenizer: Any, file: LlamaCpp) -> None:
+    for text in (around.format(text) for text in _TEXTS for around in _AROUND):
+        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        theirs = file.tokens(text)
+        if theirs != ours:
+            raise ValueError(
+                f"tokenizer: llama.cpp cuts {text!r} into {theirs[:12]}, this tokenizer into "
+                f"{ours[:12]}; the model would read other tokens there than it was trained on"
+            )
+
+
+def _check_template(tokenizer: Any, file: LlamaCpp) -> None:
+    if not tokenizer.chat_template:
+        return
+    user, answer = {"role": "user", "content": "Hi  there"}, {"role": "assistant", "content": "Ho"}
+    for messages in ([user], [user, answer, user]):
+        ours = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        theirs = file.rendered(messages)
+        if theirs != ours:
+            raise ValueError(
+                f"chat template: llama.cpp renders {theirs[:200]!r}, transformers {ours[:200]!r}"
+            )
