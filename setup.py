@@ -147,6 +147,7 @@ setup(
     package_data={
         "rmipo_lite.demo": ["assets/*", "assets/**/*"],
         "rmipo_lite.cli": ["accelerate_configs/*.yaml"],
+        "rmipo_lite.export": ["texts.json"],
         "rmipo_lite.planning": ["cards.csv"],
     },
     ext_modules=native + bindings(),

@@ -13,6 +13,8 @@ without tokens and keys. Of several processes the first writes, and what came of
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +43,7 @@ from rmipo_lite.checkpoints.weights import (
     save_run,
 )
 from rmipo_lite.output.console import say
+from rmipo_lite.output.redaction import without_paths
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.sharded import full_state, share_state, whole
 
@@ -351,15 +354,20 @@ class SafeCheckpointing(TrainerBeside):
         from huggingface_hub import HfApi
         from transformers.utils.hub import PushInProgress
 
+        # A copy: weights, tokenizer and readme. Optimizer and random state stay at home, and so do
+        # this machine's paths.
+        staged = Path(tempfile.mkdtemp(prefix="rmipo-lite-"))
+        at_home = shutil.ignore_patterns("optimizer.*", "rng_state.*", "scheduler.*", "scaler.*")
+        shutil.copytree(checkpoint_folder, staged, ignore=at_home, dirs_exist_ok=True)
+        without_paths(staged)
         job = HfApi(token=self.args.hub_token).upload_folder(
             repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
+            folder_path=str(staged),
             commit_message=f"Training in progress, step {self.state.global_step}",
             run_as_future=True,
             revision=self.args.hub_revision,
-            # weights, tokenizer and readme; optimizer and random state stay at home
-            ignore_patterns=["optimizer.*", "rng_state.*", "scheduler.*", "scaler.*"],
         )
+        job.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
         running = getattr(self, "push_in_progress", None)
         if running is None or running.is_done():
             # its annotation says one future, its code wants a list

@@ -5,6 +5,7 @@ A file that cuts texts otherwise, or has a weight at another's place, loads and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,18 +17,7 @@ from rmipo_lite.export.llama_cpp import Drift, LlamaCpp, drift, loaded
 
 # KL from the model, nats a token, that rounding to a format explains; a wrong weight gives more.
 _MOST_KL = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.1, "q4_k_m": 2.0}
-_TEXTS = (
-    "Hello, world!", "The quick brown fox jumps over the lazy dog.", "don't we'll I'm they've",
-    "DON'T WE'LL I'M", "1 12 123 1234 12345 3.14159 1,000,000 2024-11-30", "a  b   c    d",
-    "tab\\tand\\ttab".replace("\\t", "\t"), "line\nline\n\nline\n\n\nline", "trailing space ",
-    " leading space", "def f(x):\n    return x + 1  # comment", "if (a && b) { c[0] += d->e; }",
-    "https://example.org/a?b=c&d=e#f", "user@example.org", "Über naïve façade coöperate Łódź",
-    "Привет, как дела?", "Καλημέρα κόσμε", "日本語のテキスト。", "中文句子没有空格。",
-    "한국어 문장입니다.",
-    "مرحبا بالعالم", "שלום עולם", "हिन्दी में एक वाक्य", "ไทยไม่มีช่องว่าง", "emoji 🚀🦙 👩‍👩‍👧 ❤️",
-    "e\u0301 combining", "\u00a0non-breaking\u2003spaces", "$100 €50 £30 ¥20 50% #tag @name",
-    "...---===___***", "\"quotes\" 'single' “curly” «guillemets»",
-)  # fmt: skip
+_TEXTS = Path(__file__).with_name("texts.json")  # in many scripts
 _AROUND = ("{}", " {}", "{}\n", "A {} B", "{0}{0}")
 
 
@@ -71,7 +61,8 @@ def check(
 
 
 def _check_tokens(tokenizer: Any, file: LlamaCpp) -> None:
-    for text in (around.format(text) for text in _TEXTS for around in _AROUND):
+    texts: list[str] = json.loads(_TEXTS.read_text(encoding="utf-8"))
+    for text in (around.format(text) for text in texts for around in _AROUND):
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]
         theirs = file.tokens(text)
         if theirs != ours:

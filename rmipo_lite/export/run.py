@@ -18,7 +18,6 @@ from rmipo_lite.export import check as checking
 from rmipo_lite.export.adapter_file import write_adapter
 from rmipo_lite.export.gguf_file import FORMATS, Written, write_model
 from rmipo_lite.export.modelfile import modelfile_of
-from rmipo_lite.model.loading import stored_dtype
 from rmipo_lite.model.names import name_of, short_name
 from rmipo_lite.output.console import say, size
 
@@ -94,9 +93,10 @@ def export(
 
 
 def _whole(model: nn.Module) -> PreTrainedModel:
-    if isinstance(model, PeftModel):
-        return merged_copy(model, None, stored_dtype(name_of(model)))
     base = causal_lm(model)
+    if isinstance(model, PeftModel):
+        # As exact as it is in memory: what the base's files are in would be one rounding more.
+        return merged_copy(model, None if packed_weights(base) else base.dtype)
     if packed_weights(base):
         raise ValueError(
             "model: its weights are in 4 bits; load it with quantization='none' to export it"

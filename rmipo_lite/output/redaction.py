@@ -5,11 +5,14 @@ the environment. Two rules, both applied: a value whose *name* says token, key, 
 is replaced, and so is any text that equals the value of an environment variable named so.
 """
 
+import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 REDACTED = "<redacted>"
+_UPLOADED = ("adapter_config.json", "training_config.json", "config.json")
 _NAME = re.compile(r"(?:^|[_\-.])(?:\w*(?:token|key|secret|password|passwd|credential))s?$", re.I)
 _KNOWN_SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,})\b")
 _SHORTEST_SECRET = 8  # characters; shorter values ("1", "true") would redact ordinary text
@@ -47,3 +50,28 @@ def redact(value: Any, name: str = "") -> Any:
     if value and is_secret_name(name):
         return REDACTED
     return redact_text(value)
+
+
+def without_paths(folder: Path) -> list[str]:
+    """Take paths of this machine out of a folder that is to be uploaded; what was taken out.
+
+    A path's last part stays, so that a base model is still named.
+    """
+    taken = []
+    for path in (folder / name for name in _UPLOADED if (folder / name).is_file()):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        changed = _stripped(said)
+        if changed != said:
+            taken.append(path.name)
+            path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    return taken
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stripped(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_stripped(one) for one in value]
+    if isinstance(value, str) and "\n" not in value and Path(value).is_absolute():
+        return Path(value).name
+    return value

@@ -19,6 +19,7 @@ from rmipo_lite.output import held_out
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.redaction import redact, redact_text
 from rmipo_lite.results.record import RunRecord
+from rmipo_lite.results.serving import serving_note
 from rmipo_lite.system.files import looks_like_path
 
 _CLAIMS = """\
@@ -140,6 +141,7 @@ def model_card(result: RunRecord, merged: str | None = None) -> str:
     method = result.args.loss.words
     steps = result.history[-1].get("step", 0) if result.history else 0
     stopped = "" if result.stopped_at_step is None else " (stopped early, on request)"
+    served = None if merged is not None else serving_note(result.model)
     rows = metric_rows(result)
     table = "\n".join(f"| {' | '.join([_cell(row[0]), *row[1:]])} |" for row in rows)
     options = "\n".join(f"{k}: {v!r}" for k, v in run_options(result).items())
@@ -155,6 +157,7 @@ def model_card(result: RunRecord, merged: str | None = None) -> str:
             f"Trained with rmipo_lite by {method}, for {steps} optimizer steps{stopped}{of_step}.",
             "",
             *([] if merged is None else ["## Merged", "", merged, ""]),
+            *([] if served is None else ["## Serving", "", served, ""]),
             "## Held-out metrics",
             "",
             f"| {' | '.join(METRIC_HEAD)} |\n|---|---|---|---|\n{table}"

@@ -12,6 +12,7 @@ from rmipo_lite.checkpoints.weights import save_run
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.output import page, plots
 from rmipo_lite.output.console import say
+from rmipo_lite.output.redaction import without_paths
 from rmipo_lite.output.table import html_table
 from rmipo_lite.results import run_page
 from rmipo_lite.results.comparison import AnswerComparison
@@ -66,7 +67,10 @@ class TrainResult(RunRecord, Trained):
         return model_card(self, merged=how)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload what `save` writes to a hub repository, made private unless told; its address."""
+        """Upload what `save` writes to a hub repository, made private unless told; its address.
+
+        Without this machine's paths: a base model that was loaded from one is named by its folder.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -75,6 +79,12 @@ class TrainResult(RunRecord, Trained):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.save(folder)
+            taken = without_paths(Path(folder))
+            if "adapter_config.json" in taken:
+                say(
+                    "adapter_config.json names its base model without the folder it was loaded "
+                    "from; put in its hub name there, so that others find it"
+                )
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
         return str(url)
 

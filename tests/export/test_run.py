@@ -138,6 +138,7 @@ def test_an_adapter_alone_does_upon_the_base_what_it_did(
     path = export(model, tokenizer, tmp_path / "lora.gguf", "f16", ids, adapter_only=True)
     assert "Checked upon its base model: KL" in capsys.readouterr().out
     whole = export(model, tokenizer, tmp_path / "whole.gguf", "f32", ids)
+    assert "Checked: KL" in capsys.readouterr().out
     write_model(_demo(), tokenizer, tmp_path / "base.gguf", "f32", "base")
     with loaded(tmp_path / "base.gguf", adapter=path) as both, loaded(whole) as merged:
         ours, theirs = both.likeliest(ids[0]), merged.likeliest(ids[0])
