@@ -31,7 +31,7 @@ _BY_EXPRESSION = {
 }
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNKNOWN_SCORE = -1e6  # of a piece that no merge makes
-_SPACE = "▁"  # of SentencePiece
+_SPACE = chr(0x2581)  # of SentencePiece: a lower block for a space
 
 
 @dataclass(frozen=True)
