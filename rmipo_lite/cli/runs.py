@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def merge(given: dict[str, Any]) -> int:
 
 
 def export(given: dict[str, Any]) -> int:
-    """`rmipo-lite export RUN FILE`"""
+    """`rmipo-lite export RUN FILE`; a SIGTERM leaves nothing behind either."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _load(given).export_gguf(
         given["target"], given["format"], adapter_only=given["adapter"],
         modelfile=given["modelfile"], check=not given["no_check"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ _WHOLE = "export the whole model instead"
 
 
 def write_adapter(model: PeftModel, path: Path, name: str) -> Written:
-    """Write the active adapter; the file is there when it is complete.
+    """Write the active adapter; what is left of a file that failed is the caller's to remove.
 
     Raises:
         ValueError: it isn't plain LoRA on a family that can be exported; the message says why.
@@ -37,18 +36,13 @@ def write_adapter(model: PeftModel, path: Path, name: str) -> Written:
     _refuse_more_than_lora(model)
     entries = list(_entries(base, family, config))
     arch = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, family.name)]
-    staged = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(str(staged), arch)
-    try:
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(name)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # 0: as it is. Its scale is in B already, since layers may have scales of their own.
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-        write_tensors(writer, entries)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    # 0: as it is. Its scale is in B already, since layers may have scales of their own.
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+    write_tensors(writer, entries)
     return Written(path, "f32", {})
 
 
@@ -63,6 +57,10 @@ def _refuse_more_than_lora(model: PeftModel) -> None:
         wrong = "an adapter with biases"
     elif changes_base(config):
         wrong = f"an adapter that starts as {config.init_lora_weights!r}"
+    elif len(model.active_adapters) != 1:
+        wrong = f"several adapters at once ({', '.join(model.active_adapters)})"
+    elif any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer)):
+        wrong = "one that is merged into its base already (merge_adapter; unmerge_adapter first)"
     elif embeddings_are_own(causal_lm(model)) or any(
         isinstance(module, ModulesToSaveWrapper) for module in model.modules()
     ):
@@ -77,8 +75,12 @@ def _entries(base: Any, family: Family, config: Any) -> Iterator[Entry]:
     names = gguf.get_tensor_name_map(
         getattr(gguf.MODEL_ARCH, family.name), config.num_hidden_layers
     )
+    head = base.get_output_embeddings()
+    is_tied = bool(getattr(config, "tie_word_embeddings", False))
     layers = [(n, layer) for n, layer in base.named_modules() if isinstance(layer, LoraLayer)]
     for place, layer in layers:
+        if layer is head and is_tied:  # there is no such tensor in a file of the base
+            raise ValueError(f"adapter: it has LoRA on a head that is the embeddings; {_WHOLE}")
         for adapter in layer.active_adapters:
             if adapter in layer.lora_embedding_A:
                 raise ValueError(f"adapter: it has LoRA on the embeddings ({place}); {_WHOLE}")

@@ -13,10 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.export.llama_cpp import Drift, LlamaCpp, drift, loaded
 
 # KL from the model, nats a token, that rounding to a format explains; a wrong weight gives more.
 _MOST_KL = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.1, "q4_k_m": 2.0}
+# Formats that round less than most training does, and the least of an effect that tells.
+_EXACT, _TELLING = ("f32", "f16"), 5e-5
 _TEXTS = Path(__file__).with_name("texts.json")  # in many scripts
 _AROUND = ("{}", " {}", "{}\n", "A {} B", "{0}{0}")
 
@@ -47,6 +50,7 @@ def check(
     Raises:
         ValueError: the file is not the model; the message says in what.
     """
+    prompts = _fitting(model, tokenizer, prompts)
     longest = max(map(len, prompts))
     with loaded(path, context=max(256, longest + 8), adapter=adapter) as file:
         _check_tokens(tokenizer, file)
@@ -57,12 +61,32 @@ def check(
             f"llama.cpp makes something else of the file than the model is ({found}); please "
             "report the model's name"
         )
+    is_telling = kind in _EXACT and (found.effect or 0.0) > _TELLING
+    if is_telling and found.kl > 0.5 * (found.effect or 0.0):
+        raise ValueError(
+            f"the file is as far from the trained model as this is from its base ({found}): what "
+            "was trained isn't in it"
+        )
     return found
 
 
-def _check_tokens(tokenizer: Any, file: LlamaCpp) -> None:
+def _fitting(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Prompts cut to the context, and texts of our own where they have nothing to predict."""
+    config = causal_lm(model).config.get_text_config()
+    room = int(config.max_position_embeddings) - 8
+    usable = [ids[:room] for ids in prompts if len(ids) > 1]
+    if usable:
+        return usable
+    return [tokenizer(text)["input_ids"][:room] for text in _read_texts()[:2]]
+
+
+def _read_texts() -> list[str]:
     texts: list[str] = json.loads(_TEXTS.read_text(encoding="utf-8"))
-    for text in (around.format(text) for text in texts for around in _AROUND):
+    return texts
+
+
+def _check_tokens(tokenizer: Any, file: LlamaCpp) -> None:
+    for text in (around.format(text) for text in _read_texts() for around in _AROUND):
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]
         theirs = file.tokens(text)
         if theirs != ours:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,12 +55,12 @@ class Written:
 def write_model(
     model: PreTrainedModel, tokenizer: Any, path: Path, kind: str, name: str
 ) -> Written:
-    """Write a whole model; the file is there when it is complete.
+    """Write a whole model.
 
     Args:
         model: without an adapter, not quantised.
         tokenizer: its own.
-        path: the file.
+        path: the file; what is left of one that failed is the caller's to remove.
         kind: one of `FORMATS`.
         name: what the file calls the model.
 
@@ -75,22 +74,16 @@ def write_model(
     family = family_of(config)
     vocabulary = vocabulary_of(tokenizer, int(plain_embedding(model).weight.shape[0]))
     entries = list(_entries(model, family, config, kind))
-    staged = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(
-        str(staged), gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, family.name)]
-    )
-    try:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name)
-        writer.add_file_type(int(getattr(gguf.LlamaFileType, FORMATS[kind][0])))
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in {**keys_of(config), **longrope_scale(config)}.items():
-            getattr(writer, key)(value)
-        _write_vocabulary(writer, vocabulary)
-        write_tensors(writer, entries)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    arch = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, family.name)]
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(int(getattr(gguf.LlamaFileType, FORMATS[kind][0])))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in {**keys_of(config), **longrope_scale(config)}.items():
+        getattr(writer, key)(value)
+    _write_vocabulary(writer, vocabulary)
+    write_tensors(writer, entries)
     return Written(path, kind, {e.name: e.stored_as for e in entries if e.stored_as != e.wanted})
 
 

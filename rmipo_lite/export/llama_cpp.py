@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.start import adapter_off
 from rmipo_lite.model.backbone import evaluating
 
 _TOP = 40  # likeliest tokens of a place that are asked for
@@ -82,7 +84,7 @@ def loaded(path: Path, *, context: int = 2048, adapter: Path | None = None) -> I
 
     Raises:
         ImportError: xllamacpp isn't installed.
-        RuntimeError: llama.cpp can't load it.
+        ValueError: llama.cpp can't load it.
     """
     import xllamacpp
 
@@ -93,7 +95,13 @@ def loaded(path: Path, *, context: int = 2048, adapter: Path | None = None) -> I
     params.cpuparams.n_threads = torch.get_num_threads()
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ValueError(
+            f"llama.cpp can't load {path.name if adapter is None else adapter.name} ({error}); the "
+            "model or its adapter is of a kind that isn't exported rightly here"
+        ) from error
     try:
         yield LlamaCpp(server.listening_address)
     finally:
@@ -109,17 +117,20 @@ class Drift:
         worst: largest difference of a log-prob, nats, of tokens that the model gives 1 % or more.
         kl: mean KL(model || file), nats; what isn't among the 40 likeliest tokens counts as one.
         same_first: share of places at which the likeliest token is the same.
+        effect: mean KL(model || model without its adapter), nats; None where it has none.
     """
 
     places: int
     worst: float
     kl: float
     same_first: float
+    effect: float | None = None
 
     def __str__(self) -> str:
+        own = "" if self.effect is None else f"; what was trained is KL {self.effect:.1g} itself"
         return (
             f"KL {self.kl:.1g} nats a token from the trained model, the same likeliest token at "
-            f"{self.same_first:.1%} of {self.places} places, log-probs within {self.worst:.2g}"
+            f"{self.same_first:.1%} of {self.places} places, log-probs within {self.worst:.2g}{own}"
         )
 
 
@@ -127,19 +138,30 @@ def drift(model: nn.Module, file: LlamaCpp, texts: Sequence[list[int]], places: 
     """Lay next-token predictions side by side, at places spread over texts of ids."""
     every = max(1, sum(len(ids) - 1 for ids in texts) // places)
     at = [(ids, end) for ids in texts for end in range(1, len(ids))][::every][:places]
-    worst, kl, same = 0.0, 0.0, 0
-    device = next(model.parameters()).device
+    worst, kl, same, effect = 0.0, 0.0, 0, 0.0
+    adapted = model if isinstance(model, PeftModel) else None
     with evaluating(model), torch.no_grad():
         for ids, end in at:
-            logits = causal_lm(model)(torch.tensor([ids[:end]], device=device)).logits[0, -1]
-            ours = logits.double().log_softmax(-1)
+            ours = _next_logps(model, ids[:end])
+            if adapted is not None:
+                with adapter_off(adapted):
+                    effect += float((ours.exp() * (ours - _next_logps(model, ids[:end]))).sum())
             theirs = file.likeliest(ids[:end])
             pairs = [(float(ours[number]), logp) for number, logp in theirs.items()]
             likely = [abs(a - b) for a, b in pairs if math.exp(a) >= _LIKELY]
             worst = max(worst, *likely) if likely else worst
             kl += _kl(pairs)
             same += int(ours.argmax()) == max(theirs, key=lambda number: theirs[number])
-    return Drift(len(at), worst, kl / len(at), same / len(at))
+    own = None if adapted is None else effect / len(at)
+    return Drift(len(at), worst, kl / len(at), same / len(at), own)
+
+
+def _next_logps(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """Log-probs of what follows, (V,) float64, nats."""
+    device = next(model.parameters()).device
+    logits = causal_lm(model)(torch.tensor([ids], device=device)).logits[0, -1]
+    logps: torch.Tensor = logits.double().cpu().log_softmax(-1)
+    return logps
 
 
 def _kl(pairs: list[tuple[float, float]]) -> float:

@@ -22,7 +22,7 @@ class Turns:
     """What a chat template puts around every turn.
 
     Attributes:
-        bos: in front of the whole; Ollama puts it there by itself.
+        bos: in front of the whole.
         around: role -> (before, after); a template without a system turn has none for it.
         opening: what invites the answer.
     """
@@ -111,7 +111,7 @@ def _conversations(has_system: bool) -> list[list[Message]]:
     return [*found, [system, user, answer, other]] if has_system else found
 
 
-def modelfile_of(tokenizer: Any, model_file: Path, adapter_file: Path | None = None) -> str:
+def modelfile_of(tokenizer: Any, model_file: Path) -> str:
     """The text of a Modelfile for a GGUF file that lies beside it.
 
     Raises:
@@ -124,11 +124,13 @@ def modelfile_of(tokenizer: Any, model_file: Path, adapter_file: Path | None = N
     )
     if '"""' in parts + turns.opening or "{{" in "".join(map("".join, turns.around.values())):
         raise ValueError("chat template: its texts hold what Ollama's templates are made of")
+    # A tokenizer that begins every text with BOS says so in the file, and Ollama puts it there.
+    is_put = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = "" if is_put else turns.bos
     stops = [tokenizer.convert_ids_to_tokens(end_id(tokenizer))]
     lines = [
         f"FROM ./{model_file.name}",
-        *([f"ADAPTER ./{adapter_file.name}"] if adapter_file else []),
-        f'TEMPLATE """{{{{ range .Messages }}}}{parts}{{{{ end }}}}{turns.opening}"""',
+        f'TEMPLATE """{bos}{{{{ range .Messages }}}}{parts}{{{{ end }}}}{turns.opening}"""',
         *(f'PARAMETER stop "{stop}"' for stop in stops),
     ]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rmipo_lite.export.gguf_file import FORMATS, Written, write_model
 from rmipo_lite.export.modelfile import modelfile_of
 from rmipo_lite.model.names import name_of, short_name
 from rmipo_lite.output.console import say, size
+from rmipo_lite.parallel.sharded import is_sharded
 
 _MISSING = "pip install 'rmipo_lite[gguf]'"
 
@@ -65,27 +67,37 @@ def export(
     adapted = model if isinstance(model, PeftModel) else None
     if adapter_only and adapted is None:
         raise ValueError("adapter_only: this model has no adapter")
+    if adapter_only and modelfile:
+        raise ValueError(
+            "modelfile: that of an adapter alone would have to name a file of its base model, "
+            "which isn't written here; export the whole model"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "model: its layers are shared out among processes (FSDP2), each has a part of them; "
+            "export the saved folder in one process: rmipo-lite export RUN FILE"
+        )
     try:
         import gguf  # noqa: F401, what is missing is said before minutes of merging
         import libgguf  # noqa: F401
     except ImportError as error:
         raise ImportError(f"export needs packages of its own: {_MISSING} ({error})") from error
-    # Its own template can't be said: known before anything is written.
-    text = modelfile_of(tokenizer, target) if modelfile and not adapter_only else None
+    # A template that can't be said is known before anything is written.
+    text = modelfile_of(tokenizer, target) if modelfile else None
     target.parent.mkdir(parents=True, exist_ok=True)
     name = short_name(name_of(model) or target.stem)
+    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         if adapter_only and adapted is not None:
-            written = write_adapter(adapted, target, name)
-            _check_adapter(adapted, tokenizer, target, prompts, check)
+            written = write_adapter(adapted, staged, name)
+            _check_adapter(adapted, tokenizer, staged, prompts, check)
         else:
-            whole = _whole(model)
-            written = write_model(whole, tokenizer, target, kind, name)
+            written = write_model(_whole(model), tokenizer, staged, kind, name)
             _check(model, tokenizer, written, prompts, check)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    _tell(written)
+        os.replace(staged, target)
+    finally:
+        staged.unlink(missing_ok=True)
+    _tell(target, written)
     if text is not None:
         beside.write_text(text, encoding="utf-8")
         say(f"Modelfile: {beside} (ollama create NAME -f {beside}; not tried with Ollama itself)")
@@ -133,8 +145,8 @@ def _check_adapter(
     say(f"Checked upon its base model: {found}")
 
 
-def _tell(written: Written) -> None:
-    say(f"GGUF: {written.path}, {written.format}, {size(written.path.stat().st_size)}")
+def _tell(path: Path, written: Written) -> None:
+    say(f"GGUF: {path}, {written.format}, {size(path.stat().st_size)}")
     if written.fallen_back:
         kinds = ", ".join(sorted({kind.lower() for kind in written.fallen_back.values()}))
         say(

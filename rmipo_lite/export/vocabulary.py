@@ -45,7 +45,7 @@ class Vocabulary:
         scores: of SentencePiece: higher ones are merged first.
         merges: of byte-level BPE.
         special: key of `gguf.GGUFWriter` -> id or flag.
-        template: the chat template.
+        template: the chat template; of several by name, all of them as the file lists them.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Vocabulary:
     scores: list[float] | None
     merges: list[str] | None
     special: dict[str, Any]
-    template: str | None
+    template: str | list[dict[str, str]] | None
 
 
 def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
@@ -77,12 +77,14 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     is_pieces = bool(model.get("byte_fallback"))
     tokens, kinds = _tokens(tokenizer, size, is_pieces)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    special = _special(tokenizer)
+    special, template = _special(tokenizer), tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     if is_pieces:
         special["add_add_space_prefix"] = _has_space_in_front(said)
         return Vocabulary(
             "llama", "default", tokens, kinds, _scores(tokens, merges), None, special,
-            tokenizer.chat_template,
+            template,
         )  # fmt: skip
     pre = _pre_tokenizer(said.get("pre_tokenizer"))
     if said.get("normalizer") not in (None, {"type": "NFC"}):
@@ -91,7 +93,7 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
             "GGUF file, and texts would become other tokens there"
         )
     return Vocabulary(
-        "gpt2", pre, tokens, kinds, None, merges, special, tokenizer.chat_template
+        "gpt2", pre, tokens, kinds, None, merges, special, template
     )  # fmt: skip
 
 

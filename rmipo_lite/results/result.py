@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
+
 from rmipo_lite.checkpoints.weights import save_run
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.output import page, plots
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import without_paths
 from rmipo_lite.output.table import html_table
+from rmipo_lite.parallel.group import Group
+from rmipo_lite.parallel.sharded import whole
 from rmipo_lite.results import run_page
 from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, model_card
@@ -57,8 +61,14 @@ class TrainResult(RunRecord, Trained):
         return pd.DataFrame(self.history)
 
     def save(self, folder: str | Path) -> Path:
-        """Save adapter (safetensors), tokenizer with its template, options and a model card."""
-        return self._write(Path(folder), self.model, model_card(self))
+        """Save adapter (safetensors), tokenizer with its template, options and a model card.
+
+        Of several processes the first writes; of a model in parts (FSDP2) all must call it.
+        """
+        with whole(self.model, everything=not isinstance(self.model, PeftModel)):
+            if Group.current().is_first:
+                self._write(Path(folder), self.model, model_card(self))
+        return Path(folder)
 
     def _write_run(self, model: Any, folder: Path) -> None:
         save_run(model, self.tokenizer, self.args, folder)
@@ -75,10 +85,13 @@ class TrainResult(RunRecord, Trained):
 
         from huggingface_hub import HfApi
 
+        is_first = Group.current().is_first  # of several processes, which uploads
         api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = api.create_repo(repo_id, private=private, exist_ok=True) if is_first else repo_id
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.save(folder)
+            if not is_first:
+                return repo_id
             taken = without_paths(Path(folder))
             if "adapter_config.json" in taken:
                 say(

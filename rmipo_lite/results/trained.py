@@ -28,6 +28,7 @@ from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt
 from rmipo_lite.model.loading import stored_dtype
 from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import say
+from rmipo_lite.parallel.group import Group
 from rmipo_lite.results.agreement import agreement
 from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import CARD_FILE
@@ -154,7 +155,8 @@ class Trained(ABC):
                 dtype; nothing is changed.
         """
         target = None if folder is None else Path(folder)
-        if target is not None and target.is_dir() and not is_empty(target):
+        is_first = Group.current().is_first  # of several processes, which writes
+        if is_first and target is not None and target.is_dir() and not is_empty(target):
             raise FileExistsError(f"folder: {target} isn't empty; name a new one")
         if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
             raise TypeError(f"dtype: wanted a floating torch.dtype or None, got {dtype!r}")
@@ -167,7 +169,7 @@ class Trained(ABC):
                 "doesn't; torch.bfloat16 reaches as far as float32"
             )
         say("Merged" if found is None else f"Merged: {found}")
-        if target is not None:
+        if target is not None and is_first:
             merged.name_or_path = merged.config._name_or_path = str(target)
             self._write(target, merged, self._merged_card(str(found or "Not compared.")))
         return merged
@@ -201,6 +203,8 @@ class Trained(ABC):
             FileExistsError: there is such a file.
             ImportError: packages of the extra [gguf] are missing.
         """
+        if not Group.current().is_first:
+            return Path(path)  # of several processes the first writes
         return export(
             self.model, self.tokenizer, path, format, self._compared_on(),
             adapter_only=adapter_only, modelfile=modelfile, check=check,

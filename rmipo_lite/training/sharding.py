@@ -18,7 +18,7 @@ from rmipo_lite.adapters.start import changes_base
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
-from rmipo_lite.parallel.sharded import shard
+from rmipo_lite.parallel.sharded import is_sharded, shard
 
 _LAUNCHED = "ACCELERATE_USE_FSDP"
 # Optimizers that take weights of which a process holds a part: torch's own, element by element.
@@ -36,6 +36,9 @@ def asks_to_shard(args: RMiPOConfig) -> bool:
     if Group.current().size == 1:
         say("fsdp: one process has nobody to share the model with")
         return False
+    options: dict[str, Any] = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    if options.get("activation_checkpointing") or _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        args.gradient_checkpointing = True
     if args.half_is_open:
         say("fsdp: in float32, since float16's scaler doesn't know weights in parts")
         args.take_float32()
@@ -63,6 +66,15 @@ def _refuse_other_forms(args: RMiPOConfig) -> None:
     ):
         if is_wrong:
             raise ValueError(f"fsdp: {what}")
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise ValueError for a model whose layers an earlier run has shared out."""
+    if is_sharded(model):
+        raise ValueError(
+            "model: its layers are shared out among processes (FSDP2) by an earlier run; load the "
+            "folder that this saved, and go on with that"
+        )
 
 
 def share_out(model: nn.Module, args: RMiPOConfig, group: Group) -> None:

@@ -63,7 +63,7 @@ from rmipo_lite.training.refusals import (
 )
 from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
-from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone, share_out
+from rmipo_lite.training.sharding import asks_to_shard, refuse_parts, seen_by_us_alone, share_out
 from rmipo_lite.training.shared_steps import (
     SharesSteps,
     begin_alike,
@@ -170,6 +170,7 @@ class RMiPOTrainer(
                 loaded = loading.load_model(model, args, quantization_config)
         else:
             loaded = model
+        refuse_parts(loaded)
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from rmipo_lite.demo import MODEL
@@ -41,6 +42,19 @@ def test_conversations_come_out_alike(template: str | None) -> None:
         wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert turns.render(messages) == wanted
     assert ("system" in turns.around) == (template != _GEMMA.replace("TRIM", ""))
+
+
+def test_bos_stands_in_the_file_where_the_tokenizer_does_not_put_it(tmp_path: Path) -> None:
+    """Of the demo's tokenizer the template alone writes it."""
+    tokenizer = _tokenizer(None)
+    assert tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id
+    assert 'TEMPLATE """<s>{{ range' in modelfile_of(tokenizer, tmp_path / "my.gguf")
+    puts = _tokenizer(None)
+    puts._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert puts("x")["input_ids"][0] == tokenizer.bos_token_id
+    assert 'TEMPLATE """{{ range' in modelfile_of(puts, tmp_path / "my.gguf")
 
 
 def test_the_file(tmp_path: Path) -> None:

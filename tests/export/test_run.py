@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmipo_lite.demo import MODEL
-from rmipo_lite.export import run as exporting
+from rmipo_lite.export import adapter_file, run as exporting
 from rmipo_lite.export.check import check
 from rmipo_lite.export.gguf_file import write_model
 from rmipo_lite.export.llama_cpp import drift, loaded
@@ -192,6 +192,74 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     with pytest.raises(FileExistsError, match="name a new file"):
         export(_demo(), tokenizer, target, "f16", [[1, 2]])
     assert target.read_text() == "kept"
+
+
+def _adapted(strength: float, **options: Any) -> Any:
+    given = {"r": 4, "target_modules": ["q_proj", "v_proj"], **options}
+    model = get_peft_model(_demo(), LoraConfig(**given))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, strength)
+    return model
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_a_file_without_what_was_trained_is_found(
+    adapter_only: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most training moves a model by less than any fixed limit that rounding needs."""
+    model = _adapted(0.01)
+    ids = [tokenizer("What is 2 + 6? The sum is eight.")["input_ids"]]
+    target = tmp_path / "file.gguf"
+    export(model, tokenizer, target, "f32", ids, adapter_only=adapter_only)
+    target.unlink()
+    monkeypatch.setattr(exporting, "_whole", lambda model: _demo())
+    real = adapter_file._entry
+    monkeypatch.setattr(adapter_file, "_entry", lambda name, weight: real(name, 0 * weight))
+    with pytest.raises(ValueError, match="what was trained isn't in it"):
+        export(model, tokenizer, target, "f32", ids, adapter_only=adapter_only)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word")
+def test_adapters_that_a_file_cannot_say_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    def refused(model: Any, wanted: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=wanted):
+            export(
+                model, tokenizer, tmp_path / "x.gguf", "f16", [[1, 2, 3]], adapter_only=True,
+                **options,
+            )  # fmt: skip
+
+    several = _adapted(0.01)
+    several.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    several.base_model.set_adapter(["default", "other"])
+    refused(several, "several adapters at once")
+    merged = _adapted(0.01)
+    merged.merge_adapter()
+    refused(merged, "merged into its base already")
+    refused(_adapted(0.01, target_modules=["lm_head", "q_proj"]), "a head that is the embeddings")
+    refused(_adapted(0.01), "would have to name a file of its base", modelfile=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_of_any_length_are_compared_on(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, ids in enumerate(([1], list(range(20, 60)) * 20)):  # of a context of 256
+        export(_demo(), tokenizer, tmp_path / f"{number}.gguf", "f16", [ids])
+    assert capsys.readouterr().out.count("Checked: KL") == 2
+
+
+def test_templates_by_name(tokenizer: Any, tmp_path: Path) -> None:
+    several = AutoTokenizer.from_pretrained(MODEL)
+    several.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    path = export(_demo(), several, tmp_path / "x.gguf", "f16", [[20, 30, 40]], check=False)
+    with loaded(path) as file:
+        user = [{"role": "user", "content": "hi"}]
+        wanted = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        assert file.rendered(user) == wanted
 
 
 @pytest.mark.slow

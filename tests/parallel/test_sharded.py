@@ -14,11 +14,12 @@ from rmipo_lite.checkpoints.sealed_folder import verify_checkpoint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.training import sharding
-from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone
+from rmipo_lite.training.sharding import asks_to_shard, refuse_parts, seen_by_us_alone
 from tests.kit import tiny_model
 from tests.parallel import worker
 from tests.parallel.launched import difference, launched, outcome_of
 
+_SAVED = ("run", "again")
 _BY_THREE = ("sharded_fewer", "sharded_ends")
 
 
@@ -62,6 +63,9 @@ def _is_an_adapter_that_peft_loads(folder: Path) -> None:
     for name, weight in outcome_of(folder / "2" / "sharded")["weights"].items():
         assert torch.equal(there[name], weight)
     assert load_file(saved / "optimizer.safetensors")
+    folder = folder / "2" / "sharded_4bit"
+    one, again = (load_file(folder / name / "adapter_model.safetensors") for name in _SAVED)
+    assert all(torch.equal(again[name], weight) for name, weight in one.items())
 
 
 def _args(tmp_path: Path, **options: Any) -> RMiPOConfig:
@@ -97,6 +101,41 @@ def test_what_is_asked_for_is_done_or_refused(
     else:
         with pytest.raises(ValueError, match=wanted):
             asks_to_shard(_args(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, {}),
+        (
+            {},
+            {
+                "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+                "FSDP_ACTIVATION_CHECKPOINTING": "true",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_its_own_checkpointing_is_ours(
+    options: dict[str, Any],
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sharding.Group, "current", lambda: Group(0, 2))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = _args(tmp_path, **options)
+    assert asks_to_shard(args)
+    assert args.wants_checkpointing
+    assert not args.checkpointing_is_open
+
+
+def test_a_model_in_parts_is_no_start(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    vars(model)["_rmipo_lite_sharded"] = True
+    with pytest.raises(ValueError, match="by an earlier run; load the folder"):
+        refuse_parts(model)
 
 
 def test_one_process_shares_with_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

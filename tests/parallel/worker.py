@@ -265,6 +265,7 @@ def one_line(folder: Path, **options: Any) -> dict[str, Any]:
         per_device_train_batch_size=7, learning_rate=2e-3, use_cpu=True, logging_steps=1,
         disable_tqdm=True, eval_completions=2, sample_prompts=1, **options,
     )  # fmt: skip
+    result.save(folder / "again")
     weights = {n: p for n, p in result.model.named_parameters() if p.requires_grad}
     return {
         "log": result.history,
