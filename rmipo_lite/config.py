@@ -191,7 +191,7 @@ class RMiPOConfig(MethodFields, TrainingArguments):
         self._resolve_precision()
         # transformers makes False of None, and older versions know one name alone.
         names = ("gradient_checkpointing", "activation_checkpointing")
-        self.shards_layers = False  # FSDP2, by `training.sharding.asks_to_shard`
+        self.shards_layers: bool | None = None  # FSDP2, by `training.sharding.decide_sharding`
         self._checkpointing_is_open = all(getattr(self, name, None) is None for name in names)
         try:
             with self._bf16_on_a_cpu():

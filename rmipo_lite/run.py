@@ -43,7 +43,7 @@ from rmipo_lite.training.learning_rate import pairs_of_a_search
 from rmipo_lite.training.refusals import refuse_bad_weights, refuse_other_callbacks
 from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
-from rmipo_lite.training.sharding import asks_to_shard, seen_by_us_alone
+from rmipo_lite.training.sharding import decide_sharding, seen_by_us_alone
 from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.progress import show_progress
 
@@ -118,7 +118,7 @@ def train(
         args.output_dir = str(folder)
         say("Reading the pairs")
         data = once_a_machine(lambda: load_rows(dataset, split=split, unpaired=args.loss.unpaired))
-        args.shards_layers = asks_to_shard(args)
+        decide_sharding(args)
         with seen_by_us_alone(args):
             loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
@@ -271,9 +271,9 @@ def _save(result: TrainResult, folder: Path) -> None:
 
 def _tell_what_is_left(trainer: RMiPOTrainer, folder: Path, error: BaseException) -> None:
     """Before a run ends with an error: save what is sound, and say where one can go on."""
-    if is_sharded(trainer.model):
-        pass  # weights are gathered by all, and this process may be alone with its error
-    elif isinstance(error, Exception) and trainer.state.global_step > 0:
+    # A sharded model's weights are gathered by all, and this process may be alone with its error.
+    can_save = isinstance(error, Exception) and not is_sharded(trainer.model)
+    if can_save and trainer.state.global_step > 0:
         # An error comes before the optimizer's update, so the adapter is that of a whole step.
         try:
             refuse_bad_weights(trainer.model)

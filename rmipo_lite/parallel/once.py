@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,8 +34,7 @@ def once_a_machine(make: Callable[[], T]) -> T:
     if group.size == 1:
         return make()
     store = dist.distributed_c10d._get_default_store()
-    machine = os.environ.get("GROUP_RANK", "0")
-    key = f"rmipo_lite/once/{machine}/{next(_calls)}"
+    key = f"rmipo_lite/once/{socket.gethostname()}/{next(_calls)}"
     if group.rank_here == 0:
         return _made(make, store, key)
     while not store.check([key]):

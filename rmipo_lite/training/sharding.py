@@ -25,12 +25,17 @@ _LAUNCHED = "ACCELERATE_USE_FSDP"
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 
-def asks_to_shard(args: RMiPOConfig) -> bool:
-    """Whether the model's layers are to be shared out among this run's processes.
+def decide_sharding(args: RMiPOConfig) -> None:
+    """Set `args.shards_layers`, once, and say what follows from it.
 
     Raises:
         ValueError: FSDP as it isn't done here; the message says what is.
     """
+    if args.shards_layers is None:
+        args.shards_layers = _is_asked(args)
+
+
+def _is_asked(args: RMiPOConfig) -> bool:
     if not (args.fsdp or _is_set(_LAUNCHED)):
         return False
     if Group.current().size == 1:
@@ -42,12 +47,11 @@ def asks_to_shard(args: RMiPOConfig) -> bool:
     if args.half_is_open:
         say("fsdp: in float32, since float16's scaler doesn't know weights in parts")
         args.take_float32()
-    _refuse_other_forms(args)
+    _refuse_other_forms(args, options)
     return True
 
 
-def _refuse_other_forms(args: RMiPOConfig) -> None:
-    options: dict[str, Any] = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+def _refuse_other_forms(args: RMiPOConfig, options: dict[str, Any]) -> None:
     if args.fsdp:
         version, offload = options.get("version", 2), options.get("cpu_offload", False)
     else:

@@ -63,7 +63,7 @@ from rmipo_lite.training.refusals import (
 )
 from rmipo_lite.training.resume import GoingOn
 from rmipo_lite.training.run_log import RunLog
-from rmipo_lite.training.sharding import asks_to_shard, refuse_parts, seen_by_us_alone, share_out
+from rmipo_lite.training.sharding import decide_sharding, refuse_parts, seen_by_us_alone, share_out
 from rmipo_lite.training.shared_steps import (
     SharesSteps,
     begin_alike,
@@ -149,7 +149,7 @@ class RMiPOTrainer(
         upstream.require()
         refuse_other_options(args)
         refuse_other_callbacks(callbacks)
-        args.shards_layers = asks_to_shard(args)
+        decide_sharding(args)
         take_first_card(args)
         on_slow_cpu = args.bf16 and args.device.type == "cpu"
         for warning in (
@@ -175,7 +175,7 @@ class RMiPOTrainer(
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
         loaded = attach.attach_adapter(loaded, peft_config, args)
-        begin_alike(loaded, Group.current(), args.shards_layers)
+        begin_alike(loaded, Group.current(), bool(args.shards_layers))
         self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:
             disable_dropout(loaded)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -495,3 +496,38 @@ def test_random_state_round_trip(tmp_path: Path) -> None:
     draw()
     set_random_state(load_state(tmp_path, "rng"))
     assert draw() == first
+
+
+def test_what_a_checkpoint_uploads_names_no_path_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local stand-in of the hub: what the folder held when it was sent."""
+    seen: dict[str, str] = {}
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None: ...
+
+        def upload_folder(self, *, folder_path: str, **options: Any) -> Future[str]:
+            assert options["repo_id"] == "me/adapter"
+            seen.update(
+                {p.name: p.read_text(errors="replace") for p in Path(folder_path).iterdir()}
+            )
+            seen["folder"] = folder_path
+            done: Future[str] = Future()
+            done.set_result("https://hub/me/adapter")
+            return done
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    trainer = make_trainer(tmp_path / "run", max_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    before = (checkpoint / "adapter_config.json").read_text()
+    config = json.loads(before) | {"base_model_name_or_path": str(tmp_path / "my-model")}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(config))
+    trainer.hub_model_id = "me/adapter"
+    trainer._push_from_checkpoint(str(checkpoint))
+    assert not [name for name in seen if name.startswith(("optimizer", "rng_state", "scheduler"))]
+    assert json.loads(seen["adapter_config.json"])["base_model_name_or_path"] == "my-model"
+    assert {"adapter_model.safetensors", "training_config.json"} <= seen.keys()
+    assert str(tmp_path) not in "".join(seen[name] for name in seen if name.endswith(".json"))
+    assert not Path(seen["folder"]).exists()

@@ -14,7 +14,7 @@ from rmipo_lite.checkpoints.sealed_folder import verify_checkpoint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.training import sharding
-from rmipo_lite.training.sharding import asks_to_shard, refuse_parts, seen_by_us_alone
+from rmipo_lite.training.sharding import decide_sharding, refuse_parts, seen_by_us_alone
 from tests.kit import tiny_model
 from tests.parallel import worker
 from tests.parallel.launched import difference, launched, outcome_of
@@ -68,6 +68,11 @@ def _is_an_adapter_that_peft_loads(folder: Path) -> None:
     assert all(torch.equal(again[name], weight) for name, weight in one.items())
 
 
+def _decided(args: RMiPOConfig) -> bool:
+    decide_sharding(args)
+    return bool(args.shards_layers)
+
+
 def _args(tmp_path: Path, **options: Any) -> RMiPOConfig:
     return RMiPOConfig(str(tmp_path), use_cpu=True, **options)
 
@@ -97,10 +102,10 @@ def test_what_is_asked_for_is_done_or_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if wanted is None:
-        assert asks_to_shard(_args(tmp_path, **options))
+        assert _decided(_args(tmp_path, **options))
     else:
         with pytest.raises(ValueError, match=wanted):
-            asks_to_shard(_args(tmp_path, **options))
+            _decided(_args(tmp_path, **options))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_its_own_checkpointing_is_ours(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     args = _args(tmp_path, **options)
-    assert asks_to_shard(args)
+    assert _decided(args)
     assert args.wants_checkpointing
     assert not args.checkpointing_is_open
 
@@ -139,8 +144,10 @@ def test_a_model_in_parts_is_no_start(tmp_path: Path) -> None:
 
 
 def test_one_process_shares_with_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not asks_to_shard(_args(tmp_path))
-    assert not asks_to_shard(_args(tmp_path, fsdp=True))
+    assert not _decided(_args(tmp_path))
+    args = _args(tmp_path, fsdp=True)
+    assert not _decided(args)
+    assert not _decided(args)  # said once: train() decides, and so does the trainer
     assert capsys.readouterr().out == "fsdp: one process has nobody to share the model with\n"
 
 
