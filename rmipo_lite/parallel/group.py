@@ -128,12 +128,7 @@ class Group:
         """
         if self.size == 1:
             return make()
-        error: Exception | None = None
-        made: Any = None
-        try:
-            made = make()
-        except Exception as raised:
-            error = raised
+        made, error = tried(make)
         failed = [rank for rank, has in enumerate(self.gather(error is not None)) if has]
         if error is not None:
             raise error
@@ -147,10 +142,8 @@ class Group:
             return make()
         box: list[Any] = [None, None]
         if self.is_first:
-            try:
-                box[0] = make()
-            except Exception as error:
-                box[1] = carried(error)
+            made, error = tried(make)
+            box = [made, carried(error)]
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
@@ -198,8 +191,16 @@ def refuse_several(what: str) -> None:
         )
 
 
-def carried(error: Exception) -> Exception:
-    """An error that can be sent: itself, or one with its words."""
+def tried(make: Callable[[], T]) -> tuple[Any, Exception | None]:
+    """(what was made, the error instead)."""
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def carried(error: Exception | None) -> Exception | None:
+    """An error that can be sent: itself, or one with its words; none of none."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # its own making is the trouble

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from rmipo_lite.parallel.group import Group, carried
+from rmipo_lite.parallel.group import Group, carried, tried
 
 T = TypeVar("T")
 _POLL_S = 0.05
@@ -49,15 +49,10 @@ def once_a_machine(make: Callable[[], T]) -> T:
 
 
 def _made(make: Callable[[], T], store: Any, key: str) -> T:
-    error: Exception | None = None
-    made: Any = None
-    try:
-        made = make()
-    except Exception as raised:
-        error = raised
+    made, error = tried(make)
     handle, name = tempfile.mkstemp(prefix="rmipo-lite-")  # readable by this user alone
     with os.fdopen(handle, "wb") as file:
-        pickle.dump((None if error is None else carried(error), made), file)
+        pickle.dump((carried(error), made), file)
     store.set(key, name)
     if error is not None:
         raise error
