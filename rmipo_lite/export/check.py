@@ -105,5 +105,6 @@ def _check_template(tokenizer: Any, file: LlamaCpp) -> None:
         theirs = file.rendered(messages)
         if theirs != ours:
             raise ValueError(
-                f"chat template: llama.cpp renders {theirs[:200]!r}, transformers {ours[:200]!r}"
+                f"chat template: llama.cpp renders {theirs[:200]!r}, transformers {ours[:200]!r}; "
+                "the model would be asked there as it never was (check=False writes it all the same)"
             )
