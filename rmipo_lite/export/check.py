@@ -106,5 +106,5 @@ def _check_template(tokenizer: Any, file: LlamaCpp) -> None:
         if theirs != ours:
             raise ValueError(
                 f"chat template: llama.cpp renders {theirs[:200]!r}, transformers {ours[:200]!r}; "
-                "the model would be asked there as it never was (check=False writes it all the same)"
+                "it would be asked there as it never was (check=False writes it all the same)"
             )
