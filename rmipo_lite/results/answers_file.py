@@ -128,7 +128,7 @@ def _line(
     if kind == "jsonl":
         return {"prompt": row["prompt"], "answer": text, "ended": answers[0].ended}
     if kind == "alpaca_eval":
-        kept = {key: row[key] for key in ("dataset", "input") if key in row}
+        kept = {key: value for key, value in row.items() if key in ("dataset", "input")}
         return {"instruction": row["instruction"], "output": text, "generator": name, **kept}
     stamp, own = time.time(), uuid.uuid4().hex
     if kind == "arena_hard":
