@@ -5,6 +5,7 @@ The order: load -> read and report the data -> attach the adapter -> evaluate ->
 caller's model beside the adapter is put back.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from rmipo_lite.checkpoints.sealed_folder import newest_valid_checkpoint, writab
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.holdout import evaluated_part, split_holdout
 from rmipo_lite.data.rows import LoadedRows, Row, load_rows
-from rmipo_lite.model.generation import Prompt
+from rmipo_lite.model.generation import BATCH, Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import name_of, new_folder, run_name
 from rmipo_lite.output.console import say, show
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.once import once_a_machine
-from rmipo_lite.parallel.sharded import is_sharded, whole
+from rmipo_lite.parallel.sharded import is_sharded
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
@@ -45,7 +46,8 @@ from rmipo_lite.training.rehearsal import plan_run
 from rmipo_lite.training.restore import nothing_held, surroundings_restored, unwrap_forward
 from rmipo_lite.training.sharding import decide_sharding, seen_by_us_alone
 from rmipo_lite.training.trainer import RMiPOTrainer
-from rmipo_lite.watch.progress import show_progress
+from rmipo_lite.watch.completions import Told
+from rmipo_lite.watch.progress import phase, show_progress
 
 EvalPairs = list[TokenizedPair] | dict[str, list[TokenizedPair]]
 
@@ -150,7 +152,7 @@ def train(
             finally:
                 unwrap_forward(trainer.model)
         result.held_out_prompts = prompts
-        _answer_samples(result)
+        _answer_samples(trainer, result)
         stops = causal_lm(result.model).generation_config
     # Beside the adapter it is what the run leaves on the model: answers end where they were taught.
     causal_lm(result.model).generation_config = stops
@@ -235,7 +237,7 @@ def _evaluate_after(trainer: RMiPOTrainer) -> dict[str, float]:
         return {}
 
 
-def _answer_samples(result: TrainResult) -> None:
+def _answer_samples(trainer: RMiPOTrainer, result: TrainResult) -> None:
     """Answer the first held-out prompts before and after, for whoever looks at the result."""
     prompts = result.held_out_prompts[: result.args.sample_prompts]
     if not prompts or result.stopped_at_step is not None:
@@ -245,8 +247,11 @@ def _answer_samples(result: TrainResult) -> None:
     if not (Group.current().is_first or is_sharded(result.model)):
         return  # whoever looks at the result looks at the first's
     say(f"Answering {len(prompts)} prompts before and after training")
+    most = 2 * math.ceil(len(prompts) / BATCH) * _SAMPLE_TOKENS
     try:
-        result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS)
+        with phase(trainer, "answering samples", most, "tokens") as advance:
+            told = Told(lambda done, _: advance(done), most)
+            result.compare(prompts, max_new_tokens=_SAMPLE_TOKENS, stopping_criteria=[told])
     except KeyboardInterrupt:
         say("No samples: stopped")
     except Exception as error:
@@ -257,8 +262,7 @@ def _answer_samples(result: TrainResult) -> None:
 def _save(result: TrainResult, folder: Path) -> None:
     """Save the result; where that fails, the result is returned all the same, and says so."""
     try:
-        with whole(result.model, everything=not isinstance(result.model, PeftModel)):
-            Group.current().from_first(lambda: result.save(folder))
+        Group.current().agreed(lambda: result.save(folder))
     except Exception as error:  # whatever it is, what was trained isn't lost with it
         result.unsaved = str(error)
         what = "adapter" if isinstance(result.model, PeftModel) else "model"

@@ -73,9 +73,16 @@ def test_from_a_folder_to_a_saved_adapter(
 
 
 @pytest.mark.slow
-def test_held_out_prompts_are_answered_before_and_after(tokenizer: Any, tmp_path: Path) -> None:
+def test_held_out_prompts_are_answered_before_and_after(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = _rows()
-    result = _train(str(MODEL), tokenizer, tmp_path / "a", eval_dataset=rows[:5], sample_prompts=2)
+    result = _train(
+        str(MODEL), tokenizer, tmp_path / "a", eval_dataset=rows[:5], sample_prompts=2,
+        disable_tqdm=False,
+    )  # fmt: skip
+    # A phase like any other, with its time left: of a real model it takes minutes on a CPU.
+    assert "answering samples, 128 tokens" in capsys.readouterr().out
     assert result.held_out_prompts == [row["prompt"] for row in rows[:5]]
     assert [prompt for prompt, *_ in result._samples] == result.held_out_prompts[:2]
     assert all(before and after for _, before, after in result._samples)

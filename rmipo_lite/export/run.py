@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rmipo_lite.export.modelfile import modelfile_of
 from rmipo_lite.model.names import name_of, short_name
 from rmipo_lite.output.console import say, size
 from rmipo_lite.parallel.sharded import is_sharded
+from rmipo_lite.system.files import file_put_in_place
 
 _MISSING = "pip install 'rmipo_lite[gguf]'"
 
@@ -84,19 +84,14 @@ def export(
         raise ImportError(f"export needs packages of its own: {_MISSING} ({error})") from error
     # A template that can't be said is known before anything is written.
     text = modelfile_of(tokenizer, target) if modelfile else None
-    target.parent.mkdir(parents=True, exist_ok=True)
     name = short_name(name_of(model) or target.stem)
-    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with file_put_in_place(target) as staged:
         if adapter_only and adapted is not None:
             written = write_adapter(adapted, staged, name)
             _check_adapter(adapted, tokenizer, staged, prompts, check)
         else:
             written = write_model(_whole(model), tokenizer, staged, kind, name)
             _check(model, tokenizer, written, prompts, check)
-        os.replace(staged, target)
-    finally:
-        staged.unlink(missing_ok=True)
     _tell(target, written)
     if text is not None:
         beside.write_text(text, encoding="utf-8")

@@ -8,7 +8,6 @@ arena-hard-auto (utils/add_markdown_info.py) and of FastChat's llm_judge.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import uuid
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmipo_lite.model.generation import Answer, Prompt
+from rmipo_lite.system.files import file_put_in_place
 
 Question = str | Mapping[str, Any]
 Generate = Callable[[list[Prompt]], list[Answer]]
@@ -68,13 +68,8 @@ def write_answers(
         text = json.dumps(lines, ensure_ascii=False, indent=2) + "\n"
     else:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with file_put_in_place(target) as staged:
         staged.write_text(text, encoding="utf-8")
-        os.replace(staged, target)
-    finally:
-        staged.unlink(missing_ok=True)
     return target, [answer for of in answers for answer in of]
 
 

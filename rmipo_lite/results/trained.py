@@ -108,12 +108,15 @@ class Trained(ABC):
                 yield self.model
 
     def _adapted(self, what: str) -> PeftModel:
-        if not isinstance(self.model, PeftModel):
+        is_adapted = isinstance(self.model, PeftModel)
+        if not is_adapted and self.start is None:
             raise TypeError(
                 f"model: {what} needs an adapter, and this model has none "
-                f"({type(self.model).__name__} was trained in full)"
+                f"({type(self.model).__name__} is a whole model)"
             )
-        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+        if not is_adapted or not any(
+            isinstance(module, BaseTunerLayer) for module in self.model.modules()
+        ):
             raise TypeError(
                 f"model: {what} needs an adapter, and this one's was merged into the weights "
                 "(merge_and_unload); what was before is gone. result.merge() leaves the model as "

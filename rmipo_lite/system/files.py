@@ -5,6 +5,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Tries of a rename on Windows, whose virus scanner holds a fresh file for a moment; seconds.
@@ -41,6 +43,18 @@ def move(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(wait)
     os.replace(source, target)
+
+
+@contextmanager
+def file_put_in_place(target: Path) -> Iterator[Path]:
+    """Where to write a file that is at `target` once the block is done, whole; else nowhere."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield staged
+        move(staged, target)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def files_below(folder: Path) -> list[Path]:

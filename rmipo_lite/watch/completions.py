@@ -61,7 +61,7 @@ def completion_numbers(
         answers = generate_ids(
             model, tokenizer, prompts, limit,
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            stopping_criteria=[_Told(told, limit * math.ceil(len(prompts) / BATCH))],
+            stopping_criteria=[Told(told, limit * math.ceil(len(prompts) / BATCH))],
         )  # fmt: skip
     repeated = [repeated_share(answer.ids) for answer in answers]
     return {
@@ -72,8 +72,8 @@ def completion_numbers(
     }
 
 
-class _Told(StoppingCriteria):
-    """Stops nothing: generation asks it after every token."""
+class Told(StoppingCriteria):
+    """Stops nothing: generation asks it after every token, and `told` hears (done, `most`)."""
 
     def __init__(self, told: Callable[[int, int], None], most: int) -> None:
         self._told, self._most, self._done = told, most, 0

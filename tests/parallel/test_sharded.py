@@ -68,6 +68,13 @@ def _is_an_adapter_that_peft_loads(folder: Path) -> None:
     assert all(torch.equal(again[name], weight) for name, weight in one.items())
 
 
+def _two_asked_by(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, and what their launcher put around them."""
+    monkeypatch.setattr(sharding.Group, "current", lambda: Group(0, 2))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 def _decided(args: RMiPOConfig) -> bool:
     decide_sharding(args)
     return bool(args.shards_layers)
@@ -98,9 +105,7 @@ def test_what_is_asked_for_is_done_or_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sharding.Group, "current", lambda: Group(0, 2))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    _two_asked_by(environment, monkeypatch)
     if wanted is None:
         assert _decided(_args(tmp_path, **options))
     else:
@@ -127,9 +132,7 @@ def test_its_own_checkpointing_is_ours(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sharding.Group, "current", lambda: Group(0, 2))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    _two_asked_by(environment, monkeypatch)
     args = _args(tmp_path, **options)
     assert _decided(args)
     assert args.wants_checkpointing

@@ -308,3 +308,14 @@ def test_text_forms(result: TrainResult) -> None:
     assert "stopped at step 3" in repr(result)
     frame = result.to_pandas()
     assert list(frame["step"]) == [1, 2, 3, 3]
+
+
+def test_a_merged_model_put_in_place_of_the_adapted_one_is_not_called_whole(
+    result: TrainResult,
+) -> None:
+    result.start, result.model = {"lora": torch.zeros(1)}, tiny_model()
+    with pytest.raises(TypeError, match=r"was merged into the weights \(merge_and_unload\)"):
+        result.compare(["What is 2 + 2?"])
+    result.start = None
+    with pytest.raises(TypeError, match=r"this model has none .* is a whole model"):
+        result.compare(["What is 2 + 2?"])

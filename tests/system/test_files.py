@@ -198,8 +198,8 @@ def test_other_names_are_not(windows: None, name: str) -> None:
 
 
 def test_a_drive_is_no_forbidden_part(windows: None) -> None:
-    assert not files.is_reserved(PureWindowsPath(r"C:\runs\one"))  # type: ignore[arg-type]
-    assert files.is_reserved(PureWindowsPath(r"C:\runs\con"))  # type: ignore[arg-type]
+    assert not files.is_reserved(PureWindowsPath(r"C:\runs\one"))
+    assert files.is_reserved(PureWindowsPath(r"C:\runs\con"))
 
 
 @pytest.mark.parametrize("name", [r"C:\models\mine", "C:/models/mine", r"models\mine", "./mine"])
@@ -220,3 +220,23 @@ def test_a_run_is_named_after_the_last_part_of_either_path() -> None:
         run_name(r"C:\models\Qwen3-0.6B") == run_name("/models/Qwen3-0.6B/") == "rmipo-Qwen3-0.6B"
     )
     assert run_name("models/trailing.") == "rmipo-trailing"
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file"
+
+    def write(text: str, fault: BaseException | None = None) -> None:
+        with files.file_put_in_place(target) as staged:
+            staged.write_text(text)
+            if fault is not None:
+                raise fault
+
+    with pytest.raises(OSError, match="disk"):
+        write("half", OSError("disk"))
+    assert not list(target.parent.iterdir())
+    write("whole")
+    with pytest.raises(KeyboardInterrupt):
+        write("half", KeyboardInterrupt())
+    assert [(file.name, file.read_text()) for file in target.parent.iterdir()] == [
+        ("file", "whole")
+    ]
