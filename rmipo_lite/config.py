@@ -326,3 +326,8 @@ def _is_member(value: object, kinds: tuple[Any, ...]) -> bool:
     if not enums or not isinstance(value, str):
         return True
     return any(value in enum_values(kind) for kind in enums)
+
+
+# Where no activation is kept for a backward pass, so none has to be computed again.
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # new name, old name
+NO_BACKWARD = {next(n for n in _CHECKPOINTING if n in RMiPOConfig.__dataclass_fields__): False}

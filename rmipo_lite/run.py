@@ -32,6 +32,7 @@ from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.once import once_a_machine
 from rmipo_lite.parallel.sharded import is_sharded
 from rmipo_lite.planning.quantization import Quantization, load_for_run
+from rmipo_lite.results.judged import chosen_text
 from rmipo_lite.results.model_card import model_card
 from rmipo_lite.results.result import TrainResult
 from rmipo_lite.system.files import is_empty
@@ -49,6 +50,7 @@ from rmipo_lite.training.trainer import RMiPOTrainer
 from rmipo_lite.watch.completions import Told
 from rmipo_lite.watch.progress import phase, show_progress
 
+Asked = tuple[Prompt, str | None]  # a prompt and its chosen response, where there is one
 EvalPairs = list[TokenizedPair] | dict[str, list[TokenizedPair]]
 
 HOLDOUT_SHARE = 0.05
@@ -125,7 +127,7 @@ def train(
             loaded, tokenizer = _load(model, tokenizer, args, quantization)
         tokenizer = prepare_tokenizer(tokenizer, args.chat_template)
         # With its report, which tokenising adds to.
-        data, (train_pairs, eval_pairs, prompts) = once_a_machine(
+        data, (train_pairs, eval_pairs, asked) = once_a_machine(
             lambda: (data, _pairs(data, eval_dataset, eval_split, tokenizer, args, loaded))
         )
         show(data.report)
@@ -151,7 +153,8 @@ def train(
                 raise
             finally:
                 unwrap_forward(trainer.model)
-        result.held_out_prompts = prompts
+        result.held_out_prompts = [prompt for prompt, _ in asked]
+        result.held_out_chosen = [chosen for _, chosen in asked]
         _answer_samples(trainer, result)
         stops = causal_lm(result.model).generation_config
     # Beside the adapter it is what the run leaves on the model: answers end where they were taught.
@@ -313,7 +316,7 @@ def _pairs(
     tokenizer: PreTrainedTokenizerBase,
     args: RMiPOConfig,
     model: nn.Module,
-) -> tuple[list[TokenizedPair], EvalPairs, list[Prompt]]:
+) -> tuple[list[TokenizedPair], EvalPairs, list[Asked]]:
     """(training pairs, held-out pairs, distinct prompts of the held-out ones)."""
     config = causal_lm(model).config
     pairs = prepare(data, tokenizer, args, config).pairs
@@ -327,10 +330,10 @@ def _pairs(
         if len(part) < len(held_out):
             say(f"{len(part)} of {len(held_out)} held-out pairs are evaluated: the run is short")
         held_out = part
-        return train_pairs, held_out, _prompts(held_out, data.rows)
+        return train_pairs, held_out, _asked(held_out, data.rows)
     named = eval_dataset if is_several(eval_dataset) else {"": eval_dataset}
     eval_pairs: dict[str, list[TokenizedPair]] = {}
-    prompts: list[Prompt] = []
+    asked: list[Asked] = []
     for name, part in named.items():
         argument = f"eval_dataset[{name!r}]" if name else "eval_dataset"
         own = load_rows(
@@ -338,7 +341,7 @@ def _pairs(
             unpaired=args.loss.unpaired,
         )  # fmt: skip
         eval_pairs[name] = prepare(own, tokenizer, args, config).pairs
-        prompts += _prompts(eval_pairs[name], own.rows)
+        asked += _asked(eval_pairs[name], own.rows)
         title = f"Evaluation set {name}" if name else "Evaluation set"
         say(f"{title}: {own.report.kept} of {own.report.total} pairs kept")
         if _forms(own.rows) != _forms(data.rows):
@@ -346,7 +349,7 @@ def _pairs(
                 f"WARNING: the rows of {argument} are {_forms(own.rows)}, those trained on are "
                 f"{_forms(data.rows)}; only messages go through the chat template"
             )
-    return pairs, eval_pairs.get("", eval_pairs), prompts
+    return pairs, eval_pairs.get("", eval_pairs), asked
 
 
 def _trained_pairs(args: RMiPOConfig, pairs: int) -> int:
@@ -360,10 +363,16 @@ def _forms(rows: list[Row]) -> str:
     return " and ".join("plain text" if is_text else "messages" for is_text in kinds)
 
 
-def _prompts(pairs: list[TokenizedPair], rows: list[Row]) -> list[Prompt]:
-    """The prompts of the pairs as they came in, each once, in order."""
-    prompt_of = {row.index: row.prompt for row in rows}
-    found = {str(prompt_of[pair.row]): prompt_of[pair.row] for pair in pairs}
+def _asked(pairs: list[TokenizedPair], rows: list[Row]) -> list[Asked]:
+    """The prompts of the pairs as they came in, each once, in order, with a chosen response."""
+    row_of = {row.index: row for row in rows}
+    found: dict[str, Asked] = {}
+    for row in (row_of[pair.row] for pair in pairs):
+        chosen = row.responses.get("chosen")
+        before = found.get(str(row.prompt), (row.prompt, None))
+        if before[1] is None:
+            text = None if chosen is None else chosen_text(chosen)
+            found[str(row.prompt)] = (row.prompt, text)
     return list(found.values())
 
 

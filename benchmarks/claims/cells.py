@@ -21,7 +21,7 @@ LOSSES: dict[str, dict[str, Any]] = (
     | {f"dpo {beta:g}": {"loss_type": "dpo", "beta": beta} for beta in (0.05, 0.1, 0.5)}
 )
 UNTUNED = ("rmipo", "simper")  # losses without a constant that anybody sweeps
-TUNED = tuple(loss for loss in LOSSES if loss.startswith("simpo"))  # in the demo's world
+TUNED = tuple(loss for loss in LOSSES if loss not in UNTUNED)
 _TWINS = ("simpo 2 0.8", "simpo 2 1.6")  # RMiPO with constant margins about as large
 ANCHOR, SFT = 0.1, 0.5  # the defaults
 # Tasks whose chosen side isn't longer: nothing is weighed, and "off" is bit for bit the same run.

@@ -130,7 +130,9 @@ def _known_options(parser: argparse.ArgumentParser, command: str | None) -> list
 
 
 # What imports PyTorch and transformers before anything else, for seconds.
-_SLOW_TO_START = {"train", "compare", "generate", "compare-answers", "merge", "export"}
+_SLOW_TO_START = {
+    "train", "compare", "chat", "generate", "compare-answers", "merge", "export", "figures",
+}  # fmt: skip
 _HELP = {"-h", "--help", "--help-all"}
 
 
@@ -167,8 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = {
     "train": _train, "inspect": _inspect, "estimate": _estimate, "compare": _compare,
-    "demo": _demo, "info": _info, "selftest": _selftest, "generate": runs.generate,
+    "demo": _demo, "info": _info, "selftest": _selftest, "chat": runs.chat,
+    "generate": runs.generate,
     "compare-answers": runs.compare_answers, "merge": runs.merge, "export": runs.export,
+    "figures": runs.figures,
 }  # fmt: skip
 
 

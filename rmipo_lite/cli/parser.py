@@ -63,8 +63,8 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rmipo_lite {__version__}")
     commands = parser.add_subparsers(
         dest="command",
-        metavar="{train,inspect,estimate,compare,generate,compare-answers,merge,export,demo,info,"
-        "selftest}",
+        metavar="{train,inspect,estimate,compare,chat,generate,compare-answers,merge,export,"
+        "figures,demo,info,selftest}",
     )
     _add_train(commands, argv)
     _add_inspect(commands, argv)

@@ -1,4 +1,4 @@
-"""Commands on what a run left in its folder: generate, compare-answers, merge."""
+"""Commands on what a run left in its folder: chat, generate, compare-answers, merge, export."""
 
 import argparse
 import json
@@ -26,17 +26,14 @@ def add_commands(commands: Any) -> None:
             help="more of them: a line each, or rows with a column `prompt` (.jsonl, .json, .csv, "
             ".parquet); - reads lines from standard input",
         )  # fmt: skip
-        command.add_argument(
-            "--max_new_tokens", "--max-new-tokens", type=int, default=128, help="(default: 128)"
-        )
-        command.add_argument(
-            "--temperature", type=float, help="sample at this temperature (default: greedy)"
-        )
-        command.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+        _add_generation(command, 128)
         command.add_argument("--output", metavar="FILE", help="write rows of JSON there too")
         command.add_argument(
             "--plain", action="store_true", help="take texts as they are, without chat template"
         )
+    chat = _command(commands, "chat", "talk to the model of a run's folder, in this terminal")
+    chat.add_argument("--system", metavar="TEXT", help="the conversation's first message")
+    _add_generation(chat, 512)
     merge = _command(commands, "merge", "write the model with the run's adapter merged in")
     merge.add_argument("target", metavar="FOLDER", help="a new or empty folder")
     merge.add_argument(
@@ -56,6 +53,26 @@ def add_commands(commands: Any) -> None:
         "--no_check", "--no-check", action="store_true", help="don't look at it in llama.cpp"
     )
 
+    figures = commands.add_parser(
+        "figures", help="the paper's figures from a run's numbers, as PNGs", allow_abbrev=False,
+        description="Gamma by PMI gap, reward differences before and after, accuracy by PMI gap "
+        "and length, dynamics and efficiency, each with a caption. No model is loaded.",
+    )  # fmt: skip
+    figures.add_argument("run", metavar="RUN", help="folder of a run that is over")
+    figures.add_argument("--output_dir", "--output-dir", help="(default: RUN/figures)")
+    figures.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_generation(command: argparse.ArgumentParser, longest: int) -> None:
+    command.add_argument(
+        "--max_new_tokens", "--max-new-tokens", type=int, default=longest,
+        help=f"(default: {longest})",
+    )  # fmt: skip
+    command.add_argument(
+        "--temperature", type=float, help="sample at this temperature (default: greedy)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
@@ -69,6 +86,14 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     command.add_argument("--use_cpu", "--use-cpu", action="store_true", help="take no GPU")
     command.add_argument("--debug", action="store_true", help="show tracebacks")
     return command
+
+
+def chat(given: dict[str, Any]) -> int:
+    """`rmipo-lite chat RUN`"""
+    from rmipo_lite.cli.chat import talk
+
+    talk(_load(given), given["system"], _generation(given))
+    return 0
 
 
 def generate(given: dict[str, Any]) -> int:
@@ -113,6 +138,17 @@ def export(given: dict[str, Any]) -> int:
         given["target"], given["format"], adapter_only=given["adapter"],
         modelfile=given["modelfile"], check=not given["no_check"],
     )  # fmt: skip
+    return 0
+
+
+def figures(given: dict[str, Any]) -> int:
+    """`rmipo-lite figures RUN`"""
+    from rmipo_lite.results.figures import figures_of
+    from rmipo_lite.results.run_file import read_numbers
+
+    folder = Path(given["run"])
+    found = figures_of(read_numbers(folder))
+    found.save(given["output_dir"] or folder / "figures")
     return 0
 
 
@@ -165,7 +201,7 @@ def _of_file(path: Path) -> list[Any]:
 
 
 def _text(prompt: Any) -> str:
-    from rmipo_lite.results.comparison import prompt_text
+    from rmipo_lite.model.generation import prompt_text
 
     return prompt_text(prompt)
 

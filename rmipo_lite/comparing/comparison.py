@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmipo_lite.comparing.outcome import COMPARABLE, MEASURES, RunOutcome
+from rmipo_lite.comparing.sensitivity import sensitivity
 from rmipo_lite.comparing.worth import Estimated, difference, estimated
-from rmipo_lite.model.generation import Prompt
+from rmipo_lite.model.generation import Prompt, prompt_text
 from rmipo_lite.output import page, plots
 from rmipo_lite.output.console import duration, say
+from rmipo_lite.output.figures import Figures
 from rmipo_lite.output.table import escaped, html_table, text_table
-from rmipo_lite.results.comparison import prompt_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,9 +222,22 @@ class Comparison:
         axes.set(title=words, xlabel=unit)
         axes.grid(visible=True, alpha=0.3)
 
+    def figures(self, measure: str | None = None) -> Figures:
+        """The paper's figure 2 from these runs: a measure over the values of the options swept.
+
+        Args:
+            measure: None takes the win rate where there is a judge, else the accuracy.
+        """
+        measure = _known(measure or self._main)
+        options = {m: runs[0].options for m in self.methods if (runs := self.of(m))}
+        means = {method: self.mean(method, measure) for method in options}
+        return sensitivity(options, means, *MEASURES[measure][:2])
+
     def report(self, path: str | Path | None = None) -> Path:
         """Write one self-contained HTML file; None writes `comparison.html` into `output_dir`."""
         sections = [*self._sections(), ("By measure", plots.svg(self.plot()))]
+        if swept := self.figures():
+            sections.append(("Sensitivity", swept._repr_html_()))
         if self.prompts:
             sections.append(("Answers", self._answers()))
         whole = page.html_page("Comparison", self.headline, sections)

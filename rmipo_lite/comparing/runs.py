@@ -17,7 +17,6 @@ from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.comparing.board import Board
 from rmipo_lite.comparing.contenders import Contender
 from rmipo_lite.comparing.folder import answer_of, note_before, ready_for_a_run
-from rmipo_lite.comparing.judges import Judge
 from rmipo_lite.comparing.outcome import (
     Cases,
     RunOutcome,
@@ -26,6 +25,7 @@ from rmipo_lite.comparing.outcome import (
     of_whole_pairs,
     read_outcome,
 )
+from rmipo_lite.judging.judges import Judge
 from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.generation import (
     Answer,

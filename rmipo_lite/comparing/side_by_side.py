@@ -25,11 +25,11 @@ from rmipo_lite.comparing.board import Board
 from rmipo_lite.comparing.comparison import Comparison
 from rmipo_lite.comparing.contenders import DEFAULT, Contender, Methods, Rates, contenders
 from rmipo_lite.comparing.folder import folder_for, open_folder
-from rmipo_lite.comparing.judges import JudgeLike, judge_of
 from rmipo_lite.comparing.runs import Runs
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.holdout import split_holdout
 from rmipo_lite.data.rows import Row, load_rows
+from rmipo_lite.judging.judges import JudgeLike, judge_of
 from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer

@@ -15,5 +15,6 @@ __all__ = [
     "normalise",
     "report",
     "rows",
+    "sources",
     "unpaired",
 ]

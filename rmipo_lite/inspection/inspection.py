@@ -7,15 +7,12 @@ pairs that look wrong. Texts stay the dataset's own; what is kept of a pair are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
@@ -23,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.checkpoints.sealed_folder import writable_folder
-from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.config import NO_BACKWARD, RMiPOConfig
 from rmipo_lite.data.report import DataReport
 from rmipo_lite.data.rows import Row, load_rows, texts_of
 from rmipo_lite.inspection import view
@@ -40,7 +37,7 @@ from rmipo_lite.output.page import write_report
 from rmipo_lite.parallel.group import refuse_several
 from rmipo_lite.planning.half_range import keep_model_in_range
 from rmipo_lite.planning.quantization import load_for_run
-from rmipo_lite.step.make import make_step
+from rmipo_lite.step.make import autocast_of, make_step
 from rmipo_lite.tokens.options import options_for, prior_front
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.tokens.templates import prepare_tokenizer
@@ -52,9 +49,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROWS_PER_CHUNK = 512  # of which token ids are held at a time
-# No activation is kept for a backward pass here, so none has to be computed again.
-_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # new name, old name
-_NO_BACKWARD = {next(n for n in _CHECKPOINTING if n in RMiPOConfig.__dataclass_fields__): False}
 
 
 class Inspection(InspectionFacts):
@@ -124,7 +118,7 @@ def inspect(
     folder = None if output_dir is None else writable_folder(output_dir)
     refuse_several("inspect")
     with surroundings_restored("" if model is None else model):
-        args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **_NO_BACKWARD | config)
+        args = RMiPOConfig(output_dir=str(folder or "rmipo-inspection"), **NO_BACKWARD | config)
         rows, report = load_rows(dataset, split=split, unpaired=args.loss.unpaired)
         encoder = _tokenizer(tokenizer, model, args)
         loaded = None if model is None else _model(model, args)
@@ -254,7 +248,7 @@ def _scores(
         first[-1][1],
         tokenizer=tokenizer,
         prior_front=prior_front(args, tokenizer),
-        autocast=_autocast(args, device_of(model)),
+        autocast=autocast_of(args, device_of(model)),
     )
     step.max_tokens, step.packing = file.begin(step.max_tokens, step.packing)
     if len(file):
@@ -269,12 +263,3 @@ def _scores(
                 f"Stopped: what is scored is in {folder / SCORES_FILE}; the same call goes on there"
             )
         raise
-
-
-def _autocast(
-    args: RMiPOConfig, device: torch.device
-) -> Callable[[], AbstractContextManager[object]]:
-    """The precision that training would compute in."""
-    if not (args.bf16 or args.fp16):
-        return nullcontext
-    return partial(torch.autocast, device.type, torch.bfloat16 if args.bf16 else torch.float16)

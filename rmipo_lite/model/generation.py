@@ -25,6 +25,15 @@ Prompt = str | list[dict[str, str]]
 BATCH = 16  # prompts generated together
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text for people."""
+    if isinstance(prompt, str):
+        return prompt
+    if [message.get("role") for message in prompt] == ["user"]:
+        return prompt[0].get("content", "")
+    return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
+
+
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, conversational: bool) -> list[int]:
     """Token ids a model would see before its answer.
 

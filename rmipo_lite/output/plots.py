@@ -21,7 +21,8 @@ History = Sequence[dict[str, Any]]
 
 _PAIR_LOSS = "rmipo/pair_loss"  # beside eval_loss: "loss" is all that a step minimises
 # title, y label, ((metric, label), ...): a panel appears when the history has one of its metrics
-_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+_Panels = Sequence[tuple[str, str, tuple[tuple[str, str], ...]]]
+_PANELS: _Panels = (
     ("Loss", "nats", (("loss", "training"), ("eval_loss", "held out"))),
     (
         "Reward accuracy",
@@ -85,12 +86,12 @@ class _Panel(NamedTuple):
     metrics: list[tuple[str, str]]
 
 
-def _panels(history: History) -> list[_Panel]:
+def _panels(history: History, more: _Panels = ()) -> list[_Panel]:
     """The panels of which something was logged."""
     logged = dict.fromkeys(name for entry in history for name in entry)
     every = [
         _Panel(title, unit, [line for m, label in metrics for line in _lines(m, label, logged)])
-        for title, unit, metrics in _PANELS
+        for title, unit, metrics in (*_PANELS, *more)
     ]
     return [panel for panel in every if panel.metrics]
 
@@ -133,9 +134,12 @@ def new_figure(width: float, height: float) -> Figure:
     return ShownFigure(figsize=(width, height), layout="constrained")
 
 
-def figure(history: History) -> Figure:
-    """The run's curves in one matplotlib figure; an empty history gives a figure that says so."""
-    panels = _panels(history)
+def figure(history: History, more: _Panels = ()) -> Figure:
+    """The run's curves in one matplotlib figure; an empty history gives a figure that says so.
+
+    `more` panels, each (title, unit, ((metric, label), ...)), stand behind the usual ones.
+    """
+    panels = _panels(history, more)
     if not panels:
         empty = new_figure(5, 1.5)
         empty.text(0.5, 0.5, "no metric was logged", ha="center", va="center")

@@ -59,6 +59,15 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
     return memory.held_bytes(), psutil.virtual_memory().total
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most that was in use of a card, or the largest resident set, so far."""
+    if device.type in _CARDS:
+        return int(_module(device).max_memory_allocated(device))
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return memory.lifetime_peak() or memory.held_bytes()
+
+
 def name_of(device: torch.device) -> str:
     """What a GPU is called by its maker."""
     if device.type == "mps":

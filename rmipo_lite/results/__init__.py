@@ -4,5 +4,6 @@
 """
 
 __all__ = [
-    "agreement", "comparison", "loaded", "model_card", "record", "result", "run_page", "trained",
+    "agreement", "comparison", "conversation", "figures", "judged", "loaded", "model_card",
+    "record", "result", "run_file", "run_page", "trained",
 ]  # fmt: skip

@@ -4,20 +4,11 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rmipo_lite.model.generation import Answer, Prompt
+from rmipo_lite.model.generation import Answer, Prompt, prompt_text
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.table import html_table
 
 COLUMN = 46  # characters of one column in the text table
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one text for people."""
-    if isinstance(prompt, str):
-        return prompt
-    if [message.get("role") for message in prompt] == ["user"]:
-        return prompt[0].get("content", "")
-    return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
 
 
 @dataclass(frozen=True)

@@ -16,35 +16,57 @@ from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import short_name
+from rmipo_lite.options.method import MethodFields
 from rmipo_lite.output.console import printable, say
+from rmipo_lite.output.figures import Figures
 from rmipo_lite.planning.quantization import Quantization, load_for_run
 from rmipo_lite.results.comparison import AnswerComparison
+from rmipo_lite.results.conversation import Conversation
+from rmipo_lite.results.figures import figures_of
+from rmipo_lite.results.judged import JudgedModel
 from rmipo_lite.results.model_card import CARD_FILE, card_of_merged
-from rmipo_lite.results.trained import FACTS_FILE, Trained
+from rmipo_lite.results.run_file import read_numbers
+from rmipo_lite.results.trained import FACTS_FILE
 from rmipo_lite.tokens.templates import prepare_tokenizer
+
+_OF_ROWS = (
+    "max_length", "max_prompt_length", "truncation_mode", "tokenization", "chat_template",
+)  # fmt: skip
 
 
 @dataclass(repr=False)
-class LoadedRun(Trained):
+class LoadedRun(JudgedModel):
     """What a run left in its folder: it generates, compares and merges as a `TrainResult` does.
 
     Attributes:
         folder: where it is from.
         model, tokenizer: loaded; an adapter with its base model, ready to train on.
         conversational: whether a text is one user turn, rendered by the chat template.
+        args: the options of the run, as far as they say what it trained and how it read rows.
     """
 
     folder: Path
     model: Any
     tokenizer: Any
     conversational: bool
+    args: RMiPOConfig
     start: dict[str, Tensor] | None = None
     held_out_prompts: list[Prompt] = field(default_factory=list)
+    held_out_chosen: list[str | None] = field(default_factory=list)
     _samples: AnswerComparison | None = field(default=None, init=False)
+    _conversation: Conversation | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         what = "an adapter" if isinstance(self.model, PeftModel) else "a whole model"
         return printable(f"LoadedRun({short_name(str(self.folder))}: {what})")
+
+    def figures(self) -> Figures:
+        """The paper's figures from the numbers in the run's folder, as `TrainResult.figures`.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder has none, or damaged ones.
+        """
+        return figures_of(read_numbers(self.folder))
 
     def _write_run(self, model: Any, folder: Path) -> None:
         save_weights(model, folder)
@@ -77,12 +99,20 @@ def load_run(
         ValueError, FileNotFoundError: there is no such model, or it can't be loaded.
     """
     name = str(folder)
-    args = RMiPOConfig("rmipo-load", **config)
+    args = RMiPOConfig("rmipo-load", **(_options_of(Path(name)) | config))
     tokenizer = prepare_tokenizer(load_tokenizer(name), None)
     if conversational is None:
         conversational = _was_conversational(Path(name), tokenizer)
     model = load_for_run(name, args, quantization)
-    return LoadedRun(Path(name), model.eval(), tokenizer, conversational)
+    return LoadedRun(Path(name), model.eval(), tokenizer, conversational, args)
+
+
+def _options_of(folder: Path) -> dict[str, Any]:
+    """What the run's own options say of its method and of how rows become tokens."""
+    file = folder / CONFIG_FILE
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = [*MethodFields.__dataclass_fields__, *_OF_ROWS]
+    return {name: said[name] for name in names if name in said}
 
 
 def _was_conversational(folder: Path, tokenizer: Any) -> bool:

@@ -40,6 +40,7 @@ class RunRecord:
         unsaved: why the adapter could not be saved at the end; None when it was.
         held_out: every held-out case's values behind `metrics`, before and after.
         held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
+        held_out_chosen: the chosen response to each of them; None where a row has none.
         start: the adapter's weights at step 0, by name; None where the model was trained in full.
         weights_step: the step that the weights are of where `load_best_model_at_end` chose it.
         learning_rate: the peak rate; that which was found where the options say "auto".
@@ -59,6 +60,7 @@ class RunRecord:
     findings: Findings = field(default_factory=Findings)
     unsaved: str | None = None
     held_out_prompts: list[Prompt] = field(default_factory=list)
+    held_out_chosen: list[str | None] = field(default_factory=list)
     start: dict[str, Tensor] | None = None
     weights_step: int | None = None
     learning_rate: float | None = None

@@ -14,15 +14,19 @@ from rmipo_lite.checkpoints.weights import save_run
 from rmipo_lite.model.generation import Prompt
 from rmipo_lite.output import page, plots
 from rmipo_lite.output.console import say
+from rmipo_lite.output.figures import Figures
 from rmipo_lite.output.redaction import without_paths
 from rmipo_lite.output.table import html_table
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.sharded import whole
 from rmipo_lite.results import run_page
 from rmipo_lite.results.comparison import AnswerComparison
+from rmipo_lite.results.conversation import Conversation
+from rmipo_lite.results.figures import figures_of
+from rmipo_lite.results.judged import JudgedModel
 from rmipo_lite.results.model_card import METRIC_HEAD, metric_rows, model_card
 from rmipo_lite.results.record import RunRecord
-from rmipo_lite.results.trained import Trained
+from rmipo_lite.results.run_file import RunNumbers, write_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,10 +34,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(repr=False)
-class TrainResult(RunRecord, Trained):
+class TrainResult(RunRecord, JudgedModel):
     """The outcome of a run: `RunRecord` says what it holds; this is what can be done with it."""
 
     _samples: AnswerComparison | None = field(default=None, init=False)
+    _conversation: Conversation | None = field(default=None, init=False)
 
     def _repr_html_(self) -> str:
         rows = metric_rows(self)
@@ -54,6 +59,16 @@ class TrainResult(RunRecord, Trained):
         """
         return plots.figure(self.history)
 
+    def figures(self) -> Figures:
+        """The paper's figures from this run, each with a caption; a notebook shows them all.
+
+        Gamma by PMI gap, reward differences before and after, accuracy by PMI gap and by length,
+        dynamics, efficiency; `figures()["gamma"].figure` is matplotlib's, `save(folder)` writes
+        PNGs.
+        """
+        measured = self.held_out
+        return figures_of(RunNumbers(self.history, measured.first, measured.newest))
+
     def to_pandas(self) -> pd.DataFrame:
         """The history as a DataFrame, one row for each log line."""
         import pandas as pd
@@ -72,6 +87,7 @@ class TrainResult(RunRecord, Trained):
 
     def _write_run(self, model: Any, folder: Path) -> None:
         save_run(model, self.tokenizer, self.args, folder)
+        write_numbers(folder, self.history, self.held_out)
 
     def _merged_card(self, how: str) -> str:
         return model_card(self, merged=how)

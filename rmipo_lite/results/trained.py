@@ -26,25 +26,16 @@ from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
 from rmipo_lite.export.run import export
 from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt_ids
 from rmipo_lite.model.loading import stored_dtype
-from rmipo_lite.model.names import name_of, short_name
+from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.results.agreement import agreement
-from rmipo_lite.results.answers_file import Question, write_answers
 from rmipo_lite.results.comparison import AnswerComparison
 from rmipo_lite.results.model_card import CARD_FILE
 from rmipo_lite.system.files import is_empty
 from rmipo_lite.version import __version__
 
 FACTS_FILE = "run.json"
-
-
-def _only_text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) > 1:
-        raise ValueError("questions: a second turn needs a tokenizer with a chat template")
-    return prompt[0]["content"]
 
 
 # What a merged copy is compared on where a run's folder holds no prompts.
@@ -223,46 +214,6 @@ class Trained(ABC):
             self.model, self.tokenizer, path, format, self._compared_on(),
             adapter_only=adapter_only, modelfile=modelfile, check=check,
         )  # fmt: skip
-
-    def write_answers(
-        self,
-        questions: Sequence[Question] | str | Path,
-        path: str | Path,
-        format: str = "jsonl",
-        *,
-        name: str | None = None,
-        max_new_tokens: int = 1024,
-        **options: Any,
-    ) -> Path:
-        """Answer a benchmark's questions into the file that its judge reads.
-
-        Args:
-            questions: texts, rows, or the benchmark's own file (.json, .jsonl).
-            path: the new file.
-            format: "jsonl" (prompt, answer, ended), "alpaca_eval", "arena_hard" or "mt_bench".
-            name: what the benchmark calls the model; None: the model's own name.
-            max_new_tokens, **options: as for `generate`. What was cut is counted and said.
-
-        Raises:
-            ValueError: a format that isn't one, a question that lacks what it needs, or a second
-                turn and no chat template.
-            FileExistsError: there is such a file.
-        """
-
-        def generate(prompts: list[Prompt]) -> list[Answer]:
-            if not self.tokenizer.chat_template:
-                prompts = [_only_text(prompt) for prompt in prompts]
-            return self.generate(prompts, max_new_tokens, **options)
-
-        def count(text: str) -> int:
-            return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        called = name or short_name(name_of(self.model)) or "model"
-        target, answers = write_answers(questions, path, format, generate, count, called)
-        cut = sum(not answer.ended for answer in answers)
-        more = f", {cut} of them cut at max_new_tokens={max_new_tokens}" if cut else ""
-        say(f"Answers: {target}, {len(answers)}{more}")
-        return target
 
     def _compared_on(self) -> list[list[int]]:
         """Ids of prompts on which another form of the model is compared with it."""

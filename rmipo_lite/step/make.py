@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -71,3 +73,12 @@ def make_step(
         if args.checkpointing_is_open:
             say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
     return step
+
+
+def autocast_of(
+    args: RMiPOConfig, device: torch.device
+) -> Callable[[], AbstractContextManager[object]]:
+    """The precision that training would compute in."""
+    if not (args.bf16 or args.fp16):
+        return nullcontext
+    return partial(torch.autocast, device.type, torch.bfloat16 if args.bf16 else torch.float16)

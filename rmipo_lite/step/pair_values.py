@@ -207,12 +207,17 @@ def _mismatched(values: PairValues) -> Tensor:
     return torch.where(values.has_chosen, values.rejected_reward, values.chosen_reward)
 
 
-def cases(values: PairValues) -> dict[str, list[float]]:
+def cases(values: PairValues, args: RMiPOConfig) -> dict[str, list[float]]:
     """Each pair's own part of the means that tell how a run went, by their names.
 
-    Of an unpaired row NaN where it has no part in a mean.
+    Of an unpaired row NaN where it has no part in a mean, and of a PMI gap that isn't defined.
     """
     parts = _of_pairs(values)
+    parts |= {"lengths/chosen": values.chosen_length, "lengths/rejected": values.rejected_length}
+    if args.uses_prior:
+        undefined = values.chosen_pmi.isnan() | values.rejected_pmi.isnan()
+        parts["rmipo/gamma"] = values.gamma
+        parts["rmipo/pmi_gap"] = values.pmi_gap.masked_fill(undefined, torch.nan)
     if not values.label.isnan().any():
         parts = {"rewards/accuracies": _right_of_rows(values), **_sides_of_rows(values)}
     named = {"loss": values.loss, **parts}

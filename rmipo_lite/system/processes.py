@@ -1,6 +1,7 @@
 """Processes: how many cores, who lives, ending them, and what can be forked."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -47,3 +48,9 @@ def process_context() -> str:
 def can_rewrite_lines() -> bool:
     """Whether the terminal, where there is one, moves its cursor; Windows' do, and set no TERM."""
     return os.environ.get("TERM", "console" if sys.platform == "win32" else "") not in ("", "dumb")
+
+
+def edit_typed_lines() -> None:
+    """Let `input` edit a line and go back to earlier ones; Windows' console does it by itself."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")

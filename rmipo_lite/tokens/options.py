@@ -26,13 +26,12 @@ def options_for(args: RMiPOConfig, config: PretrainedConfig | None) -> Tokenizat
 
     Without a config, where no model limits the length, it is the run's own.
     """
-    text = None if config is None else config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = None if config is None else context_of(config)
     max_length = args.max_length
     if context is not None and (max_length is None or max_length > context):
         if max_length is not None:
             say(f"max_length {max_length} is more than the model's context: {context} is used")
-        max_length = int(context)
+        max_length = context
     return TokenizationOptions(
         mode=args.tokenization,
         max_length=max_length,
@@ -41,6 +40,12 @@ def options_for(args: RMiPOConfig, config: PretrainedConfig | None) -> Tokenizat
         chat_template=args.chat_template,
         num_proc=args.dataset_num_proc,
     )
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """The longest text that a model reads, tokens; None where its config doesn't say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 def prior_front(args: RMiPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

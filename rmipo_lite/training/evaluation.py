@@ -148,7 +148,7 @@ class PairEvaluation(TrainerBeside):
         if len(values.loss):
             numbers = {"loss": float(values.loss.mean()), **pair_values.reduce([values], self.args)}
             sound = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if good]
-            self._note_errors(prefix, sound, pair_values.cases(values))
+            self._note_errors(prefix, sound, pair_values.cases(values, self.args))
         bad = [row for row, good in zip(rows, is_finite.tolist(), strict=True) if not good]
         if bad:
             say(f"Evaluation: {len(bad)} pair(s) left out, loss not finite (row {name_rows(bad)})")

@@ -9,33 +9,59 @@ log can be recomputed.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.length_balance import effective_sample
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
+from rmipo_lite.planning.device import peak_bytes
 from rmipo_lite.step import pair_values
 from rmipo_lite.step.pair_values import PairValues, StepOutcome
 
 PAIR_VALUES_FILE = "pair_values.jsonl"
 
 
+TIMES = ("rmipo/step_runtime", "rmipo/tokens_per_second", "rmipo/peak_memory")
+
+
+class _Clock(TrainerCallback):
+    """Seconds in optimizer steps since the last log line: no evaluation, no save among them."""
+
+    def __init__(self) -> None:
+        self.seconds, self._mark = 0.0, time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Count up to now: a card is at work until somebody reads its numbers."""
+        now = time.perf_counter()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+
+
 class RunLog:
     """Gathers step outcomes and turns them into log lines.
 
     Attributes:
+        clock: to be called by the trainer.
         num_tokens: tokens read by the policy and the prior pass since the run began.
         dropped_pairs: pairs dropped as not finite: row and step.
     """
 
     def __init__(self, args: RMiPOConfig) -> None:
         self._args = args
+        self.clock = _Clock()
         self._pair_file = (
             Path(str(args.output_dir)) / PAIR_VALUES_FILE if args.save_pair_values else None
         )
@@ -47,6 +73,8 @@ class RunLog:
         self._window: list[tuple[int, StepOutcome]] = []
         self._loss_total = 0.0  # summed over the logged pairs
         self._pairs_logged = 0
+        self._tokens_logged = 0
+        self.clock.seconds = 0.0
 
     def add(self, step: int, outcome: StepOutcome) -> None:
         """Take one optimizer step; `step` counts from 1."""
@@ -83,9 +111,18 @@ class RunLog:
         logs["num_tokens"] = float(self.num_tokens)
         if self.dropped_pairs:
             logs["rmipo/dropped_pairs"] = float(len(self.dropped_pairs))
+        logs |= self._efficiency()
         self._write_pairs()
         self._window = []
         return logs
+
+    def _efficiency(self) -> dict[str, float]:
+        """Seconds of the steps since the last line, tokens a second, the peak of memory so far."""
+        self.clock.stop()
+        seconds, tokens = self.clock.seconds, self.num_tokens - self._tokens_logged
+        self.clock.seconds, self._tokens_logged = 0.0, self.num_tokens
+        peak = peak_bytes(self._args.device) / 2**30
+        return dict(zip(TIMES, (seconds, tokens / max(seconds, 1e-9), peak), strict=True))
 
     @property
     def mean_loss(self) -> float | None:
@@ -137,6 +174,8 @@ class RunLog:
             "dropped_pairs": self.dropped_pairs,
             "loss_total": self._loss_total,
             "pairs_logged": self._pairs_logged,
+            "tokens_logged": self._tokens_logged,
+            "seconds": self.clock.seconds,
             "window": [
                 {
                     "step": step,
@@ -157,6 +196,8 @@ class RunLog:
         self.dropped_pairs = list(state["dropped_pairs"])
         self._loss_total = state["loss_total"]
         self._pairs_logged = state["pairs_logged"]
+        self._tokens_logged = state.get("tokens_logged", self.num_tokens)  # absent in older ones
+        self.clock.seconds = state.get("seconds", 0.0)
         self._window = [
             (
                 entry["step"],

@@ -218,6 +218,7 @@ class RMiPOTrainer(
         # Our batch has no num_items: the loss is a mean over pairs already.
         self.model_accepts_loss_kwargs = False
         self.run_log = RunLog(self.args)
+        self.add_callback(self.run_log.clock)
         self.pair_step = make_step(
             self.model, self.args, train_pairs or [], tokenizer=self._tokenizer,
             prior_front=self._prior_front, autocast=self.accelerator.autocast,

@@ -1,4 +1,4 @@
-"""Whose answer is better: a reward function, a reward model's folder, or one of trl's judges."""
+"""Whose answer is better: a reward function, a reward model, a judge of pairs, one of trl's."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from rmipo_lite.model.backbone import device_of
-from rmipo_lite.model.generation import Answer, Prompt
+from rmipo_lite.model.generation import Answer, Prompt, prompt_text
 from rmipo_lite.model.loading import load_tokenizer
-from rmipo_lite.results.comparison import prompt_text
 
 _AT_ONCE = 8  # answers through a reward model
 
-JudgeLike = str | Path | Callable[[Any, Answer], float] | Any | None
+JudgeLike = str | Path | Callable[..., Any] | Any | None
+_ByPlaces = Callable[[list[Prompt], list[list[Answer]]], Sequence[Any]]
 
 
 class Judge(Protocol):
@@ -35,9 +35,11 @@ def judge_of(judge: JudgeLike, model: Any) -> Judge | None:
 
     Args:
         judge: a callable that takes a prompt as it stands in the dataset and an answer (a text
-            with `.ended`) and gives a number, more for better; the folder or name of a reward
-            model (a sequence classifier with one label); an object with trl's
-            `judge(prompts, completions)`; or None.
+            with `.ended`) and gives a number, more for better; one that takes a prompt and two
+            answers and gives 0 where the first is better, 1 where the second, None where neither;
+            the folder or name of a reward model (a sequence classifier with one label); an object
+            with trl's `judge(prompts, completions)`; or None. Whoever sees both answers is asked
+            in both orders, and where these disagree neither won; -1 is no verdict.
         model: on whose device a reward model runs.
 
     Raises:
@@ -47,23 +49,34 @@ def judge_of(judge: JudgeLike, model: Any) -> Judge | None:
         return None
     if isinstance(judge, str | os.PathLike):
         return _RewardModel(os.fspath(judge), model)
-    if callable(getattr(judge, "judge", None)):
-        return _Pairwise(judge)
-    if callable(judge) and _takes_two(judge):
+    of_trl = getattr(judge, "judge", None)
+    if callable(of_trl):
+        return _Pairwise(lambda prompts, pairs: of_trl([*map(prompt_text, prompts)], pairs))
+    if callable(judge) and _takes(judge, 2):
         return _Rewards(judge)
+    if callable(judge) and _takes(judge, 3):
+        return _Pairwise(lambda *both: _of_two(judge, *both))
     raise TypeError(
-        "judge must be a callable of a prompt and an answer, the folder of a reward model or an "
-        f"object with judge(prompts, completions), got {judge!r}"
+        "judge must be a callable of a prompt and one or two answers, the folder of a reward model "
+        f"or an object with judge(prompts, completions), got {judge!r}"
     )
 
 
-def _takes_two(judge: Callable[..., Any]) -> bool:
+def _of_two(
+    judge: Callable[[Prompt, Answer, Answer], Any],
+    prompts: list[Prompt],
+    pairs: list[list[Answer]],
+) -> list[Any]:
+    return [judge(prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
+
+
+def _takes(judge: Callable[..., Any], count: int) -> bool:
     try:
-        inspect.signature(judge).bind("prompt", "answer")
+        inspect.signature(judge).bind(*["given"] * count)
     except TypeError:
         return False
     except ValueError:  # a builtin that doesn't tell
-        return True
+        return count == 2
     return True
 
 
@@ -148,21 +161,50 @@ class _RewardModel(_Rewards):
 
 
 class _Pairwise:
-    """A judge of trl's kind, shown the pair in both orders by turns."""
+    """Somebody who is shown both answers, in both orders: which is first must not decide."""
 
-    def __init__(self, judge: Any) -> None:
-        self._judge = judge
+    def __init__(self, better: _ByPlaces) -> None:
+        self._better = better
 
     def wins(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], others: Sequence[Answer]
     ) -> list[float]:
-        texts = [prompt_text(prompt) for prompt in prompts]
-        pairs = [
-            [str(a), str(b)] if place % 2 == 0 else [str(b), str(a)]
-            for place, (a, b) in enumerate(zip(answers, others, strict=True))
+        found = [0.5] * len(prompts)
+        # Whoever answers the same has neither won nor lost, and nobody need be asked.
+        told = [
+            place
+            for place, (one, other) in enumerate(zip(answers, others, strict=True))
+            if one != other or one.ended != other.ended
         ]
-        best = self._judge.judge(texts, pairs)
-        # 0 or 1 is the better one's place; -1, or anything else, is no verdict.
-        return [
-            float(int(b) == place % 2) if b in (0, 1) else math.nan for place, b in enumerate(best)
-        ]
+        asked = [prompts[place] for place in told]
+        pairs = [[answers[place], others[place]] for place in told]
+        first = self._places(asked, pairs)
+        second = self._places(asked, [pair[::-1] for pair in pairs])
+        for place, one, other in zip(told, first, second, strict=True):
+            found[place] = _agreed(1 - one, other)
+        return found
+
+    def _places(self, prompts: list[Prompt], pairs: list[list[Answer]]) -> list[float]:
+        """Of each pair the place of the better answer; 0.5: neither, NaN: no verdict."""
+        if not prompts:
+            return []
+        given = self._better(prompts, pairs)
+        return [_place(one, prompt) for one, prompt in zip(given, prompts, strict=True)]
+
+
+def _agreed(won: float, also: float) -> float:
+    """What both orders say, else neither; NaN where one has no verdict."""
+    if math.isnan(won) or math.isnan(also):
+        return math.nan
+    return won if won == also else 0.5
+
+
+def _place(given: Any, prompt: Prompt) -> float:
+    if given is None:
+        return 0.5
+    number = _number(given, prompt)
+    if number == -1:
+        return math.nan
+    if number not in (0, 1):
+        raise ValueError(f"judge: wanted 0 or 1, whose answer is better, None or -1, got {given!r}")
+    return number

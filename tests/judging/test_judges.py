@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from rmipo_lite.comparing.judges import judge_of
+from rmipo_lite.judging.judges import judge_of
 from rmipo_lite.model.generation import Answer
 from tests.kit import VOCAB, tiny_model, word_tokenizer
 

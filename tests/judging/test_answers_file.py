@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rmipo_lite.demo import MODEL
+from rmipo_lite.judging.answers_file import write_answers
 from rmipo_lite.model.generation import Answer
-from rmipo_lite.results.answers_file import write_answers
 from rmipo_lite.results.loaded import load_run
 
 _TEXT = "# One\n## Two\n1. a\n- b\n**bold** __too__\n```\n# not\n- this\n```\n"
