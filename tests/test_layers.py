@@ -53,8 +53,8 @@ def test_imports_go_one_way_through_faces_and_in_no_circle(texts: dict[str, str]
         ),
         (
             "training.trainer",
-            "from rmipo_lite.data.sources import read_records\n",
-            "rmipo_lite.training.trainer imports rmipo_lite.data.sources, which its room doesn't",
+            "from rmipo_lite.data.cells import unflatten\n",
+            "rmipo_lite.training.trainer imports rmipo_lite.data.cells, which its room doesn't",
         ),
         ("attic.old", "", "rmipo_lite.attic.old is in no room of the order"),
     ],

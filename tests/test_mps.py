@@ -26,7 +26,7 @@ from rmipo_lite.planning.footprint import Activations, Setup
 from rmipo_lite.results.agreement import agreement
 from rmipo_lite.step import pair_values
 from rmipo_lite.step.pair_step import PairStep
-from rmipo_lite.training.run_log import RunLog
+from rmipo_lite.training.run_log import TIMES, RunLog
 from tests.kit import random_pairs, tiny_model, train_words, trained_weights, word_tokenizer
 from tests.mps_on_cpu import GIB, MPS, play_a_mac, simulated_mps
 
@@ -135,7 +135,7 @@ def _everything(step: PairStep, folder: Path) -> dict[str, Any]:
         "loss": outcome.loss.item(),
         "priors": step.prior_means(pairs),
         "grads": {name: grad.tolist() for name, grad in grads.items()},
-        "line": line,
+        "line": {name: value for name, value in line.items() if name not in TIMES},
         "written": written,
         "mean": log.mean_loss,
         "evaluated": pair_values.reduce([values], step.args),

@@ -38,11 +38,11 @@ def texts(cell: dict[str, Any]) -> list[str]:
     return found
 
 
-def test_there_are_nine() -> None:
+def test_there_are_ten() -> None:
     assert NAMES == [
         "00_quickstart_colab", "01_preference_data", "02_logps_and_pmi", "03_loss_and_gradient",
         "04_cuda_extension", "05_train_qlora", "06_evaluate_and_compare", "07_compare_methods",
-        "08_no_tuning",
+        "08_no_tuning", "09_export_and_judge",
     ]  # fmt: skip
 
 

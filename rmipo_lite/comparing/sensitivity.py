@@ -76,9 +76,11 @@ def _draw(axes: Any, name: str, lines: Mapping[str, Line], words: str) -> None:
         axes.errorbar(
             at, [line[v].mean for v in at], yerr=spread, marker="o", capsize=3, label=label
         )
-    every = [value for line in lines.values() for value in line]
-    if min(every) > 0 and max(every) >= _WIDE * min(every):
+    every = sorted({value for line in lines.values() for value in line})
+    if every[0] > 0 and every[-1] >= _WIDE * every[0]:
         axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(every, [f"{value:g}" for value in every])
     axes.set(xlabel=name, ylabel=words)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rmipo_lite.output import plots
 from rmipo_lite.output.console import say
 from rmipo_lite.output.table import escaped
 from rmipo_lite.system.files import file_put_in_place
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DOTS = 150  # an inch
+_SHOWN_DOTS = 80
 
 
 class Captioned(NamedTuple):
@@ -54,7 +56,8 @@ class Figures(Mapping[str, "Captioned"]):
 
     def _repr_html_(self) -> str:
         shown = [
-            f"<figure>{plots.svg(one.figure)}<figcaption>{escaped(one.caption)}</figcaption></figure>"
+            f'<figure style="margin:0 0 1rem 0">{_picture(one.figure)}<figcaption>'
+            f"{escaped(one.caption)}</figcaption></figure>"
             for one in self.named.values()
         ]
         left = [f"<p>No {name}: {escaped(why)}</p>" for name, why in self.missing.items()]
@@ -74,3 +77,11 @@ class Figures(Mapping[str, "Captioned"]):
         said = f"Figures: {target}, {', '.join(self.named) or 'none'}"
         say("\n".join([said, *(f"no {name}: {why}" for name, why in self.missing.items())]))
         return target
+
+
+def _picture(drawn: Figure) -> str:
+    """In the page itself. A scatter of thousands of pairs would be far larger as SVG."""
+    kept = io.BytesIO()
+    drawn.savefig(kept, format="png", dpi=_SHOWN_DOTS, metadata={"Software": None})
+    text = base64.b64encode(kept.getvalue()).decode("ascii")
+    return f'<img style="max-width:100%" src="data:image/png;base64,{text}">'

@@ -11,6 +11,7 @@ from rmipo_lite.output.table import escaped
 from rmipo_lite.system.files import is_reserved
 from rmipo_lite.version import __version__
 
+RUN_FILE = "run.html"  # a run's page
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --line: #d5dae0 }
 @media (prefers-color-scheme: dark) {

@@ -245,9 +245,10 @@ def _densities(
     if not 3 < len(edges) < 42:  # an outlier, or values that are all but one
         edges = np.histogram_bin_edges(values, bins=20)
     for side, colour in _COLOURS.items():
+        label = None if words is None else words[side]
         axes.hist(
             list(sides[side].values()), bins=[float(edge) for edge in edges], density=True,
-            histtype="stepfilled", alpha=0.3, color=colour, label=None if words is None else words[side],
+            histtype="stepfilled", alpha=0.3, color=colour, label=label,
         )  # fmt: skip
 
 

@@ -93,9 +93,10 @@ class TrainResult(RunRecord, JudgedModel):
         return model_card(self, merged=how)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload what `save` writes to a hub repository, made private unless told; its address.
+        """Upload what `save` writes, and the report, to a hub repository; its address.
 
-        Without this machine's paths: a base model that was loaded from one is named by its folder.
+        It is made private unless told otherwise. No path of this machine goes with it: a base
+        model that was loaded from one is named by its folder.
         """
         import tempfile
 
@@ -109,6 +110,8 @@ class TrainResult(RunRecord, JudgedModel):
             if not is_first:
                 return repo_id
             taken = without_paths(Path(folder))
+            shown = run_page.report_html(self, self._samples)
+            page.write_report(Path(folder) / page.RUN_FILE, shown)
             if "adapter_config.json" in taken:
                 say(
                     "adapter_config.json names its base model without the folder it was loaded "
@@ -134,6 +137,6 @@ class TrainResult(RunRecord, JudgedModel):
         """
         samples = self.compare(prompts) if prompts else self._samples
         whole = run_page.report_html(self, samples, extra_sections)
-        target = page.write_report(self.output_dir / "run.html" if path is None else path, whole)
+        target = page.write_report(self.output_dir / page.RUN_FILE if path is None else path, whole)
         say(f"Report: {target}")
         return target

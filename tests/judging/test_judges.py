@@ -69,24 +69,47 @@ def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path) -> No
         judge_of(str(tmp_path), tiny_model("llama"))
 
 
-def test_a_judge_of_trls_kind_sees_both_orders() -> None:
-    class Longest:
-        def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
-            seen.extend(completions)
-            lengths = [[len(text) for text in pair] for pair in completions]
-            return [-1 if a == b else int(b > a) for a, b in lengths]
+def test_whoever_sees_both_answers_is_asked_in_both_orders() -> None:
+    """trl's kind, and a function of two answers: who prefers the first place has no favourite."""
 
-    seen: list[list[str]] = []
-    judge = judge_of(Longest(), None)
-    assert judge is not None
-    wins = judge.wins(PROMPTS, _answers("aa", "aa", "a"), _answers("b", "b", "b"))
-    assert wins[:2] == [1.0, 1.0]
-    assert math.isnan(wins[2])
-    assert seen == [["aa", "b"], ["b", "aa"], ["a", "b"]]
+    class Trls:
+        def __init__(self, better: Any) -> None:
+            self.better, self.seen = better, []
+
+        def judge(self, prompts: list[str], completions: list[list[str]]) -> list[int]:
+            assert all(isinstance(prompt, str) for prompt in prompts)
+            self.seen.append(completions)
+            return [self.better(*pair) for pair in completions]
+
+    def longer(one: str, other: str) -> int:
+        return int(len(other) > len(one))
+
+    answers, others = _answers("aa", "b", "same"), _answers("b", "aaa", "same")
+    trls = Trls(longer)
+    assert judge_of(trls, None).wins(PROMPTS, answers, others) == [1.0, 0.0, 0.5]  # type: ignore[union-attr]
+    # What is the same in both is a tie that nobody is asked about.
+    assert trls.seen == [[["aa", "b"], ["b", "aaa"]], [["b", "aa"], ["aaa", "b"]]]
+
+    def wins(better: Any) -> list[float]:
+        judge = judge_of(lambda prompt, one, other: better(one, other), None)
+        assert judge is not None
+        return judge.wins(PROMPTS, answers, others)
+
+    assert wins(longer) == [1.0, 0.0, 0.5]
+    assert wins(lambda one, other: 0) == [0.5, 0.5, 0.5]  # the first, whatever it is
+    assert wins(lambda one, other: None) == [0.5, 0.5, 0.5]
+    half_sure = wins(lambda one, other: None if one == "aa" else longer(one, other))
+    assert half_sure == [0.5, 0.0, 0.5]
+    refuses = wins(lambda one, other: -1 if "aa" in (one, other) else longer(one, other))
+    assert math.isnan(refuses[0])
+    assert refuses[1:] == [0.0, 0.5]
+    for wrong in (2, 0.7, "A"):
+        with pytest.raises(ValueError, match="judge: wanted"):
+            wins(lambda one, other, wrong=wrong: wrong)
 
 
 def test_no_judge_and_what_is_none() -> None:
     assert judge_of(None, None) is None
     for wrong in (3, lambda answer: 1.0):
-        with pytest.raises(TypeError, match="judge must be a callable of a prompt and an answer"):
+        with pytest.raises(TypeError, match="judge must be a callable of a prompt and one or two"):
             judge_of(wrong, None)

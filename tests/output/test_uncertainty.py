@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from rmipo_lite.output.uncertainty import PairedValues, share_text, standard_error, wilson
+from rmipo_lite.output.uncertainty import (
+    PairedValues,
+    bootstrap,
+    share_text,
+    standard_error,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("hits", "count"), [(8, 12), (0, 2), (20, 20), (137, 200), (1, 1)])
@@ -31,6 +37,16 @@ def test_a_share_with_its_interval() -> None:
 def test_the_standard_error_of_a_mean() -> None:
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
     assert math.isnan(standard_error([1.0]))
+
+
+def test_bootstrap_is_the_normal_interval_where_there_are_many() -> None:
+    values = [float(i % 3 > 0) for i in range(300)]
+    low, high = bootstrap(values)
+    half = 1.96 * standard_error(values)
+    assert (low, high) == pytest.approx((2 / 3 - half, 2 / 3 + half), abs=0.01)
+    assert bootstrap(values) == (low, high)  # the same draws every time
+    with pytest.raises(ValueError, match="there is none"):
+        bootstrap([])
 
 
 def test_a_change_is_known_case_by_case() -> None:

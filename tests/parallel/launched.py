@@ -13,7 +13,7 @@ import torch
 from tests.conftest import ROOT
 
 _GUARD_S = 600  # of all scenarios together
-_TIMES = ("_runtime", "_per_second")
+_TIMES = ("_runtime", "_per_second", "_memory")
 _RUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 Outcome = dict[str, Any]
 

@@ -21,15 +21,6 @@ from rmipo_lite.results.model_card import card_of_merged
 PROMPTS = ["What is 2 + 2?", "What colour is the sky?"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("run") / "out"
-    return rmipo_lite.train(
-        str(demo.MODEL), demo.load_rows()[:64], output_dir=folder, max_steps=4, learning_rate=3e-3,
-        per_device_train_batch_size=8, eval_completions=0, sample_prompts=0, use_cpu=True,
-    )  # fmt: skip
-
-
 def test_it_answers_as_the_run_did(run: Any) -> None:
     loaded = rmipo_lite.load_run(run.output_dir, use_cpu=True)
     assert loaded.conversational is run.conversational is True

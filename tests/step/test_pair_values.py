@@ -80,7 +80,7 @@ def test_means_of_unpaired_rows_are_over_the_rows_of_a_label(tmp_path: Path) -> 
     assert told["lengths/rejected"] == 2.0
     assert told["rewards/accuracies"] == 1.0
     assert told["kl"] == pytest.approx((8 - 2 + 2) / 3 / 0.5)  # the other sides'
-    own = pair_values.cases(rows)
+    own = pair_values.cases(rows, args)
     assert own["rewards/chosen"][0::2] == [2.0, 6.0]
     assert own["rewards/rejected"][1] == -4.0
     assert all(math.isnan(own["rewards/rejected"][place]) for place in (0, 2))

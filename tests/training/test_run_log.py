@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,27 @@ def test_a_second_run_of_the_same_trainer_counts_from_zero(tmp_path: Path) -> No
         trainer.train()
         tokens.append(_logs(trainer)[-1]["num_tokens"])
     assert tokens[0] == tokens[1]
+
+
+def test_a_line_tells_its_seconds_its_tokens_and_the_peak(tmp_path: Path) -> None:
+    """Seconds of steps alone: an evaluation between two lines isn't counted."""
+    trainer = tiny_trainer(tmp_path, logging_steps=1, eval_pairs=random_pairs(4, seed=9),
+                           eval_strategy="steps", eval_steps=1)  # fmt: skip
+    slow = trainer.evaluation_loop
+
+    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1.0)
+        return slow(*args, **kwargs)
+
+    trainer.evaluation_loop = evaluation_loop
+    began = time.perf_counter()
+    trainer.train()
+    whole = time.perf_counter() - began
+    logs = _logs(trainer)
+    seconds = [entry["rmipo/step_runtime"] for entry in logs]
+    assert all(one > 0 for one in seconds)
+    assert sum(seconds) < whole - len(logs) * 1.0
+    tokens = sum(e["rmipo/tokens_per_second"] * e["rmipo/step_runtime"] for e in logs)
+    assert tokens == pytest.approx(logs[-1]["num_tokens"])
+    peaks = [entry["rmipo/peak_memory"] for entry in logs]
+    assert 0 < peaks[0] <= peaks[-1] < 1024  # GiB
