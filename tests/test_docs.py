@@ -8,8 +8,11 @@ import inspect
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import pytest
+import yaml
 
 import rmipo_lite
 from rmipo_lite import RMiPOConfig, RMiPOTrainer, TrainResult
@@ -157,3 +160,21 @@ def test_the_headings_of_the_troubleshooting_page_are_messages() -> None:
     messages = _messages()
     gone = [heading for heading in headings if not any(heading in text for text in messages)]
     assert gone == []
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_the_task_for_lm_evaluation_harness_reads_rows_of_both_kinds(as_messages: bool) -> None:
+    """Its templates as that program renders them: a text, and a list in Python's notation."""
+    page = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+    task = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, re.S)[0])
+    texts = {"prompt": "What is it?", "chosen": 'It\'s "this".\n', "rejected": "That."}
+    row: dict[str, Any] = dict(texts)
+    if as_messages:
+        row = {
+            name: [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+            for name, text in texts.items()
+        }
+    shown = [jinja2.Template(task[name]).render(**row) for name in ("doc_to_text", "doc_to_choice")]
+    assert shown[0] == texts["prompt"]
+    assert ast.literal_eval(shown[1]) == [texts["chosen"], texts["rejected"]]
+    assert task["doc_to_target"] == 0
