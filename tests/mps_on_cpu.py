@@ -116,6 +116,8 @@ class _Calls(TorchFunctionMode):
             options = {"grad_tensors" if n == "gradient" else n: v for n, v in kwargs.items()}
             with self:
                 return torch.autograd.backward(*args, **options)
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # as another is
+            args = (args[0].to(args[1].dtype), args[1].device, *args[2:])
         source = args[0] if args and isinstance(args[0], Tensor) else None
         is_here = source is not None and self._gpu.has(source)
         if func in (Tensor.numpy, Tensor.pin_memory) and is_here:
@@ -166,6 +168,17 @@ def _copied(source: Tensor, gpu: SimulatedMps, goes: bool) -> Tensor:
     return gpu.take(copy) if goes else copy
 
 
+def _by_device(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
+    """torch's own grouping, which asks the memory in C++, by what a tensor says of itself."""
+    groups: dict[Any, Any] = {}
+    for index, first in enumerate(lists[0]):
+        parts, indices = groups.setdefault((first.device, first.dtype), ([[] for _ in lists], []))
+        for part, one in zip(parts, lists, strict=True):
+            part += [one[index]] if one else []
+        indices += [index] if with_indices else []
+    return groups
+
+
 def play_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends this is a Mac of 16 GiB, of which its GPU is recommended 10."""
     found = {
@@ -194,7 +207,15 @@ def simulated_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedMps]:
     """Inside the block tensors are on such a GPU where they are asked to be."""
     gpu = SimulatedMps()
     monkeypatch.setattr(native, "_flags", {})
+    monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", _by_device)
     where = property(lambda tensor: MPS if gpu.has(tensor) else _device_of(tensor))
     monkeypatch.setattr(Tensor, "device", where, raising=False)
+    engine = torch.autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with _Calls(gpu):  # what hooks call in there, such as a block's recomputing
+            return engine(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", run_backward)
     with _Operators(gpu), _Calls(gpu):
         yield gpu

@@ -106,7 +106,7 @@ def _mask(
         window = None
     if window is None and not segment.prefix_len:
         return None
-    cached = plan.built.get((index, window))
+    cached = plan.built.get((index, window, device))
     if cached is None:
         # Bottom-right: query i of the segment is token prefix_len + i of its text.
         q_position = torch.arange(segment.prefix_len, k_len, device=device)[:, None]
@@ -114,7 +114,7 @@ def _mask(
         cached = k_position <= q_position
         if window is not None:
             cached &= k_position > q_position - window
-        plan.built[index, window] = cached
+        plan.built[index, window, device] = cached
     return cached
 
 

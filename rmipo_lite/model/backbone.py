@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.adapters.embeddings import plain_embedding
 from rmipo_lite.model.batch import ModelInput
 
 
@@ -20,16 +21,25 @@ class UnsupportedModelError(ValueError):
 
 
 def scored_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
-    """Hidden rows that predict the scored tokens, (N, H), in the model's own dtype."""
+    """Hidden rows that predict the scored tokens, (N, H), in the model's own dtype.
+
+    They are on the device of the inputs, also of a model whose layers are on several.
+    """
     base = causal_lm(model)
     backbone = getattr(base, base.base_model_prefix)
-    kwargs: dict[str, Any] = {"input_ids": inputs.input_ids, "use_cache": False}
+    kwargs: dict[str, Any] = {"input_ids": inputs.input_ids}
     if inputs.plan is not None:
-        kwargs |= {"position_ids": inputs.position_ids, "segment_plan": inputs.plan}
+        kwargs |= {"position_ids": inputs.position_ids}
     else:
         kwargs["attention_mask"] = inputs.attention_mask
-    hidden: Tensor = backbone(**kwargs)[0]
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs.logit_rows)
+    if is_spread(model):  # the first layers may be elsewhere than the head, which inputs are for
+        first = plain_embedding(base).weight.device
+        kwargs = {name: value.to(first) for name, value in kwargs.items()}
+    if inputs.plan is not None:
+        kwargs["segment_plan"] = inputs.plan
+    hidden: Tensor = backbone(use_cache=False, **kwargs)[0]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows.to(inputs.logit_rows.device).index_select(0, inputs.logit_rows)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -69,16 +79,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether layers were put on several devices, by `device_map`: a row goes through them in turn.
+
+    Accelerate's hooks carry it from one to the next.
+    """
+    return len(devices_of(model)) > 1
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Where the model's weights are, the device of the first one first."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
 def device_of(model: nn.Module) -> torch.device:
-    """The one device the model's weights are on.
+    """The device that rows are scored on: of the weights, or of the head of a spread model.
 
     Raises:
-        UnsupportedModelError: the weights are spread over several devices.
+        UnsupportedModelError: weights are on several devices and nothing carries a row from one to
+            the next, or they are offloaded.
     """
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1:
+    devices = devices_of(model)
+    if len(devices) == 1:
+        return devices[0]
+    base = causal_lm(model)
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModelError(
+            "model: some of its weights are offloaded to memory or disk; load fewer bits "
+            "(quantization='4bit'), or put all of it on GPUs"
+        )
+    if not isinstance(getattr(base, "hf_device_map", None), dict):
         raise UnsupportedModelError(
             f"model: its weights are on {len(devices)} devices ({sorted(map(str, devices))}); "
-            "load it on one, for example with device_map={'': 0}"
+            "load it on one, for example with device_map={'': 0}, or with device_map='auto'"
         )
-    return devices.pop()
+    head = base.get_output_embeddings()
+    return devices[-1] if head is None else next(head.parameters()).device

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model.backbone import can_checkpoint, device_of
+from rmipo_lite.model.backbone import can_checkpoint, device_of, devices_of
 from rmipo_lite.model.head import read_head
 from rmipo_lite.ops import head_buffer_bytes
 from rmipo_lite.ops.devices import is_trusted
@@ -64,7 +64,7 @@ def plan_micro_steps(
     device = device_of(model)
     return choose_budget(
         lambda checkpointing: activations(model, args, checkpointing, longest),
-        free=free_bytes(device) / (processes if device.type == "cpu" else 1)
+        free=min(map(free_bytes, devices_of(model))) / (processes if device.type == "cpu" else 1)
         - fixed_bytes(model, args),
         longest=longest,
         args=args,

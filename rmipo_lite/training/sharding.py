@@ -16,6 +16,7 @@ from torch import nn
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.start import changes_base
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model.backbone import device_of, devices_of, is_spread
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.sharded import is_sharded, shard
@@ -73,11 +74,22 @@ def _refuse_other_forms(args: RMiPOConfig, options: dict[str, Any]) -> None:
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Raise ValueError for a model whose layers an earlier run has shared out."""
+    """Raise ValueError for a model in parts that nobody can put together here.
+
+    Layers that an earlier run has shared out, weights that are offloaded, and layers on several
+    devices in one of several processes.
+    """
     if is_sharded(model):
         raise ValueError(
             "model: its layers are shared out among processes (FSDP2) by an earlier run; load the "
             "folder that this saved, and go on with that"
+        )
+    device_of(model)  # says which weights are nowhere that they can be trained
+    if is_spread(model) and Group.current().size > 1:
+        raise ValueError(
+            f"model: its layers are on {len(devices_of(model))} devices (device_map), and several "
+            "processes share every step: one or the other. FSDP2 does both "
+            "(--accelerate_config fsdp2)"
         )
 
 

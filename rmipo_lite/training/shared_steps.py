@@ -15,6 +15,7 @@ from torch import nn
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.checkpoints.weights import fingerprint
 from rmipo_lite.config import RMiPOConfig
+from rmipo_lite.model.backbone import devices_of, is_spread
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
 
@@ -59,8 +60,17 @@ def begin_alike(model: nn.Module, group: Group, shards: bool = False) -> None:
         )
 
 
-def take_first_card(args: RMiPOConfig) -> None:
-    """One process trains on one card; where more are seen, say how to use them all."""
+def take_first_card(args: RMiPOConfig, model: nn.Module) -> None:
+    """One process trains on one card; where more are seen, say how to use them all.
+
+    A model whose layers are on several has its way already, and it is said what that means.
+    """
+    if is_spread(model):
+        args._n_gpu = 1  # else transformers would copy it to every card
+        say(
+            f"The model's layers are on {len(devices_of(model))} devices: a row goes through them "
+            "in turn, and one of them works at a time"
+        )
     if args.world_size > 1 or args.n_gpu <= 1:
         return
     say(

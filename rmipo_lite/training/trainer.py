@@ -150,7 +150,6 @@ class RMiPOTrainer(
         refuse_other_options(args)
         refuse_other_callbacks(callbacks)
         decide_sharding(args)
-        take_first_card(args)
         on_slow_cpu = args.bf16 and args.device.type == "cpu"
         for warning in (
             None if args.use_cpu else unused_gpu(), slow_bf16() if on_slow_cpu else None,
@@ -171,6 +170,7 @@ class RMiPOTrainer(
         else:
             loaded = model
         refuse_parts(loaded)
+        take_first_card(args, loaded)
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
