@@ -217,6 +217,7 @@ def _result(
         conversational=not isinstance(data.rows[0].prompt, str),
         findings=trainer.doctor.findings,
         start=trainer.start,
+        went_on=trainer.went_on,
         weights_step=trainer.weights_step,
         learning_rate=trainer.learning_rate,
         errors=dict(trainer.held_out_values.errors),

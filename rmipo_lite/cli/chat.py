@@ -63,7 +63,7 @@ def _answer(conversation: Conversation, run: Any, line: str, options: dict[str, 
             say("(before training)")
             answer = conversation.again(weights=run.at_start, **streamed)
     except KeyboardInterrupt:
-        say("\n(stopped; this turn is forgotten)")
+        say("\n(stopped; this turn is forgotten)" if line else "\n(stopped)")
     except (TypeError, ValueError) as error:
         say(f"({error})")
     else:

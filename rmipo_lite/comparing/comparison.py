@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmipo_lite.comparing.outcome import COMPARABLE, MEASURES, RunOutcome
-from rmipo_lite.comparing.sensitivity import sensitivity
+from rmipo_lite.comparing.sensitivity import sensitivity, with_defaults
 from rmipo_lite.comparing.worth import Estimated, difference, estimated
 from rmipo_lite.model.generation import Prompt, prompt_text
 from rmipo_lite.output import page, plots
@@ -229,7 +229,9 @@ class Comparison:
             measure: None takes the win rate where there is a judge, else the accuracy.
         """
         measure = _known(measure or self._main)
-        options = {m: runs[0].options for m in self.methods if (runs := self.of(m))}
+        options = with_defaults(
+            {m: (runs[0].options, runs[0].folder) for m in self.methods if (runs := self.of(m))}
+        )
         means = {method: self.mean(method, measure) for method in options}
         return sensitivity(options, means, *MEASURES[measure][:2])
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rmipo_lite.checkpoints.weights import CONFIG_FILE
 from rmipo_lite.comparing.worth import Estimated
+from rmipo_lite.methods.table import is_option_of
 from rmipo_lite.output import plots
 from rmipo_lite.output.figures import Captioned, Figures
 
@@ -16,6 +20,27 @@ _WIDE = 10.0  # times from the least to the most, from which an axis is logarith
 
 Options = dict[str, dict[str, Any]]  # method -> the options in which it differs
 Line = dict[float, Estimated]  # value -> measure
+
+
+def with_defaults(runs: Mapping[str, tuple[Mapping[str, Any], Path]]) -> Options:
+    """Every method's options, with what it had of those that others were given a number of.
+
+    Args:
+        runs: method -> (the options in which it differs, the folder of one of its runs, which says
+            what the others were).
+    """
+    given = {method: dict(own) for method, (own, _) in runs.items()}
+    names = _numeric(given)
+    for method, (own, folder) in runs.items():
+        file = folder / CONFIG_FILE
+        had = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        loss = str(own.get("loss_type", had.get("loss_type", "rmipo")))
+        given[method] |= {
+            name: had[name]
+            for name in names
+            if name not in own and _is_number(had.get(name)) and is_option_of(name, loss)
+        }
+    return given
 
 
 def sensitivity(options: Options, means: Mapping[str, Estimated], words: str, unit: str) -> Figures:
@@ -45,12 +70,13 @@ def sensitivity(options: Options, means: Mapping[str, Estimated], words: str, un
 def _numeric(options: Options) -> list[str]:
     return list(
         dict.fromkeys(
-            name
-            for own in options.values()
-            for name, value in own.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            name for own in options.values() for name, value in own.items() if _is_number(value)
         )
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _lines(name: str, options: Options, means: Mapping[str, Estimated]) -> dict[str, Line]:
@@ -58,7 +84,7 @@ def _lines(name: str, options: Options, means: Mapping[str, Estimated]) -> dict[
     found: dict[str, Line] = defaultdict(dict)
     for method, own in options.items():
         value = own.get(name)
-        if isinstance(value, int | float) and not math.isnan(means[method].mean):
+        if value is not None and _is_number(value) and not math.isnan(means[method].mean):
             rest = {key: kept for key, kept in own.items() if key != name}
             found[_named(rest)][float(value)] = means[method]
     return {words: line for words, line in found.items() if len(line) > 1}

@@ -71,6 +71,16 @@ def _shared(parts: Sequence[Part], shares: Sequence[float]) -> list[Part]:
     return found
 
 
+def file_name(source: str) -> str:
+    """A source without the folders that it lies in: reports go to others; a hub's name stays."""
+    name, bracket, split = source.partition("[")
+    try:
+        is_here = Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # no path at all
+        return source
+    return (Path(name).name or name) + bracket + split if is_here else source
+
+
 def mixture_source(parts: Sequence[Part]) -> str:
     """What the report calls it."""
     if len(parts) == 1:

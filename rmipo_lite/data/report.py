@@ -69,6 +69,7 @@ class DataReport:
     """What became of every row, and how long the texts are. Lengths are in tokens."""
 
     source: str = ""
+    shown_source: str = ""  # without the folders it lies in, for whoever reads cards and reports
     argument: str = "dataset"  # what the caller calls it
     total: int = 0  # rows that came in
     kept: int = 0
@@ -210,7 +211,7 @@ class DataReport:
 
     def facts(self) -> list[tuple[str, str]]:
         """(label, value) lines that the text and the HTML form share."""
-        facts = [("source", shortened(self.source, 120))]
+        facts = [("source", shortened(self.shown_source or self.source, 120))]
         facts.append(
             (
                 "rows",

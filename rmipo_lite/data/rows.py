@@ -9,13 +9,14 @@ not end an evening's run. Rows are never repaired by guessing.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rmipo_lite.data.cells import unflatten
 from rmipo_lite.data.columns import check_columns
 from rmipo_lite.data.files import Broken
-from rmipo_lite.data.mixture import mixture_source, read_parts, rows_of_parts
+from rmipo_lite.data.mixture import file_name, mixture_source, read_parts, rows_of_parts
 from rmipo_lite.data.normalise import (
     Dropped,
     Identical,
@@ -43,6 +44,7 @@ class Row:
     chosen: Side  # a message list holds exactly one assistant message
     rejected: Side
     label: bool | None = None
+    subset: str = ""  # what the row says it belongs to, in a column of that name
 
     @property
     def responses(self) -> dict[str, Side]:
@@ -91,7 +93,11 @@ def load_rows(
     try:
         parts = read_parts(dataset, split)
         source = mixture_source(parts)
-        report = DataReport(source=source, argument=argument, read_as=rows_of_parts(parts))
+        shown = [part._replace(source=file_name(part.source)) for part in parts]
+        report = DataReport(
+            source=source, shown_source=mixture_source(shown), argument=argument,
+            read_as=rows_of_parts(shown),
+        )  # fmt: skip
         records: list[Any] = []
         for part in parts:  # each has columns of its own
             if as_text := unflatten(part.records):
@@ -139,10 +145,20 @@ def _row(index: int, record: Any, as_messages: bool, unpaired: bool) -> Row:
     whole = whole_of(record)
     if isinstance(whole, Broken):
         raise Refused("row", whole.wanted, whole.got, whole.where)
+    subset = _subset(whole)
     if not unpaired:
-        return Row(index, *normalise(record, as_messages))
+        return Row(index, *normalise(record, as_messages), subset=subset)
     prompt, completion, label = normalise_unpaired(record, as_messages)
-    return Row(index, prompt, completion, completion, label)
+    return Row(index, prompt, completion, completion, label, subset)
+
+
+def _subset(record: Any) -> str:
+    """A row's own word for where it belongs; missing values, also a table's NaN, are none."""
+    value = record.get("subset") if isinstance(record, Mapping) else None
+    if value is None or value != value:
+        return ""
+    whole = isinstance(value, float) and value.is_integer()  # a column of ints with a gap
+    return str(int(value) if whole else value)
 
 
 def _with_mismatched(rows: list[Row]) -> list[Row]:

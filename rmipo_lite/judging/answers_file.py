@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmipo_lite.model.generation import Answer, Prompt
-from rmipo_lite.system.files import file_put_in_place
+from rmipo_lite.system.files import file_put_in_place, refuse_existing
 
 Question = str | Mapping[str, Any]
 Generate = Callable[[list[Prompt]], list[Answer]]
@@ -54,8 +54,7 @@ def write_answers(
     target = Path(path)
     if kind not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
-    if target.exists():
-        raise FileExistsError(f"path: {target} is there already; name a new file")
+    refuse_existing(target)
     rows = [_row(question, place, kind) for place, question in enumerate(_read(questions))]
     if not rows:
         raise ValueError("questions: there is none")

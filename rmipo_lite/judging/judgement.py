@@ -14,7 +14,7 @@ from rmipo_lite.model.generation import Answer, Prompt, prompt_text
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.table import escaped, html_table
 from rmipo_lite.output.uncertainty import bootstrap, wilson
-from rmipo_lite.system.files import file_put_in_place
+from rmipo_lite.system.files import file_put_in_place, refuse_existing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,8 +147,13 @@ class Judgement:
         return pd.DataFrame(self._rows())
 
     def write(self, path: str | Path) -> Path:
-        """Every pair with its verdict as a line of JSON; returns the file."""
+        """Every pair with its verdict as a line of JSON; returns the file.
+
+        Raises:
+            FileExistsError: there is such a file.
+        """
         target = Path(path)
+        refuse_existing(target)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows()]
         with file_put_in_place(target) as staged:
             staged.write_text("".join(lines), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
@@ -9,11 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import nn
 
 from rmipo_lite.model.backbone import device_of
 from rmipo_lite.model.generation import Answer, Prompt, prompt_text
 from rmipo_lite.model.loading import load_tokenizer
+from rmipo_lite.output.console import say
+from rmipo_lite.tokens.options import context_of
 
 _AT_ONCE = 8  # answers through a reward model
 
@@ -30,7 +35,7 @@ class Judge(Protocol):
         """1 where the answer is better, 0 where the other, 0.5 where neither; NaN: no verdict."""
 
 
-def judge_of(judge: JudgeLike, model: Any) -> Judge | None:
+def judge_of(judge: JudgeLike, model: Any, *, conversational: bool = False) -> Judge | None:
     """The judge that is meant; None where there is none.
 
     Args:
@@ -41,6 +46,7 @@ def judge_of(judge: JudgeLike, model: Any) -> Judge | None:
             with trl's `judge(prompts, completions)`; or None. Whoever sees both answers is asked
             in both orders, and where these disagree neither won; -1 is no verdict.
         model: on whose device a reward model runs.
+        conversational: whether a text is one user turn, which a reward model's template renders.
 
     Raises:
         ValueError, TypeError: it is none of these.
@@ -48,14 +54,18 @@ def judge_of(judge: JudgeLike, model: Any) -> Judge | None:
     if judge is None:
         return None
     if isinstance(judge, str | os.PathLike):
-        return _RewardModel(os.fspath(judge), model)
+        return _RewardModel(os.fspath(judge), model, conversational)
+    if isinstance(judge, nn.Module):
+        raise TypeError("judge: of a reward model its folder is wanted, got the model itself")
     of_trl = getattr(judge, "judge", None)
-    if callable(of_trl):
+    if callable(of_trl) and not inspect.isclass(judge) and _arguments(of_trl) == {2}:
         return _Pairwise(lambda prompts, pairs: of_trl([*map(prompt_text, prompts)], pairs))
-    if callable(judge) and _takes(judge, 2):
-        return _Rewards(judge)
-    if callable(judge) and _takes(judge, 3):
-        return _Pairwise(lambda *both: _of_two(judge, *both))
+    if callable(judge) and not inspect.iscoroutinefunction(judge):
+        taken = _arguments(judge)
+        if 2 in taken:
+            return _Rewards(judge)
+        if 3 in taken:
+            return _Pairwise(lambda *both: _of_two(judge, *both))
     raise TypeError(
         "judge must be a callable of a prompt and one or two answers, the folder of a reward model "
         f"or an object with judge(prompts, completions), got {judge!r}"
@@ -67,20 +77,33 @@ def _of_two(
     prompts: list[Prompt],
     pairs: list[list[Answer]],
 ) -> list[Any]:
-    return [judge(prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
+    return [
+        judge(copy.deepcopy(prompt), *pair) for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
 
 
-def _takes(judge: Callable[..., Any], count: int) -> bool:
+def _arguments(judge: Callable[..., Any]) -> set[int]:
+    """With how many arguments it can be called; none where it doesn't say, as `*args`."""
     try:
-        inspect.signature(judge).bind(*["given"] * count)
+        signature = inspect.signature(judge)
+    except ValueError:  # a builtin that doesn't tell
+        return {2}
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        return set()
+    return {count for count in (2, 3) if _binds(signature, count)}
+
+
+def _binds(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*["given"] * count)
     except TypeError:
         return False
-    except ValueError:  # a builtin that doesn't tell
-        return count == 2
     return True
 
 
 def _won(reward: float, other: float) -> float:
+    if math.isnan(reward) or math.isnan(other):
+        return math.nan
     return 0.5 if reward == other else float(reward > other)
 
 
@@ -97,16 +120,17 @@ class _Rewards:
         return [_won(a, b) for a, b in zip(of_answers, of_others, strict=True)]
 
     def _rewards(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        # Copies: whoever puts the answer behind the messages doesn't change the data.
         return [
-            _number(self._reward(prompt, answer), prompt)
+            _number(self._reward(copy.deepcopy(prompt), answer), prompt)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
 
 def _number(value: Any, prompt: Prompt) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if math.isnan(number):
         shown = prompt_text(prompt)[:60]
@@ -117,7 +141,7 @@ def _number(value: Any, prompt: Prompt) -> float:
 class _RewardModel(_Rewards):
     """A sequence classifier with one label, on prompt and answer as its chat template has them."""
 
-    def __init__(self, folder: str, model: Any) -> None:
+    def __init__(self, folder: str, model: Any, conversational: bool) -> None:
         from transformers import AutoModelForSequenceClassification
 
         self._tokenizer = load_tokenizer(folder)
@@ -126,20 +150,30 @@ class _RewardModel(_Rewards):
         if labels != 1:
             raise ValueError(f"judge: {folder} has {labels} labels; a reward model has one")
         self._model.to(device_of(model)).eval()
+        self._conversational = conversational
+        self._context = context_of(self._model.config) or math.inf
 
     def _rewards(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
         texts = [self._ids(prompt, str(a)) for prompt, a in zip(prompts, answers, strict=True)]
-        found: list[float] = []
-        for start in range(0, len(texts), _AT_ONCE):
-            found += self._scores(texts[start : start + _AT_ONCE])
-        for prompt, value in zip(prompts, found, strict=True):
-            _number(value, prompt)
+        fits = [place for place, ids in enumerate(texts) if len(ids) <= self._context]
+        if len(fits) < len(texts):
+            say(
+                f"judge: {len(texts) - len(fits)} of {len(texts)} answers with their prompts are "
+                f"longer than the {self._context} tokens that the reward model reads: no verdict"
+            )
+        found = [math.nan] * len(texts)
+        for start in range(0, len(fits), _AT_ONCE):
+            some = fits[start : start + _AT_ONCE]
+            for place, score in zip(some, self._scores([texts[p] for p in some]), strict=True):
+                found[place] = _number(score, prompts[place])
         return found
 
     def _ids(self, prompt: Prompt, answer: str) -> list[int]:
         tokenizer = self._tokenizer
         if isinstance(prompt, str):
-            return list(tokenizer.encode(prompt + answer))
+            if not (self._conversational and tokenizer.chat_template):
+                return list(tokenizer.encode(prompt + answer))
+            prompt = [{"role": "user", "content": prompt}]
         turns = [*prompt, {"role": "assistant", "content": answer}]
         if not tokenizer.chat_template:
             return list(tokenizer.encode("\n".join(turn["content"] for turn in turns)))
@@ -188,7 +222,13 @@ class _Pairwise:
         """Of each pair the place of the better answer; 0.5: neither, NaN: no verdict."""
         if not prompts:
             return []
-        given = self._better(prompts, pairs)
+        given = self._better([copy.deepcopy(prompt) for prompt in prompts], pairs)
+        try:
+            given = list(given)
+        except TypeError:
+            raise ValueError(f"judge: wanted a list of places, got {given!r}") from None
+        if len(given) != len(prompts):
+            raise ValueError(f"judge: {len(given)} places for {len(prompts)} prompts")
         return [_place(one, prompt) for one, prompt in zip(given, prompts, strict=True)]
 
 
@@ -202,6 +242,10 @@ def _agreed(won: float, also: float) -> float:
 def _place(given: Any, prompt: Prompt) -> float:
     if given is None:
         return 0.5
+    if isinstance(given, bool | np.bool_):  # it would say whether the first is, or the second
+        raise ValueError(
+            f"judge: wanted the place of the better answer, 0 or 1, None or -1, got {given!r}"
+        )
     number = _number(given, prompt)
     if number == -1:
         return math.nan

@@ -7,7 +7,7 @@ more than the model at step 0 did.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import NO_BACKWARD, RMiPOConfig
 from rmipo_lite.data.rows import load_rows
-from rmipo_lite.data.sources import read_records
 from rmipo_lite.methods import table
 from rmipo_lite.model.backbone import device_of, evaluating
 from rmipo_lite.model.names import name_of, short_name
@@ -28,14 +27,14 @@ from rmipo_lite.output.uncertainty import share_text
 from rmipo_lite.parallel.group import refuse_several
 from rmipo_lite.step.make import autocast_of, make_step
 from rmipo_lite.step.reference import Reference, key_of
-from rmipo_lite.system.files import file_put_in_place
+from rmipo_lite.system.files import file_put_in_place, refuse_existing
 from rmipo_lite.tokens.options import prior_front
 from rmipo_lite.tokens.prepare import prepare
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL = "all"
+_ALL = "all rows"
 # RewardBench's sections (rewardbench 0.1.4, constants.py): subset -> what it counts for.
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
@@ -75,6 +74,7 @@ class PairAccuracy:
         model, tokenizer: by name, for RewardBench's columns.
         reward: what the rewards are, in words.
         left_out: rows without a usable pair, or whose reward is no number.
+        cut: pairs that were cut to the longest text that is read.
     """
 
     pairs: list[ScoredPair]
@@ -83,6 +83,7 @@ class PairAccuracy:
     chat_template: bool
     reward: str
     left_out: int = 0
+    cut: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -114,13 +115,14 @@ class PairAccuracy:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         grouped = self._grouped()
-        parts = {**(grouped if len(grouped) > 1 else {}), ALL: self.pairs}
+        parts = [*(grouped.items() if len(grouped) > 1 else ()), (_ALL, self.pairs)]
         rows = [(name, str(len(some)), share_text(_share(some), len(some)))
-                for name, some in parts.items()]  # fmt: skip
+                for name, some in parts]  # fmt: skip
         return rows + [(f"section {name}", "", f"{v:.1%}") for name, v in self.sections.items()]
 
     def __str__(self) -> str:
         left = f"; {self.left_out} rows left out" if self.left_out else ""
+        left += f"; {self.cut} pairs cut" if self.cut else ""
         head = f"{self.model}, by {self.reward}{left}"
         return "\n".join([head, *text_table(_HEAD, self._rows(), right=(1, 2))])
 
@@ -140,6 +142,9 @@ class PairAccuracy:
 
         Returns:
             The first one's path.
+
+        Raises:
+            FileExistsError: one of them is there.
         """
         target = Path(path)
         numbers = {
@@ -153,6 +158,7 @@ class PairAccuracy:
             target: json.dumps(numbers),
             target.with_name(f"{target.stem}_all.jsonl"): "\n".join(lines),
         }
+        refuse_existing(*texts)
         for file, text in texts.items():
             with file_put_in_place(file) as staged:
                 staged.write_text(text + "\n", encoding="utf-8")
@@ -187,21 +193,23 @@ def score_pairs(
     """
     refuse_several("score_pairs")
     args = _for_pairs(args)
-    _, records = read_records(dataset, split)
-    data = load_rows(records)
+    data = load_rows(dataset, split=split)
     pairs = prepare(data, tokenizer, args, causal_lm(model).config).pairs
     step = make_step(
         model, args, pairs, tokenizer=tokenizer, prior_front=prior_front(args, tokenizer),
         autocast=autocast_of(args, device_of(model)),
     )  # fmt: skip
-    say(f"Scoring {len(pairs)} pairs")
+    cut = data.report.truncated_pairs
+    more = f", {cut} of them cut to {args.max_length} tokens or the model's context" if cut else ""
+    say(f"Scoring {len(pairs)} of {data.report.total} pairs{more}")
     with evaluating(model):
         if args.loss.needs_reference:
             step.reference = Reference(step, {})
             with at_start():
                 sums = step.response_sums(pairs)
                 step.reference.known = {key_of(pair): of_pair for pair, of_pair in sums}
-        found = sorted(_scored(step.evaluate(pairs), records))
+        subsets = {row.index: row.subset for row in data.rows}
+        found = sorted(_scored(step.evaluate(pairs), subsets))
     kept = [pair for pair in found if pair.chosen == pair.chosen and pair.rejected == pair.rejected]
     if not kept:
         raise ValueError("dataset: no pair has a reward that is a number")
@@ -209,7 +217,7 @@ def score_pairs(
     return PairAccuracy(
         kept, short_name(name_of(model)) or "model", short_name(tokenizer.name_or_path),
         bool(tokenizer.chat_template), f"{args.loss_type}'s reward{more}",
-        len(records) - len(kept),
+        data.report.total - len(kept), cut,
     )  # fmt: skip
 
 
@@ -223,9 +231,8 @@ def _for_pairs(args: RMiPOConfig) -> RMiPOConfig:
     return replace(args, **changed)
 
 
-def _scored(parts: Any, records: Sequence[Any]) -> Iterator[ScoredPair]:
+def _scored(parts: Any, subsets: Mapping[int, str]) -> Iterator[ScoredPair]:
     for pairs, values in parts:
         both = torch.stack([values.chosen_reward, values.rejected_reward], 1).tolist()
         for pair, (chosen, rejected) in zip(pairs, both, strict=True):
-            subset = records[pair.row].get("subset")
-            yield ScoredPair(pair.row, "" if subset is None else str(subset), chosen, rejected)
+            yield ScoredPair(pair.row, subsets[pair.row], chosen, rejected)

@@ -268,6 +268,13 @@ def methods_with(option: str) -> str:
     return ", ".join(name for name in methods() if _has(name, option))
 
 
+def is_option_of(option: str, name: str) -> bool:
+    """Whether an option means something to a method; those that aren't a method's do to all."""
+    if option in ("gamma_min", "gamma_max"):
+        return bool(method_named(name).needs_prior)
+    return option not in RANGES or _has(name, option)
+
+
 def _has(name: str, option: str) -> bool:
     method = method_named(name)
     if isinstance(method, SumLoss):

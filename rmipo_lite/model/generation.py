@@ -7,8 +7,9 @@ tokenizer keeps its settings and the vocabulary its size.
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,47 @@ from rmipo_lite.tokens.tokenize_rows import encode_prompt
 
 Prompt = str | list[dict[str, str]]
 BATCH = 16  # prompts generated together
+
+
+def prompts_of(given: Any) -> list[Prompt]:
+    """A list of prompts, copied: texts, message lists, or rows with a `prompt`.
+
+    Raises:
+        TypeError: one prompt, or a table of them, in place of a list; or something else in it.
+        ValueError: a text that is no valid Unicode.
+    """
+    if isinstance(given, str | Path):
+        raise TypeError("prompts must be a list of prompts, got one string; write [prompt]")
+    if isinstance(given, Mapping) or hasattr(given, "columns"):
+        raise TypeError(
+            f"prompts must be a list of prompts, got a table ({type(given).__name__}); write "
+            'list(table["prompt"])'
+        )
+    listed = list(given)
+    if listed and all(isinstance(one, Mapping) and "role" in one for one in listed):
+        raise TypeError("prompts must be a list of prompts, got one conversation; write [prompt]")
+    return [_prompt_of(one, place) for place, one in enumerate(listed)]
+
+
+def _prompt_of(given: Any, place: int) -> Prompt:
+    found = given.get("prompt") if isinstance(given, Mapping) else given
+    if isinstance(found, str):
+        return whole_text(found, f"prompts: number {place}")
+    messages = list(found) if isinstance(found, list | tuple) else []
+    if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise TypeError(
+            f"prompts: number {place} is neither a text nor a list of messages: {given!r:.80}"
+        )
+    return [dict(message) for message in messages]
+
+
+def whole_text(text: str, what: str) -> str:
+    """The text. Raises ValueError for half a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is no valid Unicode: {error.reason}") from error
+    return text
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -163,8 +205,7 @@ def generate_answers(
     Greedy unless `do_sample=True` is among the options, which are those of `model.generate`.
     Raises TypeError for a single string in place of a list.
     """
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be a list of prompts, got one string; write [prompt]")
+    prompts = prompts_of(prompts)
     ids = [prompt_ids(tokenizer, p, conversational=conversational) for p in prompts]
     empty = [i for i, row in enumerate(ids) if not row]
     if empty:

@@ -19,7 +19,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     shrink = 1 + _Z**2 / count
     middle = (share + _Z**2 / (2 * count)) / shrink
     half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The share is in it, whatever the last bits say.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def share_text(share: float, count: int) -> str:

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rmipo_lite.adapters.base_model import causal_lm
-from rmipo_lite.model.generation import Answer, generate_answers, prompt_ids
+from rmipo_lite.model.generation import Answer, generate_answers, prompt_ids, whole_text
 from rmipo_lite.tokens.options import context_of
+
+_LEAST = 16  # tokens that an answer must have room for
 
 
 class Conversation:
@@ -39,7 +41,7 @@ class Conversation:
 
     def say(self, text: str, max_new_tokens: int, **options: Any) -> Answer:
         """The answer to a further turn. Both are kept once it is there, and neither otherwise."""
-        turn = {"role": "user", "content": text}
+        turn = {"role": "user", "content": whole_text(text, "the turn")}
         answer = self._answer([*self.messages, turn], max_new_tokens, **options)
         self.messages += [turn, {"role": "assistant", "content": str(answer)}]
         return answer
@@ -66,7 +68,7 @@ class Conversation:
         count = len(prompt_ids(self._tokenizer, messages, conversational=True))
         context = context_of(causal_lm(self._model).config)
         left = max_new_tokens if context is None else context - count
-        if left < 1:
+        if left < min(_LEAST, max_new_tokens):
             raise ValueError(
                 f"this conversation is {count} tokens long and the model reads {context}; begin a "
                 "new one"

@@ -28,6 +28,7 @@ _LOG_PROBS = (
     (("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
 )  # fmt: skip
 _BINS = 4  # of a sorted column, each with about as many pairs
+_MOST_BINS = 40
 _LEAST = 8  # pairs that a density is drawn of
 
 
@@ -44,6 +45,8 @@ def figures_of(run: RunNumbers) -> Figures:
             named[name] = draw(run)
         except _Missing as reason:
             missing[name] = str(reason)
+        except Exception as error:  # one that can't be drawn doesn't take the others with it
+            missing[name] = f"it can't be drawn: {type(error).__name__}: {error}"
     return Figures(named, missing)
 
 
@@ -130,16 +133,21 @@ def _rewards(run: RunNumbers) -> Captioned:
 def _accuracy(run: RunNumbers) -> Captioned:
     """Figure 5."""
     right = _sides(run, "rewards/accuracies", "a verdict")
-    lengths = [_column(run.after, f"lengths/{side}") for side in ("chosen", "rejected")]
-    longer = {p: lengths[0][p] - lengths[1][p] for p in right[_AFTER] if p in lengths[0]}
-    gap = {p: v for p, v in _column(run.before, "rmipo/pmi_gap").items() if p in right[_AFTER]}
-    panels = [("Chosen less rejected length, tokens", longer)]
-    if len(gap) >= _LEAST:
-        panels.insert(0, ("PMI gap before training, nats per token", gap))
+    chosen, rejected = (_column(run.after, f"lengths/{side}") for side in ("chosen", "rejected"))
+    by = {
+        "PMI gap before training, nats per token": _column(run.before, "rmipo/pmi_gap"),
+        "Chosen less rejected length, tokens": {
+            pair: chosen[pair] - rejected[pair] for pair in chosen if pair in rejected
+        },
+    }
+    kept = {words: {p: v for p, v in of.items() if p in right[_AFTER]} for words, of in by.items()}
+    panels = [(words, values) for words, values in kept.items() if len(values) >= _LEAST]
+    if not panels:
+        raise _Missing("no pair has both a verdict and both lengths, as of unpaired rows")
     drawn = plots.new_figure(4.5 * len(panels), 3.4)
-    for place, (words, by) in enumerate(panels, start=1):
+    for place, (words, values) in enumerate(panels, start=1):
         axes = drawn.add_subplot(1, len(panels), place)
-        _draw_bins(axes, by, right)
+        _draw_bins(axes, values, right)
         axes.set(xlabel=words, ylabel="share of pairs", ylim=(0, 1.02), title="Reward accuracy")
         axes.legend(fontsize="small")
     return Captioned(
@@ -184,11 +192,11 @@ def _bins(by: Values) -> list[list[Any]]:
 def _dynamics(run: RunNumbers) -> Captioned:
     """Figure 7, the half that is about training."""
     wanted = ("logps/", "rewards/margins", "rewards/accuracies", "rmipo/gamma", "lengths/")
-    lines = [
-        {name: value for name, value in line.items()
-         if name in ("step", "loss") or name.removeprefix(held_out.PREFIX).startswith(wanted)}
-        for line in run.history
-    ]  # fmt: skip
+    logged = dict.fromkeys(name for line in run.history for name in line)
+    metrics = {name for name in logged if name.startswith(wanted)} | {"loss", "rmipo/pair_loss"}
+    shown = {"step", *metrics}
+    shown |= {name for metric in metrics for name, _ in held_out.names_of(metric, logged)}
+    lines = [{name: v for name, v in line.items() if name in shown} for line in run.history]
     if not any("loss" in line for line in lines):
         raise _Missing("no training step was logged")
     return Captioned(
@@ -241,9 +249,11 @@ def _densities(
     import numpy as np
 
     values = [value for side in sides.values() for value in side.values()]
-    edges = np.histogram_bin_edges(values, bins="fd")
-    if not 3 < len(edges) < 42:  # an outlier, or values that are all but one
-        edges = np.histogram_bin_edges(values, bins=20)
+    low, high = np.percentile(values, [25, 75])
+    width = 2 * (high - low) / len(values) ** (1 / 3)
+    bins = (max(values) - min(values)) / width if width > 0 else math.inf
+    # An outlier, or values that are all but one, would ask for millions of bins.
+    edges = np.histogram_bin_edges(values, bins=math.ceil(bins) if 2 < bins < _MOST_BINS else 20)
     for side, colour in _COLOURS.items():
         label = None if words is None else words[side]
         axes.hist(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rmipo_lite.adapters.base_model import causal_lm
+from rmipo_lite.checkpoints.weights import fingerprint
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows
 from rmipo_lite.judging.answers_file import Question, write_answers
 from rmipo_lite.judging.judgement import Judged, Judgement
 from rmipo_lite.judging.judges import JudgeLike, judge_of
 from rmipo_lite.judging.pair_accuracy import PairAccuracy, score_pairs
-from rmipo_lite.model.generation import Answer, Prompt
+from rmipo_lite.model.generation import Answer, Prompt, prompts_of, whole_text
 from rmipo_lite.model.names import name_of, short_name
 from rmipo_lite.output.console import say
 from rmipo_lite.results.conversation import Conversation
@@ -25,6 +29,17 @@ def _only_text(prompt: Prompt) -> str:
     if len(prompt) > 1:
         raise ValueError("questions: a second turn needs a tokenizer with a chat template")
     return prompt[0]["content"]
+
+
+def _given(answer: Any, place: int) -> Answer:
+    """An answer that somebody brought: a text, or what an assistant said, as messages."""
+    if isinstance(answer, Answer):
+        return answer
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        answer = answer[-1].get("content")
+    if not isinstance(answer, str):
+        raise TypeError(f"against: number {place} is no text: {answer!r:.80}")
+    return Answer(whole_text(answer, f"against: number {place}"))
 
 
 def chosen_text(side: Any) -> str:
@@ -45,6 +60,7 @@ class JudgedModel(Trained):
     args: RMiPOConfig
     held_out_chosen: list[str | None]
     _conversation: Conversation | None
+    _kept: dict[str, list[Answer]]  # that a judge failed at
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -144,18 +160,35 @@ class JudgedModel(Trained):
 
         Raises:
             ValueError, TypeError: no such judge or opponent, no prompt, or a judge that gives
-                something else than a number.
+                something else than a number. The answers aren't lost with it: the next call that
+                asks the same begins with them.
         """
-        decide = judge_of(judge, self.model)
+        decide = judge_of(judge, self.model, conversational=self.conversational)
         if decide is None:
             raise TypeError("judge: there is none")
-        prompts, others, whose = self._opponent(prompts, against, max_new_tokens, options)
-        say(f"Answering {len(prompts)} prompts")
-        answers = self.generate(prompts, max_new_tokens, **options)
-        wins = decide.wins(prompts, answers, others)
-        pairs = [Judged(*one) for one in zip(prompts, answers, others, wins, strict=True)]
-        lengths = [(self._count(p.answer), self._count(p.other)) for p in pairs]
+        self._refuse_switched()
+        asked, others, whose = self._opponent(prompts, against, max_new_tokens, options)
+        answers = self._answered("", self, asked, max_new_tokens, options)
+        try:
+            wins = decide.wins(asked, answers, others)
+        except Exception:
+            say("The judge failed; the answers are kept for the next call of judge that asks alike")
+            raise
+        self._kept.clear()
+        pairs = [Judged(*one) for one in zip(asked, answers, others, wins, strict=True)]
+        lengths = [(self._count(pair.answer), self._count(pair.other)) for pair in pairs]
         return Judgement.of(pairs, whose, lengths)
+
+    def _answered(
+        self, whose: str, of: Trained, prompts: list[Prompt], longest: int, options: dict[str, Any]
+    ) -> list[Answer]:
+        """Answers, or those that a judge failed at when the same was asked of the same weights."""
+        weights = fingerprint(of.model.named_parameters())
+        key = json.dumps([whose, weights, of.conversational, prompts, longest, repr(options)])
+        if key not in self._kept:
+            say(f"Answering {len(prompts)} prompts{whose}")
+            self._kept[key] = of.generate(prompts, longest, **options)
+        return self._kept[key]
 
     def _opponent(
         self, prompts: Any, against: Any, max_new_tokens: int, options: dict[str, Any]
@@ -164,44 +197,56 @@ class JudgedModel(Trained):
         if isinstance(against, str) and against == "chosen":
             rows = self._chosen_rows(prompts)
             return [prompt for prompt, _ in rows], [Answer(text) for _, text in rows], against
-        asked = list(self.held_out_prompts if prompts is None else self._list_of(prompts))
+        asked = prompts_of(self.held_out_prompts if prompts is None else prompts)
         if not asked:
             raise ValueError("prompts: none were given, and none held out here; pass some texts")
         if isinstance(against, str) and against == "before":
-            say(f"Answering {len(asked)} prompts as at step 0")
             with self.at_start():
-                return asked, self.generate(asked, max_new_tokens, **options), "the model at step 0"
+                others = self._answered(" as at step 0", self, asked, max_new_tokens, options)
+            return asked, others, "the model at step 0"
         if isinstance(against, Trained):
-            say(f"Answering {len(asked)} prompts with the other model")
-            others = against.generate(asked, max_new_tokens, **options)
-            return asked, others, short_name(name_of(against.model)) or "the other model"
+            if causal_lm(against.model) is causal_lm(self.model):
+                raise ValueError(
+                    "against: both results hold the same model object, whose weights are those "
+                    "trained last; load one of them from its folder (load_run)"
+                )
+            name = short_name(name_of(against.model)) or "the other model"
+            answered = self._answered(f" with {name}", against, asked, max_new_tokens, options)
+            return asked, answered, name
         if isinstance(against, Sequence) and not isinstance(against, str):
             if len(against) != len(asked):
                 raise ValueError(f"against: {len(against)} texts for {len(asked)} prompts")
-            texts = [one if isinstance(one, Answer) else Answer(one) for one in against]
-            return asked, texts, "given answers"
+            return asked, [_given(one, i) for i, one in enumerate(against)], "given answers"
         raise ValueError(
             'against must be "before", "chosen", another result or a list of answers, '
-            f"got {against!r}"
+            f"got {against!r:.80}"
         )
 
-    @staticmethod
-    def _list_of(prompts: Any) -> Any:
-        if isinstance(prompts, str | Path):
-            raise TypeError("prompts must be a list of prompts, got one string; write [prompt]")
-        return prompts
-
     def _chosen_rows(self, dataset: Any) -> list[tuple[Prompt, str]]:
+        """(prompt, chosen response), each prompt with the first that it has."""
         if dataset is None:
+            if len(self.held_out_prompts) != len(self.held_out_chosen):
+                raise ValueError(
+                    f"held_out_chosen: {len(self.held_out_chosen)} responses for "
+                    f"{len(self.held_out_prompts)} held_out_prompts; pass rows as prompts"
+                )
             held_out = zip(self.held_out_prompts, self.held_out_chosen, strict=True)
             rows = [(prompt, text) for prompt, text in held_out if text is not None]
             if not rows:
                 raise ValueError(
                     "prompts: no chosen response was held out here; pass rows with prompt, chosen"
                 )
-            return rows
-        found = load_rows(dataset, argument="prompts").rows
-        return list({str(r.prompt): (r.prompt, chosen_text(r.chosen)) for r in found}.values())
+            return copy.deepcopy(rows)
+        found, report = load_rows(dataset, argument="prompts")
+        kept: dict[str, tuple[Prompt, str]] = {}
+        for row in found:
+            kept.setdefault(str(row.prompt), (row.prompt, chosen_text(row.chosen)))
+        if len(kept) < report.total:
+            say(
+                f"prompts: {report.total} rows, {report.total - report.kept} of them unusable, "
+                f"{len(kept)} distinct prompts, each with its first chosen response"
+            )
+        return list(kept.values())
 
     def score_pairs(self, dataset: Any, *, split: str | None = None) -> PairAccuracy:
         """How often this model's reward is higher for the chosen side, by the rows' `subset`.
@@ -220,6 +265,7 @@ class JudgedModel(Trained):
         Raises:
             ValueError: no usable pair.
         """
+        self._refuse_switched()
         return score_pairs(dataset, split, self.model, self.tokenizer, self.args, self.at_start)
 
     def _count(self, text: str) -> int:

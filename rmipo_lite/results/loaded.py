@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmipo_lite.checkpoints.weights import CONFIG_FILE, save_weights
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.model.generation import Prompt
+from rmipo_lite.model.generation import Answer, Prompt
 from rmipo_lite.model.loading import load_tokenizer
 from rmipo_lite.model.names import short_name
 from rmipo_lite.options.method import MethodFields
@@ -51,10 +51,12 @@ class LoadedRun(JudgedModel):
     conversational: bool
     args: RMiPOConfig
     start: dict[str, Tensor] | None = None
+    went_on: bool = False
     held_out_prompts: list[Prompt] = field(default_factory=list)
     held_out_chosen: list[str | None] = field(default_factory=list)
     _samples: AnswerComparison | None = field(default=None, init=False)
     _conversation: Conversation | None = field(default=None, init=False)
+    _kept: dict[str, list[Answer]] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         what = "an adapter" if isinstance(self.model, PeftModel) else "a whole model"
@@ -103,22 +105,41 @@ def load_run(
     tokenizer = prepare_tokenizer(load_tokenizer(name), None)
     if conversational is None:
         conversational = _was_conversational(Path(name), tokenizer)
+    went_on = bool(_facts(Path(name)).get("went_on"))
     model = load_for_run(name, args, quantization)
-    return LoadedRun(Path(name), model.eval(), tokenizer, conversational, args)
+    return LoadedRun(Path(name), model.eval(), tokenizer, conversational, args, went_on=went_on)
 
 
 def _options_of(folder: Path) -> dict[str, Any]:
     """What the run's own options say of its method and of how rows become tokens."""
-    file = folder / CONFIG_FILE
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    said = _read(folder / CONFIG_FILE)
     names = [*MethodFields.__dataclass_fields__, *_OF_ROWS]
     return {name: said[name] for name in names if name in said}
 
 
 def _was_conversational(folder: Path, tokenizer: Any) -> bool:
-    facts = folder / FACTS_FILE
-    if facts.is_file():
-        return bool(json.loads(facts.read_text(encoding="utf-8")).get("conversational"))
+    facts = _facts(folder)
+    if "conversational" in facts:
+        return bool(facts["conversational"])
     if tokenizer.chat_template:
         say(f"{folder.name} doesn't say how it was asked: texts go through its chat template")
     return bool(tokenizer.chat_template)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of it; of a checkpoint, the folder that it lies in."""
+    own = _read(folder / FACTS_FILE)
+    return own or (
+        _read(folder.parent / FACTS_FILE) if folder.name.startswith("checkpoint-") else {}
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The file's object; {} where there is none. Raises ValueError for a damaged one."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}

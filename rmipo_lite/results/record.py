@@ -42,6 +42,7 @@ class RunRecord:
         held_out_prompts: prompts of held-out pairs, which `compare` answers when given none.
         held_out_chosen: the chosen response to each of them; None where a row has none.
         start: the adapter's weights at step 0, by name; None where the model was trained in full.
+        went_on: whether the model had an adapter, which was trained further.
         weights_step: the step that the weights are of where `load_best_model_at_end` chose it.
         learning_rate: the peak rate; that which was found where the options say "auto".
     """
@@ -62,6 +63,7 @@ class RunRecord:
     held_out_prompts: list[Prompt] = field(default_factory=list)
     held_out_chosen: list[str | None] = field(default_factory=list)
     start: dict[str, Tensor] | None = None
+    went_on: bool = False
     weights_step: int | None = None
     learning_rate: float | None = None
     errors: dict[str, float] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from rmipo_lite.checkpoints.weights import save_run
-from rmipo_lite.model.generation import Prompt
+from rmipo_lite.model.generation import Answer, Prompt
 from rmipo_lite.output import page, plots
 from rmipo_lite.output.console import say
 from rmipo_lite.output.figures import Figures
@@ -39,6 +39,7 @@ class TrainResult(RunRecord, JudgedModel):
 
     _samples: AnswerComparison | None = field(default=None, init=False)
     _conversation: Conversation | None = field(default=None, init=False)
+    _kept: dict[str, list[Answer]] = field(default_factory=dict, init=False)
 
     def _repr_html_(self) -> str:
         rows = metric_rows(self)

@@ -54,7 +54,10 @@ def read_numbers(folder: Path) -> RunNumbers:
             {name: math.nan if value is None else value for name, value in line.items()}
             for line in kept["history"]
         ]
-        before, after = kept["held_out"]["before"], kept["held_out"]["after"]
+        before, after = (
+            {name: dict(cases) for name, cases in kept["held_out"][side].items()}
+            for side in ("before", "after")
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
     return RunNumbers(history, before, after)

@@ -24,7 +24,7 @@ from rmipo_lite.adapters import start
 from rmipo_lite.adapters.merge import merged_copy
 from rmipo_lite.checkpoints.sealed_folder import files_put_in_place
 from rmipo_lite.export.run import export
-from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt_ids
+from rmipo_lite.model.generation import Answer, Prompt, generate_answers, prompt_ids, prompts_of
 from rmipo_lite.model.loading import stored_dtype
 from rmipo_lite.model.names import name_of
 from rmipo_lite.output.console import say
@@ -52,13 +52,17 @@ class Trained(ABC):
         model, tokenizer: as they were trained.
         conversational: whether a text is one user turn, rendered by the chat template.
         start: the adapter's weights at step 0, by name; None where it is merely switched off.
+        went_on: whether the run trained an adapter further that was there.
         held_out_prompts: what `compare` answers when given nothing.
     """
+
+    _is_switched = False  # whether a `with` block of at_start or adapter_off is open
 
     model: Any
     tokenizer: Any
     conversational: bool
     start: dict[str, Tensor] | None
+    went_on: bool
     held_out_prompts: list[Prompt]
     _samples: AnswerComparison | None
 
@@ -84,19 +88,48 @@ class Trained(ABC):
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[Any]:
         """The model without its adapter, inside the `with` block."""
-        with start.adapter_off(self._adapted("before/after")):
+        with self._switched(), start.adapter_off(self._adapted("before/after")):
             yield self.model
 
     @contextlib.contextmanager
     def at_start(self) -> Iterator[Any]:
-        """The model as it was at step 0, inside the `with` block."""
+        """The model as it was at step 0, inside the `with` block.
+
+        Raises:
+            TypeError: there is no adapter to switch off, or none any more.
+            ValueError: the run went on with an adapter that was there, and nobody kept how it was.
+        """
         adapted = self._adapted("before/after")
-        if self.start is None:
-            with start.adapter_off(adapted):
-                yield self.model
-        else:
-            with start.swapped(adapted, self.start):
-                yield self.model
+        if self.start is None and self.went_on:
+            raise ValueError(
+                "model: this run went on with an adapter, and its folder doesn't hold how that was "
+                "at step 0; load the folder it came from, or take adapter_off() for the base model"
+            )
+        with self._switched():
+            if self.start is None:
+                with start.adapter_off(adapted):
+                    yield self.model
+            else:
+                with start.swapped(adapted, self.start):
+                    yield self.model
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        """Inside the block other weights are in force than the trained ones."""
+        self._refuse_switched()
+        self._is_switched = True
+        try:
+            yield
+        finally:
+            self._is_switched = False
+
+    def _refuse_switched(self) -> None:
+        """Raise ValueError inside a `with` of at_start or adapter_off."""
+        if self._is_switched:
+            raise ValueError(
+                "model: inside at_start() or adapter_off() the trained weights aren't in force; "
+                "ask after the `with` block"
+            )
 
     def _adapted(self, what: str) -> PeftModel:
         is_adapted = isinstance(self.model, PeftModel)
@@ -131,7 +164,8 @@ class Trained(ABC):
             TypeError: the model has no adapter, or none any more.
             ValueError: there is no prompt.
         """
-        prompts = self.held_out_prompts if prompts is None else prompts
+        self._refuse_switched()
+        prompts = self.held_out_prompts if prompts is None else prompts_of(prompts)
         if not prompts:
             raise ValueError("prompts: none were given, and none held out here; pass some texts")
         with self.at_start():
@@ -159,6 +193,7 @@ class Trained(ABC):
             TypeError, ValueError: there is no adapter, it can't be merged, or it gives NaN in this
                 dtype; nothing is changed.
         """
+        self._refuse_switched()
         target = None if folder is None else Path(folder)
         is_first = Group.current().is_first  # of several processes, which writes
         if is_first and target is not None and target.is_dir() and not is_empty(target):
@@ -210,6 +245,7 @@ class Trained(ABC):
         """
         if not Group.current().is_first:
             return Path(path)  # of several processes the first writes
+        self._refuse_switched()
         return export(
             self.model, self.tokenizer, path, format, self._compared_on(),
             adapter_only=adapter_only, modelfile=modelfile, check=check,
@@ -224,7 +260,11 @@ class Trained(ABC):
 
     def _write(self, target: Path, model: Any, card: str) -> Path:
         """All at once: a full disk or a kill leaves what was there before."""
-        facts = {"rmipo_lite": __version__, "conversational": self.conversational}
+        self._refuse_switched()
+        facts = {
+            "rmipo_lite": __version__, "conversational": self.conversational,
+            "went_on": self.went_on,
+        }  # fmt: skip
         with files_put_in_place(target) as staged:
             self._write_run(model, staged)
             (staged / CARD_FILE).write_text(card, encoding="utf-8")

@@ -57,6 +57,13 @@ def file_put_in_place(target: Path) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
+def refuse_existing(*targets: Path) -> None:
+    """Raise FileExistsError where there is such a file: nothing of somebody's is written over."""
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(f"path: {target} is there already; name a new file")
+
+
 def files_below(folder: Path) -> list[Path]:
     """Every file in a folder and in those inside it, in order of their names."""
     return sorted(path for path in folder.rglob("*") if path.is_file())

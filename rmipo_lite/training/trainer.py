@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -174,7 +175,9 @@ class RMiPOTrainer(
         loading.protect_4bit_on_cpu(loaded)
         refuse_bad_weights(loaded)
         set_seed(args.seed)  # a new adapter's weights belong to the run's seed, as its order does
+        had_adapter = any(isinstance(part, BaseTunerLayer) for part in loaded.modules())
         loaded = attach.attach_adapter(loaded, peft_config, args)
+        self.went_on = had_adapter and (peft_config is None or peft_config == "auto")
         begin_alike(loaded, Group.current(), bool(args.shards_layers))
         self.start = trained_weights(loaded) if isinstance(loaded, PeftModel) else None
         if args.disable_dropout:

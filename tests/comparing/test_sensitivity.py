@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
-from rmipo_lite.comparing.sensitivity import sensitivity
+from rmipo_lite.checkpoints.weights import CONFIG_FILE
+from rmipo_lite.comparing.sensitivity import sensitivity, with_defaults
 from rmipo_lite.comparing.worth import Estimated
 
 OPTIONS = {
@@ -45,3 +48,25 @@ def test_where_nothing_was_swept_it_says_so() -> None:
     assert "no two methods differ" in str(sensitivity(two, MEANS, "win rate", ""))
     unmeasured = {name: Estimated(math.nan, math.nan) for name in OPTIONS}
     assert list(sensitivity(OPTIONS, unmeasured, "win rate", "")) == []
+
+
+def test_what_a_method_had_without_being_told_is_a_point_too(tmp_path: Path) -> None:
+    """One that kept its default stands beside those that were given another value."""
+    configs = {
+        "rmipo": {"loss_type": "rmipo", "beta": 2.0, "gamma_max": 1.6, "learning_rate": "auto"},
+        "rmipo 5": {"loss_type": "rmipo", "beta": 5.0, "gamma_max": 0.8, "learning_rate": "auto"},
+        "dpo": {"loss_type": "dpo", "beta": 0.1, "gamma_max": 1.6, "learning_rate": "auto"},
+    }
+    given = {
+        "rmipo": {"loss_type": "rmipo"}, "dpo": {"loss_type": "dpo"},
+        "rmipo 5": {"loss_type": "rmipo", "beta": 5.0, "gamma_max": 0.8},
+    }  # fmt: skip
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG_FILE).write_text(json.dumps(config))
+    found = with_defaults({name: (own, tmp_path / name) for name, own in given.items()})
+    assert found == {
+        "rmipo": {"loss_type": "rmipo", "beta": 2.0, "gamma_max": 1.6},
+        "dpo": {"loss_type": "dpo", "beta": 0.1},  # which has no gamma_max
+        "rmipo 5": {"loss_type": "rmipo", "beta": 5.0, "gamma_max": 0.8},
+    }  # fmt: skip

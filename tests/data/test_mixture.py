@@ -33,7 +33,7 @@ def test_names_and_paths_one_after_another(files: tuple[Path, Path]) -> None:
     assert _counts(rows) == {"a": 100, "b": 30}
     assert [row.index for row in rows] == list(range(130))
     assert report.source == f"{files[0]} (100 of 100 rows) + {files[1]} (30 of 30 rows)"
-    assert f"rows 100 to 129: {files[1]}" in report.read_as
+    assert "rows 100 to 129: b.jsonl" in report.read_as
     assert report.ignored_columns == ["id"]
 
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -103,13 +104,63 @@ def test_whoever_sees_both_answers_is_asked_in_both_orders() -> None:
     refuses = wins(lambda one, other: -1 if "aa" in (one, other) else longer(one, other))
     assert math.isnan(refuses[0])
     assert refuses[1:] == [0.0, 0.5]
-    for wrong in (2, 0.7, "A"):
+    for wrong in (2, 0.7, "A", True, np.bool_(False)):  # a bool would say which is better?
         with pytest.raises(ValueError, match="judge: wanted"):
             wins(lambda one, other, wrong=wrong: wrong)
 
 
+@pytest.mark.parametrize("given", [None, [1], [1, 0, 1, 0]])
+def test_as_many_places_as_prompts_are_wanted(given: Any) -> None:
+    class Trls:
+        def judge(self, prompts: list[str], completions: list[list[str]]) -> Any:
+            return given
+
+    judge = judge_of(Trls(), None)
+    assert judge is not None
+    with pytest.raises(ValueError, match=r"judge: (wanted a list|\d places for 3 prompts)"):
+        judge.wins(PROMPTS, _answers("a", "b", "c"), _answers("x", "y", "z"))
+
+
+@pytest.mark.parametrize("number", [torch.tensor([[13.0]]), np.array([13]), np.float32(13), True])
+def test_numbers_of_every_kind(number: Any) -> None:
+    judge = judge_of(lambda prompt, answer: number, None)
+    assert judge is not None
+    assert judge.wins(PROMPTS, _answers("a", "b", "c"), _answers("x", "y", "z")) == [0.5] * 3
+
+
+def test_a_reward_model_reads_texts_as_the_run_does_and_no_more_than_it_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _reward_model(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    judge = judge_of(tmp_path, tiny_model("llama"), conversational=True)
+    assert judge._ids("w5", "w6") == tokenizer.encode("w9 w5 w9 w6")  # type: ignore[union-attr]
+    plain = judge_of(tmp_path, tiny_model("llama"))
+    assert plain._ids("w5", "w6") == tokenizer.encode("w5w6")  # type: ignore[union-attr]
+    judge._context = 5  # type: ignore[union-attr]
+    wins = judge.wins(["w5", "w5"], _answers("w6", "w6 w7 w8"), _answers("w7", "w6"))  # type: ignore[union-attr]
+    assert wins[0] in (0.0, 1.0)
+    assert math.isnan(wins[1])
+    assert "longer than the 5 tokens that the reward model reads" in capsys.readouterr().out
+
+
 def test_no_judge_and_what_is_none() -> None:
     assert judge_of(None, None) is None
-    for wrong in (3, lambda answer: 1.0):
+
+    class OfTruth:
+        """trl's binary judges, whose verdict is no place."""
+
+        def judge(self, prompts: Any, completions: Any, gold_completions: Any) -> Any: ...
+
+    class OfPlaces:
+        def judge(self, prompts: Any, completions: Any) -> Any: ...
+
+    async def later(prompt: Any, answer: Any) -> float:
+        return 1.0
+
+    wrongs = (3, lambda answer: 1.0, lambda *answers: 1.0, OfTruth(), OfPlaces, later)
+    for wrong in wrongs:
         with pytest.raises(TypeError, match="judge must be a callable of a prompt and one or two"):
             judge_of(wrong, None)

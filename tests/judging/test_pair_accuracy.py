@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import rmipo_lite
@@ -80,6 +81,26 @@ def test_rewards_are_those_of_the_runs_own_evaluation(
     assert [pair.chosen for pair in again.pairs] == pytest.approx(
         [pair.chosen for pair in found.pairs], abs=1e-5
     )
+
+
+def test_rows_of_files_and_tables_and_what_was_cut(tmp_path: Path) -> None:
+    """Several files in one, a table whose column has gaps, a response that is too long."""
+    run = rmipo_lite.load_run(demo.MODEL, use_cpu=True)
+    rows = _rows()[1]
+    for name, some in (("one", rows[:8]), ("two", rows[8:12])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    files = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    found = run.score_pairs(files)
+    assert [pair.subset for pair in found.pairs] == ["a", "b"] * 6
+    texts = ["p q", "r s", "t u"]
+    sides = {"prompt": texts, "chosen": texts, "rejected": ["x", "word " * 400, "z"]}
+    table = pd.DataFrame({**sides, "subset": [1, None, 3]})
+    found = run.score_pairs(table)
+    assert [pair.subset for pair in found.pairs] == ["1", "", "3"]
+    assert found.cut == 1
+    assert "1 pairs cut" in str(found)
+    with pytest.raises(FileExistsError, match="is there already"):
+        found.write(files[0])
 
 
 def test_a_model_of_another_folder_is_scored_by_its_mean_log_probs() -> None:

@@ -25,6 +25,14 @@ def test_wilsons_ends_are_the_shares_that_the_score_test_just_allows(hits: int, 
         assert score == pytest.approx(1.96, abs=1e-6)
 
 
+def test_the_share_is_in_wilsons_interval() -> None:
+    """To the last bit: a bar that is drawn from one to the other has no length below 0."""
+    for count in range(1, 400):
+        for hits in (0, 1, count - 1, count):
+            low, high = wilson(hits / count, count)
+            assert low <= hits / count <= high
+
+
 def test_wilson_of_nothing() -> None:
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         wilson(0.5, 0)

@@ -79,12 +79,40 @@ def test_what_there_is_too_little_of_is_named() -> None:
     assert "no rewards: 7 held-out" in str(found)
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.0, 1e-12], [*range(39), 1e9]])
+@pytest.mark.parametrize("values", [[0.0], [0.0, 1e-12], [*range(39), 1e9], [1e30, -1e30]])
 def test_values_that_are_all_one_or_far_apart_can_be_drawn(values: list[float]) -> None:
     side = _columns(40, margin=[float(value) for value in values])
     found = figures_of(RunNumbers([], side, side))
-    heights = [patch.get_xy() for patch in found["rewards"].figure.axes[0].patches]
-    assert heights
+    (before, after) = (patch.get_xy() for patch in found["rewards"].figure.axes[0].patches)
+    assert len(before) == len(after) < 2 * 45  # bins, whatever the outlier
+
+
+def test_rows_without_a_pair_have_no_accuracy_by_length() -> None:
+    """Unpaired rows: each has one side's length, and the other figures are drawn all the same."""
+    side = _columns(20, right=[1.0, 0.0])
+    for name, cases in (("chosen", range(10)), ("rejected", range(10, 20))):
+        side[f"eval_lengths/{name}"] = {str(i): 5.0 for i in cases}
+    found = figures_of(RunNumbers([{"step": 1, "loss": 1.0}], side, side))
+    assert list(found) == ["dynamics"]
+    assert "no pair has both a verdict and both lengths" in found.missing["accuracy"]
+
+
+def test_one_that_cannot_be_drawn_takes_no_other_with_it() -> None:
+    history = [{"step": s, "loss": 1.0, "rmipo/step_runtime": 1.0} for s in (1, 2)]
+    found = figures_of(RunNumbers(history, {}, {}))
+    assert list(found) == ["dynamics"]
+    assert "can't be drawn: KeyError: 'rmipo/tokens_per_second'" in found.missing["efficiency"]
+
+
+def test_held_out_curves_of_every_set_are_there() -> None:
+    history = [
+        {"step": 0, "eval_easy_loss": 2.0, "eval_easy_rewards/margins": 0.1},
+        {"step": 1, "loss": 1.0, "rewards/margins": 0.2},
+    ]
+    axes = figures_of(RunNumbers(history, {}, {}))["dynamics"].figure.axes
+    shown = {a.get_title(): [line.get_label() for line in a.lines] for a in axes}
+    assert shown["Reward margin"] == ["training", "held out easy"]
+    assert shown["Loss"] == ["training", "held out easy"]
 
 
 def test_the_command_writes_pictures_and_captions(
