@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rmipo_lite.model.upstream import quiet_bitsandbytes
+from rmipo_lite.system.imports import ease_bitsandbytes
 from rmipo_lite.version import __version__
 
 _HOME = {
@@ -33,6 +33,8 @@ __all__ = [
     "estimate", "info", "inspect", "linear_logps", "load_run", "rmipo_loss", "train",
 ]  # fmt: skip
 
+ease_bitsandbytes()
+
 if TYPE_CHECKING:
     from rmipo_lite.comparing.comparison import Comparison
     from rmipo_lite.comparing.side_by_side import compare
@@ -50,8 +52,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rmipo_lite' has no attribute {name!r}")
-    with quiet_bitsandbytes():
-        value = getattr(importlib.import_module(f"rmipo_lite.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"rmipo_lite.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

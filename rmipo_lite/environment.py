@@ -142,5 +142,5 @@ def info() -> Environment:
         precision=_precision(),
         backends={name: _backend(name) for name in ("cpu", kind) if name},
         cache=str(library.cache_dir()),
-        broken=upstream.missing(),
+        broken=[] if upstream.is_known() else upstream.missing(),
     )

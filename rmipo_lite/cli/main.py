@@ -14,7 +14,6 @@ from rmipo_lite.cli import runs
 from rmipo_lite.cli.contenders import methods_of
 from rmipo_lite.cli.launch import launch, leave_the_others
 from rmipo_lite.cli.parser import OWN_NAMES, parser_for
-from rmipo_lite.model.upstream import quiet_bitsandbytes
 from rmipo_lite.output.console import is_launched, printable, rank, say
 from rmipo_lite.output.redaction import redact_text
 
@@ -181,8 +180,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
 
     debug = given.pop("debug", False)
     try:
-        with quiet_bitsandbytes():
-            return COMMANDS[command](given)
+        return COMMANDS[command](given)
     except KeyboardInterrupt:
         ways = {
             "train": "; `--resume` goes on from the last checkpoint",

@@ -2,16 +2,20 @@
 
 Private names move between versions, and what breaks then is a stack somewhere inside a run. Here
 each stands once with its user; `missing` is asked before a trainer is made and by
-`rmipo_lite.info()`. Known to hold: torch 2.11 to 2.13, transformers 5.17 to 5.24, accelerate 1.15,
-peft 0.21.
+`rmipo_lite.info()`, which spares itself the imports where the versions are known to hold.
 """
 
 import importlib
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib.metadata
+import re
 from functools import reduce
 from typing import NamedTuple
+
+# First and last minor version that every name was found in.
+KNOWN = {
+    "torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 24)),
+    "accelerate": ((1, 15), (1, 15)), "peft": ((0, 21), (0, 21)),
+}  # fmt: skip
 
 
 class Borrowed(NamedTuple):
@@ -85,6 +89,28 @@ def _is_there(borrowed: Borrowed) -> bool:
     return True
 
 
+def is_known() -> bool:
+    """Whether every package is installed in a version that has all names."""
+    return all(first <= _installed(name) <= last for name, (first, last) in KNOWN.items())
+
+
+def _installed(package: str) -> tuple[int, ...]:
+    """(major, minor) of what is installed; () where there is none, or no number is in it."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _known_versions() -> str:
+    named = {
+        name: [".".join(map(str, version)) for version in versions]
+        for name, versions in KNOWN.items()
+    }
+    return ", ".join(f"{name} {' to '.join(dict.fromkeys(v))}" for name, v in named.items())
+
+
 def require() -> None:
     """Refuse to go on with a library that lacks a name.
 
@@ -96,25 +122,5 @@ def require() -> None:
         raise RuntimeError(
             "a library changed what this package leans on: "
             + "; ".join(lines)
-            + ". Versions known "
-            "to work: transformers 5.17 to 5.24, torch 2.11 to 2.13, accelerate 1.15, peft 0.21"
+            + f". Versions known to work: {_known_versions()}"
         )
-
-
-@contextmanager
-def quiet_bitsandbytes() -> Iterator[None]:
-    """Import what brings bitsandbytes without its advice to download a CPU kernel.
-
-    4-bit layers are kept off that kernel here (`loading.protect_4bit_on_cpu`), so nobody has to
-    read of it. The filter goes when the block ends.
-    """
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.addFilter(_is_no_advice)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_no_advice)
-
-
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()

@@ -50,6 +50,8 @@ def test_a_name_that_is_gone_is_told_before_anything_runs(monkeypatch: pytest.Mo
     told = "transformers.Trainer._no_such_hook is gone, which checkpoints/trainer_mixin.py leans on"
     with pytest.raises(RuntimeError, match=told):
         RMiPOTrainer(tiny_model())
+    assert "BROKEN" not in str(info())  # which imports nothing where the versions are known
+    monkeypatch.setitem(upstream.KNOWN, "transformers", ((5, 1), (5, 2)))
     assert f"BROKEN        {told}" in str(info())
 
 
@@ -69,14 +71,17 @@ def test_importing_the_package_leaves_other_loggers_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_advice_is_kept_quiet_while_it_is_imported(caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    with upstream.quiet_bitsandbytes():
-        logger.warning("Failed to load CPU gemm_4bit_forward from somewhere")
-        logger.warning("something else")
-    logger.warning("gemm_4bit_forward again, later")
-    assert [record.message for record in caplog.records] == [
-        "something else", "gemm_4bit_forward again, later"
-    ]  # fmt: skip
+def test_versions_that_are_known_are_those_that_have_all_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those installed here have them, so where they count as known nothing may be missing."""
+    assert upstream.is_known()
+    assert upstream.missing() == []
+    versions = {
+        name: ".".join(map(str, last)) + ".3rc1" for name, (_, last) in upstream.KNOWN.items()
+    }
+    monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
+    assert upstream.is_known()
+    for other in ("5.99.0", "5.16.9", "unknown"):
+        monkeypatch.setitem(versions, "transformers", other)
+        assert not upstream.is_known()
