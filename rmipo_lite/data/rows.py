@@ -185,12 +185,16 @@ def texts_of(row: Row) -> Texts:
 
     Of an unpaired row the side that isn't its own is empty.
     """
-    own = row.responses
-    prompt, chosen, rejected = (
-        side if isinstance(side, str) else "\n".join(message["content"] for message in side)
-        for side in (row.prompt, own.get("chosen", ""), own.get("rejected", ""))
-    )
-    return prompt, chosen, rejected
+    chosen, rejected = row.chosen, row.rejected
+    if row.label is not None:
+        chosen, rejected = (chosen, "") if row.label else ("", rejected)
+    return _text_of(row.prompt), _text_of(chosen), _text_of(rejected)
+
+
+def _text_of(side: Side) -> str:
+    if isinstance(side, str):
+        return side
+    return "\n".join([message["content"] for message in side])
 
 
 def digest(text: str) -> bytes:

@@ -80,15 +80,15 @@ def _mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def _shingles(found: list[int]) -> Hashes:
-    """Hashes of every word with the two after it, or with the end of the text."""
-    words = np.array([*found, 0, 0], np.uint64)
+def _shingles(texts: Sequence[list[int]]) -> Hashes:
+    """Hashes of every word of the texts with the two after it, or with the end of its text."""
+    words = np.array([word for text in texts for word in (*text, 0, 0)], np.uint64)
     first, second, third = words[:-2], words[1:-1], words[2:]
-    return _mixed(_mixed(_mixed(first) + second) + third)
+    return _mixed(_mixed(_mixed(first) + second) + third)[first != 0]
 
 
 def _words(text: str, hashes: _WordHashes) -> list[int]:
-    return [hashes[word] for word in _WORD.findall(text.lower())]
+    return list(map(hashes.__getitem__, _WORD.findall(text.lower())))
 
 
 def _signatures(
@@ -99,15 +99,15 @@ def _signatures(
     keys = random.integers(0, 2**64, (2, _HASHES), dtype=np.uint64)
     signatures, positions = [], []
     for start in range(0, count, _BATCH):
-        shingles: list[Hashes] = []
+        batch: list[list[int]] = []
         for position in range(start, min(count, start + _BATCH)):
             found = [word for text in texts_of(position) for word in _words(text, hashes)]
             if found:
                 positions.append(position)
-                shingles.append(_shingles(found))
-        if shingles:
-            starts = np.cumsum([0, *map(len, shingles[:-1])])
-            signatures.append(_minima(np.concatenate(shingles), starts, keys))
+                batch.append(found)
+        if batch:
+            starts = np.cumsum([0, *map(len, batch[:-1])])
+            signatures.append(_minima(_shingles(batch), starts, keys))
     if not positions:
         return np.empty((0, _HASHES), np.uint32), np.empty(0, np.int64)
     return np.concatenate(signatures), np.array(positions)
@@ -128,10 +128,10 @@ def _buckets(band: NDArray[np.uint32]) -> Iterator[NDArray[np.int64]]:
     for column in band.T:
         keys = _mixed(keys + column)
     order = np.argsort(keys, kind="stable")
-    borders = np.flatnonzero(np.diff(keys[order])) + 1
-    for members in np.split(order, borders):
-        if len(members) > 1:
-            yield members
+    starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+    sizes = np.diff(starts, append=len(order))
+    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+        yield order[start : start + size]
 
 
 class _Groups:
@@ -179,7 +179,7 @@ class _Comparison:
         texts = self._texts_of(int(self._positions[member]))
         prompt, *responses = (_words(text, self._hashes) for text in texts)
         answers = [word for response in responses for word in response]
-        whole, alone = (np.unique(_shingles(words)) for words in (prompt + answers, answers))
+        whole, alone = (np.unique(_shingles([words])) for words in (prompt + answers, answers))
         return whole, alone
 
     def alike(self, leader: int, other: int) -> bool:

@@ -185,7 +185,9 @@ class _Check:
     def _look_at_responses(self, row: Row, texts: Texts) -> None:
         prompt, *both = texts
         responses = both if row.label is None else [text for text in both if text]
-        bare = [text for text in responses if len(text.split()) < 2 or not _WORD.search(text)]
+        bare = [
+            text for text in responses if len(text.split(None, 1)) < 2 or not _WORD.search(text)
+        ]
         if bare:
             self._note("one_word", row, _short(bare[0]))
         repeating = repeating_prompt(row)
