@@ -148,8 +148,9 @@ class JudgedModel(Trained):
                 prompt and chosen, in any form that `train` takes.
             judge: a callable of a prompt and an answer that gives a number, more for better; one
                 of a prompt and two answers that gives 0 where the first is better, 1 where the
-                second, None where neither; the folder of a reward model; or one of trl's judges.
-                Those that see two answers are asked in both orders, and tie where these disagree.
+                second, None where neither; the folder of a reward model; or an object with
+                `judge(prompts, completions)`. Whoever sees two answers is asked in both orders,
+                and neither won where these disagree.
             against: "before" (the model at step 0), "chosen" (the data's own responses), another
                 result, or a list of texts, one a prompt.
             max_new_tokens, **options: as for `generate`, of both sides.
@@ -184,7 +185,8 @@ class JudgedModel(Trained):
     ) -> list[Answer]:
         """Answers, or those that a judge failed at when the same was asked of the same weights."""
         weights = fingerprint(of.model.named_parameters())
-        key = json.dumps([whose, weights, of.conversational, prompts, longest, repr(options)])
+        asked = [whose, weights, of.conversational, prompts, longest, repr(options)]
+        key = json.dumps(asked, default=str)
         if key not in self._kept:
             say(f"Answering {len(prompts)} prompts{whose}")
             self._kept[key] = of.generate(prompts, longest, **options)
