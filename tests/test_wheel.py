@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 MOST_LINES = 31_500  # of Python
 ROOMS = {
     "adapters", "checkpoints", "cli", "comparing", "data", "demo", "export", "inspection",
-    "methods", "model", "ops", "options", "output", "parallel", "planning", "results", "selftest",
-    "step", "system", "tokens", "training", "watch",
+    "judging", "methods", "model", "ops", "options", "output", "parallel", "planning", "results",
+    "selftest", "step", "system", "tokens", "training", "watch",
 }  # fmt: skip
 _SOURCES = (
     "rmipo_lite",
