@@ -35,8 +35,9 @@ def indices(check: Check, trials: str, trial: int | None = None) -> list[int]:
     if trial is not None:
         return [trial] if 0 <= trial < check.all else []
     tenth = max(check.least, math.ceil(check.all / 10))
-    counts = {"tenth": tenth, "all": check.all}
-    return check.indices(counts[trials] if trials in counts else int(trials))
+    if trials in ("tenth", "all"):
+        return check.indices(tenth if trials == "tenth" else check.all)
+    return check.indices(max(1, int(trials) // 2) if check.is_long else int(trials))
 
 
 def scorecard(

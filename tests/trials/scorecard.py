@@ -149,6 +149,7 @@ class Check:
         run: the loop over the trials.
         least: the fewest that mean anything, where a tenth would be fewer.
         absent: why the check can't be run here, or None.
+        is_long: whether a trial takes half a minute: of a number asked for it has half.
     """
 
     number: int
@@ -157,6 +158,7 @@ class Check:
     run: Callable[[Trials], None]
     least: int = 1
     absent: Callable[[], str | None] = always
+    is_long: bool = False
 
     def indices(self, count: int) -> list[int]:
         """So many trials, or all that there are, spread over all of them."""

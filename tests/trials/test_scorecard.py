@@ -68,6 +68,7 @@ def test_fewer_trials_are_spread_over_all() -> None:
     assert indices(DICE, "tenth") == [0, 10]
     assert indices(DICE, "5") == [0, 4, 8, 12, 16]
     assert indices(DICE, "100") == list(range(20))
+    assert indices(Check(90, "", 20, _dice, is_long=True), "2") == [0]
     assert indices(Check(90, "", 20, _dice, least=5), "tenth") == [0, 4, 8, 12, 16]
     assert indices(DICE, "all", trial=7) == [7]
     assert indices(DICE, "all", trial=20) == []

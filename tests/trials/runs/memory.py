@@ -249,5 +249,5 @@ def _resident() -> int:
 
 CHECKS = [
     Check(27, "train() again and again: surroundings as before", 10, surroundings, least=5),
-    Check(28, "memory flat: kernels, train(), exceptions", 3, flat_memory, least=3),
+    Check(28, "memory flat: kernels, train(), exceptions", 3, flat_memory, least=3, is_long=True),
 ]

@@ -247,8 +247,8 @@ def _failing_call(trial: Trial) -> Iterator[None]:
 
 
 CHECKS = [
-    Check(1, "kill -9 at a random moment, then resume", 100, kills),
+    Check(1, "kill -9 at a random moment, then resume", 100, kills, is_long=True),
     Check(7, "checkpoint damaged: found, named, the one before is used", 60, damage),
-    Check(13, "Ctrl-C at a random moment, once and twice", 50, ctrl_c),
+    Check(13, "Ctrl-C at a random moment, once and twice", 50, ctrl_c, is_long=True),
     Check(14, "full disk at any write of a save", 30, full_disk),
 ]

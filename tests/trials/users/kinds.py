@@ -205,4 +205,4 @@ def kinds(trials: Trials) -> None:
                 expect(name not in REFUSED, "trained, and should be refused")
 
 
-CHECKS = [Check(45, "adapters of every kind, as others use them", len(_CASES), kinds)]
+CHECKS = [Check(45, "adapters of every kind, as others use them", len(_CASES), kinds, is_long=True)]
