@@ -53,7 +53,10 @@ def _rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return rows[:64], named
 
 
-@pytest.mark.parametrize("loss_type", ["rmipo", "dpo", "kto", "orpo"])
+@pytest.mark.parametrize(
+    "loss_type",
+    ["dpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rmipo", "kto", "orpo"))],
+)
 def test_rewards_are_those_of_the_runs_own_evaluation(
     loss_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

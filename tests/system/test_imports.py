@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 _CODE = """
@@ -40,12 +42,10 @@ def _told(first: str) -> str:
     return done.stdout.strip()
 
 
-def test_it_loads_no_compiler_and_works() -> None:
-    assert _told("") == "False"
-
-
-def test_one_that_is_imported_already_is_left_alone() -> None:
-    assert _told("import bitsandbytes") == "True"
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["", "import bitsandbytes"])
+def test_it_loads_no_compiler_unless_it_is_there_already(first: str) -> None:
+    assert _told(first) == str(bool(first))
 
 
 def test_a_function_is_compiled_when_it_is_first_called() -> None:

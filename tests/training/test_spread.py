@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-_QUICK = ("default", "tied")
+_QUICK = ("default",)
 
 
 @pytest.mark.parametrize(
