@@ -110,8 +110,11 @@ def test_checkpointing_keeps_less_and_half_precision_too() -> None:
         GPT2Config(n_embd=64, n_layer=5, n_head=2, vocab_size=99),
         Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=5,
                     num_attention_heads=2, num_key_value_heads=2, vocab_size=99),
-        Gemma2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=6, head_dim=32,
-                     num_attention_heads=2, num_key_value_heads=1, vocab_size=99),
+        pytest.param(
+            Gemma2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=6, head_dim=32,
+                         num_attention_heads=2, num_key_value_heads=1, vocab_size=99),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda config: type(config).__name__,
 )  # fmt: skip

@@ -30,7 +30,7 @@ class PressCtrlC(TrainerCallback):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-@pytest.mark.parametrize("step", [1, 4, 6])
+@pytest.mark.parametrize("step", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))])
 def test_one_ctrl_c_finishes_the_step_saves_and_resumes_exactly(
     tmp_path: Path, step: int, strategy: str
 ) -> None:

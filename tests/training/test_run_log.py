@@ -94,7 +94,7 @@ def test_the_loss_is_what_the_file_and_the_options_make(
         assert entry["rmipo/end_nll"] == pytest.approx(ends, abs=1e-5)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_resumed_run_logs_the_same_lines(stop: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_pair_values": True, "logging_steps": 3, "max_steps": 7}
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}

@@ -136,8 +136,8 @@ class _Stop(TrainerCallback):
             control.should_training_stop = True
 
 
-_QUICK = [(1, "live"), (2, "cached"), (3, "live"), (5, "cached")]
-_SLOW = [(1, "cached"), (2, "live"), (3, "cached"), (5, "live")]
+_QUICK = [(2, "cached"), (3, "live")]
+_SLOW = [(1, "live"), (1, "cached"), (2, "live"), (3, "cached"), (5, "live"), (5, "cached")]
 
 
 @pytest.mark.parametrize(

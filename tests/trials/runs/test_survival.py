@@ -11,6 +11,7 @@ from rmipo_lite.checkpoints import sealed_folder, trainer_mixin
 from tests.trials.runs import survival
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_verified_is_lost(
     try_check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -21,6 +22,7 @@ def test_a_checkpoint_that_is_not_verified_is_lost(
     assert try_check(7, 1, 2, 4).lost == 3
 
 
+@pytest.mark.slow
 def test_a_save_that_ends_the_run_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         trainer_mixin.SafeCheckpointing, "_save_checkpoint",
@@ -29,6 +31,7 @@ def test_a_save_that_ends_the_run_is_lost(try_check, monkeypatch: pytest.MonkeyP
     assert try_check(14, 0, 1).lost == 2
 
 
+@pytest.mark.slow
 def test_a_save_in_place_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written into the predecessor's own folder, a failed save takes it along."""
     real = sealed_folder.staged_checkpoint

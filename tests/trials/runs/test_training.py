@@ -21,6 +21,7 @@ def test_nothing_is_lost(number: int, indices: tuple[int, ...], try_check) -> No
     assert [loss.message for loss in outcome.losses] == []
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_checked_is_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PairStep, "_is_finite", lambda self, outcome: True)
     assert try_check(2, 0, 1, 2, 4).lost == 4
@@ -65,6 +66,7 @@ def test_evaluation_that_draws_a_number_is_lost(try_check, monkeypatch: pytest.M
     assert "evaluation changed the weights" in try_check(29, 0).losses[0].message
 
 
+@pytest.mark.slow
 def test_means_of_means_are_lost(try_check, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pair_values.reduce
 
