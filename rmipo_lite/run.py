@@ -369,11 +369,9 @@ def _asked(pairs: list[TokenizedPair], rows: list[Row]) -> list[Asked]:
     row_of = {row.index: row for row in rows}
     found: dict[str, Asked] = {}
     for row in (row_of[pair.row] for pair in pairs):
-        chosen = row.responses.get("chosen")
-        before = found.get(str(row.prompt), (row.prompt, None))
-        if before[1] is None:
-            text = None if chosen is None else chosen_text(chosen)
-            found[str(row.prompt)] = (row.prompt, text)
+        key, chosen = str(row.prompt), row.responses.get("chosen")
+        if key not in found or found[key][1] is None:
+            found[key] = (row.prompt, None if chosen is None else chosen_text(chosen))
     return list(found.values())
 
 

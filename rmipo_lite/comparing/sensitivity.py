@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from rmipo_lite.comparing.worth import Estimated
 from rmipo_lite.methods.table import is_option_of
 from rmipo_lite.output import plots
 from rmipo_lite.output.figures import Captioned, Figures
+from rmipo_lite.system.files import read_object
 
 NAME = "sensitivity"
 _WIDE = 10.0  # times from the least to the most, from which an axis is logarithmic
@@ -32,8 +32,7 @@ def with_defaults(runs: Mapping[str, tuple[Mapping[str, Any], Path]]) -> Options
     given = {method: dict(own) for method, (own, _) in runs.items()}
     names = _numeric(given)
     for method, (own, folder) in runs.items():
-        file = folder / CONFIG_FILE
-        had = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        had = read_object(folder / CONFIG_FILE)
         loss = str(own.get("loss_type", had.get("loss_type", "rmipo")))
         given[method] |= {
             name: had[name]

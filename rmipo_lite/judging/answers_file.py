@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmipo_lite.model.generation import Answer, Prompt
-from rmipo_lite.system.files import file_put_in_place, refuse_existing
+from rmipo_lite.system.files import refuse_existing, write_whole
 
 Question = str | Mapping[str, Any]
 Generate = Callable[[list[Prompt]], list[Answer]]
@@ -67,8 +67,7 @@ def write_answers(
         text = json.dumps(lines, ensure_ascii=False, indent=2) + "\n"
     else:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with file_put_in_place(target) as staged:
-        staged.write_text(text, encoding="utf-8")
+    write_whole(target, text)
     return target, [answer for of in answers for answer in of]
 
 

@@ -14,7 +14,7 @@ from rmipo_lite.model.generation import Answer, Prompt, prompt_text
 from rmipo_lite.output.console import printable
 from rmipo_lite.output.table import escaped, html_table
 from rmipo_lite.output.uncertainty import bootstrap, wilson
-from rmipo_lite.system.files import file_put_in_place, refuse_existing
+from rmipo_lite.system.files import refuse_existing, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,8 +155,7 @@ class Judgement:
         target = Path(path)
         refuse_existing(target)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows()]
-        with file_put_in_place(target) as staged:
-            staged.write_text("".join(lines), encoding="utf-8")
+        write_whole(target, "".join(lines))
         return target
 
     def _rows(self) -> list[dict[str, Any]]:

@@ -77,9 +77,7 @@ def _of_two(
     prompts: list[Prompt],
     pairs: list[list[Answer]],
 ) -> list[Any]:
-    return [
-        judge(copy.deepcopy(prompt), *pair) for prompt, pair in zip(prompts, pairs, strict=True)
-    ]
+    return [judge(prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
 
 
 def _arguments(judge: Callable[..., Any]) -> set[int]:

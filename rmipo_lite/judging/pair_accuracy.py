@@ -27,7 +27,7 @@ from rmipo_lite.output.uncertainty import share_text
 from rmipo_lite.parallel.group import refuse_several
 from rmipo_lite.step.make import autocast_of, make_step
 from rmipo_lite.step.reference import Reference, key_of
-from rmipo_lite.system.files import file_put_in_place, refuse_existing
+from rmipo_lite.system.files import refuse_existing, write_whole
 from rmipo_lite.tokens.options import prior_front
 from rmipo_lite.tokens.prepare import prepare
 
@@ -160,8 +160,7 @@ class PairAccuracy:
         }
         refuse_existing(*texts)
         for file, text in texts.items():
-            with file_put_in_place(file) as staged:
-                staged.write_text(text + "\n", encoding="utf-8")
+            write_whole(file, text + "\n")
         return target
 
 

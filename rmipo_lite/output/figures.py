@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rmipo_lite.output.console import say
 from rmipo_lite.output.table import escaped
-from rmipo_lite.system.files import file_put_in_place
+from rmipo_lite.system.files import file_put_in_place, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,8 +72,7 @@ class Figures(Mapping[str, "Captioned"]):
                 one.figure.savefig(staged, format="png", dpi=_DOTS, metadata={"Software": None})
             lines.append(f"![{name}]({name}.png)\n\n{one.caption}\n")
         lines += [f"No {name}: {why}\n" for name, why in self.missing.items()]
-        with file_put_in_place(target / "captions.md") as staged:
-            staged.write_text("\n".join(lines), encoding="utf-8")
+        write_whole(target / "captions.md", "\n".join(lines))
         said = f"Figures: {target}, {', '.join(self.named) or 'none'}"
         say("\n".join([said, *(f"no {name}: {why}" for name, why in self.missing.items())]))
         return target

@@ -88,7 +88,7 @@ def _gamma(run: RunNumbers) -> Captioned:
         at = [gaps[side][pair] for pair in pairs], [gammas[side][pair] for pair in pairs]
         by_gap.scatter(*at, s=10, color=colour, label=side)
     _densities(shares, gaps)
-    _densities(density, gammas, dict(zip(_COLOURS, _COLOURS, strict=True)))
+    _densities(density, gammas, {side: side for side in _COLOURS})
     for axes, line in ((by_gap, by_gap.axhline), (density, density.axvline)):
         for place, constant in enumerate(_SIMPO):
             words = "SimPO, constant 0.3 and 1.6" if place == 0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from rmipo_lite.results.judged import JudgedModel
 from rmipo_lite.results.model_card import CARD_FILE, card_of_merged
 from rmipo_lite.results.run_file import read_numbers
 from rmipo_lite.results.trained import FACTS_FILE
+from rmipo_lite.system.files import read_object
 from rmipo_lite.tokens.templates import prepare_tokenizer
 
 _OF_ROWS = (
@@ -112,7 +112,7 @@ def load_run(
 
 def _options_of(folder: Path) -> dict[str, Any]:
     """What the run's own options say of its method and of how rows become tokens."""
-    said = _read(folder / CONFIG_FILE)
+    said = read_object(folder / CONFIG_FILE)
     names = [*MethodFields.__dataclass_fields__, *_OF_ROWS]
     return {name: said[name] for name in names if name in said}
 
@@ -128,18 +128,7 @@ def _was_conversational(folder: Path, tokenizer: Any) -> bool:
 
 def _facts(folder: Path) -> dict[str, Any]:
     """What a run's folder says of it; of a checkpoint, the folder that it lies in."""
-    own = _read(folder / FACTS_FILE)
+    own = read_object(folder / FACTS_FILE)
     return own or (
-        _read(folder.parent / FACTS_FILE) if folder.name.startswith("checkpoint-") else {}
+        read_object(folder.parent / FACTS_FILE) if folder.name.startswith("checkpoint-") else {}
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The file's object; {} where there is none. Raises ValueError for a damaged one."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    return found if isinstance(found, dict) else {}

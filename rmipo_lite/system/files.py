@@ -1,5 +1,6 @@
 """Files and their names, where Windows has other rules."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Tries of a rename on Windows, whose virus scanner holds a fresh file for a moment; seconds.
 _WAITS = (0.01, 0.03, 0.1, 0.3, 1.0) if sys.platform == "win32" else ()
@@ -55,6 +57,27 @@ def file_put_in_place(target: Path) -> Iterator[Path]:
         move(staged, target)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """The text as the file, or, where that fails, what was there before."""
+    with file_put_in_place(target) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no such file, or no object in it.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def refuse_existing(*targets: Path) -> None:

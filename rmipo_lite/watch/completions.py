@@ -17,6 +17,7 @@ from transformers import StoppingCriteria
 
 from rmipo_lite.checkpoints.random_state import kept_random_state
 from rmipo_lite.model.generation import BATCH, Generated, generate_ids
+from rmipo_lite.tokens.options import context_of
 from rmipo_lite.tokens.pair import TokenizedPair
 
 _LEAST_TOKENS, _MOST_TOKENS = 64, 128  # of an answer
@@ -50,7 +51,7 @@ def completion_numbers(
     """
     usual = statistics.median(len(pair.chosen_ids) for pair in pairs)
     limit = int(min(_MOST_TOKENS, max(_LEAST_TOKENS, 2 * usual)))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     longest = math.inf if context is None else context - limit
     distinct = {tuple(pair.prompt_ids): None for pair in pairs}
     prompts = [list(ids) for ids in distinct if 0 < len(ids) <= longest][:count]
