@@ -6,10 +6,14 @@ layer keeps for its backward pass. Here the scaling is applied to the (N, r) fac
 product accumulates into the base layer's output, and what is kept is the input itself, which the
 layers that share it (q, k, v) share too. The numbers are the same up to rounding.
 
-Only a plain LoRA layer is taken: one active adapter, a linear base layer without hooks of its own,
-no DoRA or other variant, no dropout. Everything else keeps peft's own forward.
+Of a 4-bit base layer peft copies the output first, as a guard against views of it that are changed
+in place: what bitsandbytes returns is a tensor of its own, which is written into here.
+
+Only a plain LoRA layer is taken: one active adapter, a linear or 4-bit base layer without hooks of
+its own, no DoRA or other variant, no dropout. Everything else keeps peft's own forward.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -55,18 +59,21 @@ class _AddLora(torch.autograd.Function):
 def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What a plain LoRA layer runs inside `fused_lora`."""
     (adapter,) = self.active_adapters
+    is_linear = type(self) is LoraLinear
     a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
     rows, device = x.reshape(-1, x.shape[-1]), x.device.type
     # A model on no device at all, whose passes are only counted (footprint.py), has no autocast.
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     if is_autocast and x.dtype in _CAST_BY_AUTOCAST:
         rows = rows.to(torch.get_autocast_dtype(device))
-    elif not x.dtype == a.dtype == self.base_layer.weight.dtype:
+    elif x.dtype != a.dtype or (is_linear and self.base_layer.weight.dtype != a.dtype):
         # The adapter is to be computed in another precision than the base layer: peft's rules.
         return type(self).forward(self, x, *args, **kwargs)
     base = self.base_layer(rows)
     with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
         out = _AddLora.apply(base, rows, a, b, self.scaling[adapter])
+    # A 4-bit layer answers in the precision it was asked in, under autocast too.
+    out = out if is_linear else out.to(x.dtype)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -75,9 +82,23 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
 
+def _is_known(layer: nn.Module) -> bool:
+    """Whether the classes of a LoRA layer and its base layer are ones that are computed here."""
+    if type(layer) is LoraLinear:
+        return type(layer.base_layer) is nn.Linear
+    # Where nobody loaded bitsandbytes' layers, none is of their class.
+    adapted, base = sys.modules.get("peft.tuners.lora.bnb"), sys.modules.get("bitsandbytes.nn")
+    return (
+        adapted is not None
+        and base is not None
+        and type(layer) is getattr(adapted, "Linear4bit", None)
+        and type(layer.base_layer) in (base.Linear4bit, base.LinearNF4, base.LinearFP4)
+    )
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a module is a LoRA layer that `fused_lora` computes."""
-    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
+    if not _is_known(layer):
         return False
     if "forward" in vars(layer) or _has_hooks(layer.base_layer):
         return False

@@ -223,9 +223,7 @@ def _peak(
     if checkpointing:
         enable_checkpointing(model)
     live = _LiveBytes(list(model.parameters()))
-    # bitsandbytes' layers keep peft's own forward.
-    lora = fused_lora(nn.Module() if setup.quantized else model)
-    with live, packed_attention(model, _COUNTED_ATTENTION), lora:
+    with live, packed_attention(model, _COUNTED_ATTENTION), fused_lora(model):
         policy = batch.policy_input(part, packing=True).to(_META)
         hidden = scored_hidden(model, policy)
         # What the head's forward pass leaves for its backward pass.
