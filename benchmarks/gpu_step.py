@@ -253,7 +253,10 @@ def _ours(
         trainer.train()
         step = trainer.pair_step
     way = "packed" if step.packing else "padded"
-    note = f"{way}, {step.max_tokens} tokens{', checkpointing' if step.checkpointing else ''}"
+    again = ", checkpointing" * step.checkpointing or ", checkpointing as needed" * bool(
+        step.as_needed
+    )
+    note = f"{way}, {step.max_tokens} tokens{again}"
     # What is counted is for a whole card, not for the share of it that plays a smaller one.
     estimated = _estimated(model, length) if _has_whole_card(device) else 0
     return Measured(clock.seconds[WARM:], _peak(device), note, estimated, not step.packing)

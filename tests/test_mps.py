@@ -319,7 +319,7 @@ def test_info_names_the_chip(mac: None) -> None:
 
 def test_an_estimate_is_of_this_machine(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimation, "COMMON", ())
-    monkeypatch.setattr(estimation, "activations_on", lambda *_: Activations(0, 1000, True))
+    monkeypatch.setattr(budget, "activations_on", lambda *_: Activations(0, 1000, True))
     config = tiny_model().config
     found = rmipo_lite.estimate(config, random_pairs(8), tokenizer=word_tokenizer())
     fit = found.fit

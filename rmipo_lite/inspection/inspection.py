@@ -250,7 +250,7 @@ def _scores(
         prior_front=prior_front(args, tokenizer),
         autocast=autocast_of(args, device_of(model)),
     )
-    step.max_tokens, step.packing = file.begin(step.max_tokens, step.packing)
+    step.max_tokens_no_grad, step.packing = file.begin(step.budget_no_grad, step.packing)
     if len(file):
         say(f"{len(file)} scored pairs are taken over from {folder}")
     try:

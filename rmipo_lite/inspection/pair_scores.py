@@ -123,7 +123,7 @@ def _undone(step: PairStep, pairs: Sequence[TokenizedPair], file: ScoreFile) -> 
 
     Half a micro-step would not do: its pairs' last bits depend on what runs beside them.
     """
-    parts = batch.split_by_budget(pairs, step.max_tokens, step.packing)
+    parts = batch.split_by_budget(pairs, step.budget_no_grad, step.packing)
     wanted = {p.row for part in parts if any(p.row not in file for p in part) for p in part}
     return [pair for pair in pairs if pair.row in wanted]
 

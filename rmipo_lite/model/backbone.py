@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.embeddings import plain_embedding
@@ -65,6 +66,19 @@ def enable_checkpointing(model: nn.Module) -> None:
     # Frozen embeddings have no gradient, and a checkpointed block would pass none on.
     if not hasattr(base, "_require_grads_hook"):
         base.enable_input_require_grads()
+
+
+def checkpoint_layers(model: nn.Module, layers: int, count: int) -> None:
+    """After `enable_checkpointing`: compute only the first `count` of so many layers again.
+
+    All of them, where an architecture's can't be told apart and some are to be.
+    """
+    modules = [m for m in causal_lm(model).modules() if hasattr(m, "gradient_checkpointing")]
+    blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+    first = set(blocks[:count] if len(blocks) == layers else blocks)
+    for module in modules:
+        is_on = count > 0 and (module in first or module not in blocks)
+        setattr(module, "gradient_checkpointing", is_on)  # noqa: B010, typed as Tensor
 
 
 @contextmanager

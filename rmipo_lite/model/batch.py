@@ -122,6 +122,19 @@ def scored_lengths(pair: TokenizedPair) -> tuple[int, int]:
     return len(chosen.scored), len(rejected.scored)
 
 
+def prior_lengths(pair: TokenizedPair, front: Sequence[int] = ()) -> tuple[int, int]:
+    """Scored tokens of the bare chosen and rejected response behind `front`."""
+    chosen, rejected = (
+        _Sequence(list(front), response) for response in (pair.chosen_ids, pair.rejected_ids)
+    )
+    return len(chosen.scored), len(rejected.scored)
+
+
+def bare(pair: TokenizedPair) -> TokenizedPair:
+    """The pair without its prompts, as the prior reads it."""
+    return replace(pair, prompt_ids=[], rejected_prompt_ids=None)
+
+
 def cut_short(pair: TokenizedPair, tokens: int) -> TokenizedPair:
     """At most so many tokens of each part: a prompt's last ones, a response's first."""
     return replace(
@@ -262,7 +275,7 @@ def _packed(
         plan=SegmentPlan(tuple(segments)),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         target_ids=_targets(sequences),
-        cu_seqlens=_borders(len(s.scored) for s in sequences),
+        cu_seqlens=borders(len(s.scored) for s in sequences),
     )
 
 
@@ -287,7 +300,7 @@ def _pad(sequences: Sequence[_Sequence], pad_id: int) -> ModelInput:
         plan=None,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         target_ids=_targets(sequences),
-        cu_seqlens=_borders(len(s.scored) for s in sequences),
+        cu_seqlens=borders(len(s.scored) for s in sequences),
     )
 
 
@@ -295,5 +308,6 @@ def _targets(sequences: Iterable[_Sequence]) -> Tensor:
     return torch.tensor([t for s in sequences for t in s.scored], dtype=torch.int64)
 
 
-def _borders(lengths: Iterable[int]) -> Tensor:
+def borders(lengths: Iterable[int]) -> Tensor:
+    """(S + 1,) int32, borders of S sequences of these lengths."""
     return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)

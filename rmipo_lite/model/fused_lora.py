@@ -82,7 +82,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
 
-def _is_known(layer: nn.Module) -> bool:
+def _is_known(layer: Any) -> bool:
     """Whether the classes of a LoRA layer and its base layer are ones that are computed here."""
     if type(layer) is LoraLinear:
         return type(layer.base_layer) is nn.Linear
@@ -96,7 +96,7 @@ def _is_known(layer: nn.Module) -> bool:
     )
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether a module is a LoRA layer that `fused_lora` computes."""
     if not _is_known(layer):
         return False

@@ -2,11 +2,12 @@
 
 The head never holds logits, so what a micro-step costs is its activations. They are counted from
 the model's config (footprint.py); where the count errs all the same, `step.py` halves the budget
-and repeats the step. Checkpointing is a last resort: it costs a second forward pass, and goes on
-where the longest pair would not fit without.
+and repeats the step. A pass without gradients keeps nothing and may be longer. Checkpointing costs
+a second forward pass, so that only the micro-steps that would not fit without have it, in as many
+layers as they need.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,7 @@ from rmipo_lite.planning.footprint import (
     Activations,
     Setup,
     activations_of,
+    activations_without_gradient,
     optimizer_width,
     score_bytes,
     setup_of,
@@ -46,11 +48,59 @@ _TEXTS = (
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    """In how many layers a micro-step computes activations again in the backward pass.
+
+    They are the model's first ones: when the backward pass comes to them, what the others kept is
+    gone, so that what is between no layer and all of them takes no more than its share of both.
+
+    Attributes:
+        layers: of the model.
+        kept, again: what a micro-step takes without checkpointing, and with it in every layer.
+        room: bytes that a micro-step may take.
+        asked: whether all do or none does; None: as many as its tokens need.
+    """
+
+    layers: int
+    kept: Activations
+    again: Activations
+    room: float
+    asked: bool | None
+
+    def layers_of(self, tokens: float) -> int:
+        """Layers of a micro-step of so many tokens."""
+        if self.asked is not None:
+            return self.layers * self.asked
+        over = self.kept.bytes_of(tokens) - self.room
+        saved = self.kept.bytes_of(tokens) - self.again.bytes_of(tokens)
+        if over <= 0 or saved <= 0:
+            return 0
+        return min(self.layers, math.ceil(self.layers * over / saved))
+
+    def bytes_of(self, tokens: float) -> float:
+        """Peak bytes of a micro-step of so many tokens."""
+        share = self.layers_of(tokens) / self.layers
+        return (1 - share) * self.kept.bytes_of(tokens) + share * self.again.bytes_of(tokens)
+
+    @property
+    def least(self) -> Activations:
+        """What a micro-step takes at least: with every layer computed again, where one may be."""
+        return self.kept if self.asked is False else self.again
+
+
+@dataclass(frozen=True)
 class MicroStepPlan:
-    """What a micro-step may hold, and whether activations are computed again in backward."""
+    """What a micro-step may hold, and what it computes again in the backward pass.
+
+    Attributes:
+        max_tokens: of a micro-step of several pairs.
+        max_tokens_no_grad: of a pass without gradients.
+        checkpointing: by a micro-step's tokens.
+    """
 
     max_tokens: int
-    checkpointing: bool
+    max_tokens_no_grad: int
+    checkpointing: Checkpointing
 
 
 def plan_micro_steps(
@@ -63,60 +113,76 @@ def plan_micro_steps(
     """
     device = device_of(model)
     return choose_budget(
-        lambda checkpointing: activations(model, args, checkpointing, longest),
+        causal_lm(model).config,
+        setup_of(model, args.dtype),
+        device.type,
         free=min(map(free_bytes, devices_of(model))) / (processes if device.type == "cpu" else 1)
         - fixed_bytes(model, args),
         longest=longest,
         args=args,
-        on_cuda=device.type == "cuda",
         may_checkpoint=can_checkpoint(model),
+        is_sharded=bool(args.shards_layers),
     )
 
 
 def choose_budget(
-    activations: Callable[[bool], Activations],
+    config: PretrainedConfig,
+    setup: Setup,
+    device_type: str,
     *,
     free: float,
     longest: int,
     args: RMiPOConfig,
-    on_cuda: bool,
     may_checkpoint: bool = True,
+    is_sharded: bool = False,
 ) -> MicroStepPlan:
     """The same for a model that need not be there.
 
     Args:
-        activations: of a micro-step, by whether they are computed again.
+        config, setup, device_type: of the model, the run and where it is.
         free: bytes left beside the weights and what a step takes whatever its tokens.
         longest: tokens of the longest pair.
+        may_checkpoint: whether the architecture can.
+        is_sharded: whether processes meet in every layer, and have to compute again alike.
     """
     room = max(0.0, _ACTIVATIONS_SHARE * free)
-    asked = args.max_tokens_per_microstep
-    checkpointing = args.wants_checkpointing
-    if args.checkpointing_is_open and may_checkpoint:
-        checkpointing = longest > activations(False).tokens_in(room)
-    if isinstance(asked, int):
-        return MicroStepPlan(asked, checkpointing)
-    fits = activations(checkpointing).tokens_in(room)
-    return MicroStepPlan(min(max(fits, _LEAST), _MOST if on_cuda else _MOST_ON_CPU), checkpointing)
-
-
-def activations(
-    model: nn.Module, args: RMiPOConfig, checkpointing: bool, longest: int = 0
-) -> Activations:
-    """What a loaded model's micro-steps take; `longest` as for `plan_micro_steps`."""
-    config, setup = causal_lm(model).config, setup_of(model, args.dtype)
-    return activations_on(device_of(model).type, config, setup, checkpointing, longest)
+    kept = activations_on(device_type, config, setup, False, longest)
+    most = _MOST if device_type == "cuda" else _MOST_ON_CPU
+    wanted = args.max_tokens_per_microstep
+    largest = max(longest, wanted if isinstance(wanted, int) else _LEAST)
+    asked: bool | None = args.wants_checkpointing
+    if args.checkpointing_is_open and may_checkpoint and largest > kept.tokens_in(room):
+        asked = True if is_sharded else None
+    again = kept  # counted only where it is wanted: a count takes its time
+    if asked is not False:
+        again = activations_on(device_type, config, setup, True, longest)
+    layers = int(config.get_text_config().num_hidden_layers)
+    checkpointing = Checkpointing(layers, kept, again, room, asked)
+    if isinstance(wanted, int):
+        return MicroStepPlan(wanted, wanted, checkpointing)
+    fits = freely = min(max((again if asked else kept).tokens_in(room), _LEAST), most)
+    if fits < most:
+        passed = activations_without_gradient(config, setup)
+        passed = _with_scores(passed, device_type, config, True, longest)
+        freely = min(max(passed.tokens_in(room), fits), most)
+    return MicroStepPlan(fits, freely, checkpointing)
 
 
 def activations_on(
     device_type: str, config: PretrainedConfig, setup: Setup, checkpointing: bool, longest: int
 ) -> Activations:
-    """The same for a model that need not be there, on a kind of device."""
+    """What micro-steps take on a kind of device; `longest` as for `plan_micro_steps`."""
     found = activations_of(config, setup, checkpointing)
-    if is_trusted(device_type):  # fused attention, which keeps no scores for the backward pass
+    return _with_scores(found, device_type, config, checkpointing, longest)
+
+
+def _with_scores(
+    found: Activations, device_type: str, config: PretrainedConfig, few: bool, longest: int
+) -> Activations:
+    """With the scores that attention keeps where it isn't a fused one, of `few` layers or all."""
+    if is_trusted(device_type):
         return found
-    scores = score_bytes(config, longest, checkpointing)
-    return replace(found, per_token=found.per_token + scores)
+    return replace(found, per_token=found.per_token + score_bytes(config, longest, few))
 
 
 def fixed_bytes(model: nn.Module, args: RMiPOConfig) -> int:

@@ -27,11 +27,11 @@ from rmipo_lite.model.model_files import ADAPTER_CONFIG, existing_folder, named_
 from rmipo_lite.ops import CPU_BUFFER_BYTES, PLAIN_BUFFER_BYTES, card_buffer_bytes
 from rmipo_lite.ops.devices import accelerator, has_native_bf16
 from rmipo_lite.planning import quantization
-from rmipo_lite.planning.budget import activations_on, choose_budget
+from rmipo_lite.planning.budget import MicroStepPlan, choose_budget
 from rmipo_lite.planning.cards import COMMON, Card, find_card
 from rmipo_lite.planning.device import free_bytes, name_of, total_bytes
 from rmipo_lite.planning.estimation_view import Estimate, Fit
-from rmipo_lite.planning.footprint import Activations, Setup, Weights, optimizer_width, weights_of
+from rmipo_lite.planning.footprint import Setup, Weights, optimizer_width, weights_of
 from rmipo_lite.planning.half_range import is_beyond_half
 from rmipo_lite.planning.several_cards import ALONE, Layout, layouts_of
 from rmipo_lite.planning.workload import Workload, shortened, workload
@@ -238,41 +238,44 @@ class _Case:
         parts = layout.parts(self._parts(card, setup, weights), weights, setup, layers)
         taken = sum(parts.values())
         plan = choose_budget(
-            lambda checkpointing: self._activations(card, setup, checkpointing, work),
+            self.shape,
+            setup,
+            card.kind,
             free=card.memory - taken,
             longest=work.longest,
             args=args,
-            on_cuda=card.kind == "cuda",
+            is_sharded=layout.shards,
         )
-        activations = self._activations(card, setup, plan.checkpointing, work)
-        least = int(taken + activations.bytes_of(work.longest))
-        tokens = max(work.longest, min(plan.max_tokens, work.step))
+        checkpointing = plan.checkpointing
+        least = int(taken + checkpointing.least.bytes_of(work.longest))
+        tokens = min(plan.max_tokens, work.step)
         room = _USABLE * card.memory - taken
-        if activations.bytes_of(tokens) > room:  # a run would halve its micro-steps
-            tokens = max(work.longest, min(tokens, activations.tokens_in(room)))
-        seconds = _seconds(card, setup, weights, self, plan.checkpointing, tokens)
+        if checkpointing.bytes_of(tokens) > room:  # a run would halve its micro-steps
+            tokens = max(1, min(tokens, checkpointing.least.tokens_in(room)))
+        activations = max(map(checkpointing.bytes_of, (tokens, work.longest)))
+        micro_steps, again = _micro_steps(plan, work, tokens)
         steps = math.ceil(work.pairs / args.pairs_per_step)
+        prior_passes = max(steps, work.prior / plan.max_tokens_no_grad) if args.uses_prior else 0
+        passes = (2 + again) * micro_steps + prior_passes
+        tokens = max(work.longest, tokens)
+        seconds = _seconds(card, setup, weights, self, again, passes, tokens)
         sent = layout.seconds_sent(card, setup, weights, work, steps, tokens)
         return Fit(
             card=card.name,
             memory=card.memory,
             weights="4-bit" if setup.quantized else _NAMES[setup.dtype],
-            checkpointing=plan.checkpointing,
+            checkpointing=again > 0,
+            again=again,
             max_tokens=tokens,
-            parts={**parts, "activations": int(activations.bytes_of(tokens))},
+            parts={**parts, "activations": int(activations)},
             least=least,
             fits=least <= _USABLE * card.memory,
             seconds=None if seconds is None else seconds / layout.cards + sent,
-            counted=activations.counted,
+            counted=checkpointing.kept.counted,
             note=_BEYOND_HALF if self.is_beyond_half(card) else "",
             layout=layout.name,
             sent=sent,
         )
-
-    def _activations(
-        self, card: Card, setup: Setup, checkpointing: bool, work: Workload
-    ) -> Activations:
-        return activations_on(card.kind, self.shape, setup, checkpointing, work.longest)
 
     def _parts(self, card: Card, setup: Setup, weights: Weights) -> dict[str, int]:
         """Bytes that are there whatever the tokens."""
@@ -319,10 +322,32 @@ class _Case:
         return None
 
 
+def _micro_steps(plan: MicroStepPlan, work: Workload, tokens: int) -> tuple[float, float]:
+    """Micro-steps of an epoch, and of their passes the share that is computed again.
+
+    A pair of more than `tokens` has one of its own.
+    """
+    checkpointing = plan.checkpointing
+    alone = [length for length in work.each if length > tokens]
+    together = sum(work.each) - sum(alone)
+    again = sum(length * checkpointing.layers_of(length) for length in alone)
+    again += together * checkpointing.layers_of(tokens)
+    return len(alone) + together / tokens, again / checkpointing.layers / sum(work.each)
+
+
 def _seconds(
-    card: Card, setup: Setup, weights: Weights, case: _Case, checkpointing: bool, tokens: int
+    card: Card,
+    setup: Setup,
+    weights: Weights,
+    case: _Case,
+    again: float,
+    passes: float,
+    tokens: int,
 ) -> float | None:
-    """Seconds of an epoch, from operations and, of 4-bit weights, bytes moved."""
+    """Seconds of an epoch, from operations and, of 4-bit weights, bytes moved.
+
+    Of so many passes through the layers; `again` is the share of the forward ones made twice.
+    """
     if card.name == CPU:
         speed = _CPU_UTILISATION * _cpu_speed(setup.dtype)
     else:
@@ -336,18 +361,17 @@ def _seconds(
     prior = work.prior if case.args.uses_prior else 0
     forward = 2 * weights.layers
     # Backward: of the inputs, and of the weights where they are trained; again where checkpointed.
-    backward = forward * (1 if setup.peft_config is not None else 2) + forward * checkpointing
+    backward = forward * (1 if setup.peft_config is not None else 2) + forward * again
     adapter = 0 if setup.peft_config is None else 2 * weights.trained
     operations = work.policy * (forward + backward + 3 * adapter) + prior * (forward + adapter)
     operations += 2 * weights.head * (2 * work.scored + prior)  # logits, and their derivative
     # Without gradients: the reference, and a step's pairs together where micro-steps cut them.
     loss = case.args.loss
     asks = loss.needs_logits
-    again = loss.needs_reference + asks + (loss.of_the_step and (asks or work.step > tokens))
-    operations += again * (work.policy * (forward + adapter) + 2 * weights.head * work.scored)
+    more = loss.needs_reference + asks + (loss.of_the_step and (asks or work.step > tokens))
+    operations += more * (work.policy * (forward + adapter) + 2 * weights.head * work.scored)
     seconds = operations / speed
     if setup.quantized and card.bandwidth:
-        passes = work.policy / tokens * (3 + checkpointing)  # forward, backward, prior
         moved = weights.layers * (0.5 + 2 * setup.dtype.itemsize)  # read, written, read again
         seconds += passes * moved / (card.bandwidth * 1e9)
     return float(seconds)

@@ -27,7 +27,8 @@ class Fit:
         card: its name.
         memory: bytes there are; on a CPU those that are free.
         weights: what the weights are held in: "4-bit", "bf16", "fp16" or "fp32".
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: whether activations of some pairs are computed again in the backward pass.
+        again: of the layers' forward passes, the share that is.
         max_tokens: of a micro-step.
         parts: bytes by part, which add up to `peak`.
         least: peak bytes with the longest pair alone in a micro-step.
@@ -44,6 +45,7 @@ class Fit:
     memory: int
     weights: str
     checkpointing: bool
+    again: float
     max_tokens: int
     parts: dict[str, int]
     least: int
@@ -70,6 +72,13 @@ class Fit:
         return "with " + ", ".join(f"{name}={value!r}" for name, value in self.way_out.items())
 
     @property
+    def computed_again(self) -> str:
+        """How much is checkpointed, in words."""
+        if not 0 < self.again < 1:
+            return "on" if self.again else "off"
+        return f"{max(self.again, 0.01):.0%}"
+
+    @property
     def time(self) -> str:
         return "?" if self.seconds is None else duration(self.seconds)
 
@@ -81,7 +90,7 @@ class Fit:
     def row(self) -> tuple[str, ...]:
         """Texts of the table of cards."""
         return (
-            self.card, gib(self.memory), self.weights, "on" if self.checkpointing else "off",
+            self.card, gib(self.memory), self.weights, self.computed_again,
             f"{self.max_tokens}", gib(self.peak), self.time, self.verdict,
         )  # fmt: skip
 
@@ -161,7 +170,7 @@ class Estimate:
             ),
             (
                 "settings",
-                f"{fit.weights} weights, checkpointing {'on' if fit.checkpointing else 'off'}, "
+                f"{fit.weights} weights, checkpointing {fit.computed_again}, "
                 f"micro-steps of up to {fit.max_tokens} tokens",
             ),
         ]
@@ -215,7 +224,8 @@ class Estimate:
         rows = [
             {
                 "card": fit.card, "memory": fit.memory, "weights": fit.weights,
-                "checkpointing": fit.checkpointing, "max_tokens": fit.max_tokens,
+                "checkpointing": fit.checkpointing, "again": fit.again,
+                "max_tokens": fit.max_tokens,
                 "peak": fit.peak, "least": fit.least, "fits": fit.fits,
                 "seconds_per_epoch": fit.seconds, "verdict": fit.verdict, **fit.parts,
             }

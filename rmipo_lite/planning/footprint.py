@@ -170,6 +170,11 @@ def activations_of(config: PretrainedConfig, setup: Setup, checkpointing: bool) 
     return _remembered("activations", config, setup, checkpointing, _count_activations)
 
 
+def activations_without_gradient(config: PretrainedConfig, setup: Setup) -> Activations:
+    """The same of a pass that keeps nothing: the prior's, the reference's, an evaluation's."""
+    return _remembered("no gradient", config, setup, False, partial(_count_activations, grad=False))
+
+
 def score_bytes(config: PretrainedConfig, longest: int, checkpointing: bool) -> float:
     """Bytes a token more where attention keeps the score of every key, of at most `longest`.
 
@@ -181,17 +186,19 @@ def score_bytes(config: PretrainedConfig, longest: int, checkpointing: bool) -> 
     return 4.0 * int(heads) * longest * (layers + 2)
 
 
-def _count_activations(config: PretrainedConfig, setup: Setup, checkpointing: bool) -> Activations:
+def _count_activations(
+    config: PretrainedConfig, setup: Setup, checkpointing: bool, *, grad: bool = True
+) -> Activations:
     layers = int(config.get_text_config().num_hidden_layers)
     few, more = (2, 3) if layers > 3 else (layers, layers)
+    peak = partial(_peak, config, setup, checkpointing=checkpointing, grad=grad)
     try:
-        small = _peak(config, setup, few, _PAIRS, checkpointing)
-        longer = _peak(config, setup, few, 2 * _PAIRS, checkpointing)
-        deeper = small if more == few else _peak(config, setup, more, _PAIRS, checkpointing)
-        both = longer if more == few else _peak(config, setup, more, 2 * _PAIRS, checkpointing)
+        small, longer = peak(few, _PAIRS), peak(few, 2 * _PAIRS)
+        deeper = small if more == few else peak(more, _PAIRS)
+        both = longer if more == few else peak(more, 2 * _PAIRS)
     except Exception:
         # Whatever a strange architecture fails with, it must not fail a run: the formula stands in.
-        return _by_formula(config, setup, checkpointing)
+        return _by_formula(config, setup, checkpointing, grad)
     # a + b * layers + (c + d * layers) * tokens, through the four points
     tokens = _PAIRS * batch.packed_length(_PAIR)
     slope = [(longer - small) / tokens, (both - deeper) / tokens]
@@ -204,18 +211,27 @@ def _count_activations(config: PretrainedConfig, setup: Setup, checkpointing: bo
     )
 
 
-def _by_formula(config: PretrainedConfig, setup: Setup, checkpointing: bool) -> Activations:
+def _by_formula(
+    config: PretrainedConfig, setup: Setup, checkpointing: bool, grad: bool
+) -> Activations:
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
     block = (_HIDDEN_COPIES * hidden + _INNER_COPIES * inner) * setup.dtype.itemsize
     # Checkpointed, every block's input is kept, and one block's activations at a time.
     kept = layers * hidden * setup.dtype.itemsize + block if checkpointing else layers * block
+    kept = kept if grad else block
     return Activations(fixed=0.0, per_token=kept + 4 * hidden, counted=False)
 
 
 def _peak(
-    config: PretrainedConfig, setup: Setup, layers: int, pairs: int, checkpointing: bool
+    config: PretrainedConfig,
+    setup: Setup,
+    layers: int,
+    pairs: int,
+    *,
+    checkpointing: bool,
+    grad: bool = True,
 ) -> int:
     """The most bytes that live at once, weights and their gradients not counted."""
     part = [_PAIR] * pairs
@@ -225,6 +241,10 @@ def _peak(
     live = _LiveBytes(list(model.parameters()))
     with live, packed_attention(model, _COUNTED_ATTENTION), fused_lora(model):
         policy = batch.policy_input(part, packing=True).to(_META)
+        if not grad:
+            with torch.no_grad():
+                scored_hidden(model, policy)
+            return live.peak
         hidden = scored_hidden(model, policy)
         # What the head's forward pass leaves for its backward pass.
         direction = torch.empty_like(hidden, dtype=torch.float32)

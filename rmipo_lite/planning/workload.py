@@ -29,6 +29,7 @@ class Workload:
         longest: packed tokens of the longest pair, and `step` of an optimizer step of such.
         policy, prior, scored: tokens read with and without prompts, and scored, in one epoch.
         note: where the lengths come from.
+        each: packed tokens of every pair.
         lengths: prompt, chosen and rejected of what a shorter `max_length` would cut; none where
             it would cut nothing, as of pairs that are tokenised already.
     """
@@ -40,6 +41,7 @@ class Workload:
     prior: int
     scored: int
     note: str
+    each: tuple[int, ...]
     lengths: tuple[Lengths, ...] = ()
 
 
@@ -74,6 +76,7 @@ def workload(
             policy=times * found.policy,
             prior=times * found.prior,
             scored=times * found.scored,
+            each=times * found.each,
             lengths=(longest,) * args.pairs_per_step,
         )
     lengths: tuple[Lengths, ...] = ()
@@ -97,9 +100,9 @@ def _counted(
 ) -> Workload:
     """The workload of these pairs; what a step takes at most is looked for in `longest`."""
     responses = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
-    policy = sum(batch.micro_step_tokens([pair], args.packing) for pair in pairs)
+    each = tuple(batch.micro_step_tokens([pair], args.packing) for pair in pairs)
     most, step = _longest(longest, args)
-    return Workload(len(pairs), most, step, policy, responses, responses, note)
+    return Workload(len(pairs), most, step, sum(each), responses, responses, note, each)
 
 
 def _longest(pairs: Iterable[TokenizedPair], args: RMiPOConfig) -> tuple[int, int]:
@@ -114,7 +117,8 @@ def shortened(work: Workload, max_length: int, args: RMiPOConfig) -> Workload:
     longest, step = _longest(
         (_pair(cut_lengths(of, max_length, args)) for of in work.lengths), args
     )
-    return replace(work, longest=longest, step=step)
+    each = tuple(min(length, longest) for length in work.each)
+    return replace(work, longest=longest, step=step, each=each)
 
 
 def cut_lengths(lengths: Lengths, max_length: int, args: RMiPOConfig) -> Lengths:

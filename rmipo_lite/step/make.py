@@ -62,16 +62,26 @@ def make_step(
         model=model,
         args=args,
         max_tokens=group.least(plan.max_tokens),
+        max_tokens_no_grad=group.least(plan.max_tokens_no_grad),
         packing=packing,
         prior_front=prior_front,
         pad_id=pad_id,
         autocast=autocast,
         memory=memory_of(args),
     )
-    if group.any(plan.checkpointing):
+    checkpointing = plan.checkpointing
+    if group.any(bool(checkpointing.asked)):
         step.enable_checkpointing()
         if args.checkpointing_is_open:
             say(f"Checkpointing is on: a pair of {longest} tokens would not fit without")
+    elif checkpointing.asked is None:
+        step.enable_checkpointing(checkpointing)
+        whole = checkpointing.kept.tokens_in(checkpointing.room)
+        if longest > whole:
+            say(
+                f"Checkpointing is on where a micro-step has more than {whole} tokens, in as many "
+                f"layers as it needs to fit; the longest pair has {longest}"
+            )
     return step
 
 

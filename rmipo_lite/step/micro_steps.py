@@ -1,7 +1,8 @@
 """Micro-steps: a list of pairs cut by tokens, and cut again where memory runs out.
 
 Where it does, the budget is halved and the work begins again; a single pair that doesn't fit gets
-checkpointing. Nothing is lost or counted twice.
+checkpointing. Nothing is lost or counted twice. Passes without gradients keep no activations, and
+have a budget of their own.
 """
 
 import gc
@@ -18,12 +19,12 @@ from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import can_checkpoint, enable_checkpointing
+from rmipo_lite.model.backbone import can_checkpoint, checkpoint_layers, enable_checkpointing
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.sharded import is_sharded
-from rmipo_lite.planning.budget import is_out_of_memory
+from rmipo_lite.planning.budget import Checkpointing, is_out_of_memory
 from rmipo_lite.step.gradients import clear_gradients
 from rmipo_lite.step.together import share_of
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -35,24 +36,36 @@ T = TypeVar("T")
 class MicroSteps:
     """How a model's passes are cut.
 
-    `max_tokens` is the micro-step's budget; `packing` chooses the packed or the padded form.
+    `max_tokens` is the micro-step's budget, `max_tokens_no_grad` that of passes without gradients;
+    `packing` chooses the packed or the padded form.
     """
 
     model: nn.Module
     args: RMiPOConfig
     max_tokens: int
     packing: bool
-    checkpointing: bool = False  # activations are computed again in the backward pass
+    checkpointing: bool = False  # all activations are computed again in the backward pass
+    as_needed: Checkpointing | None = None  # or those of a micro-step's layers, by its tokens
+    max_tokens_no_grad: int | None = None  # None: max_tokens
     group: Group = field(default_factory=Group.current)  # the processes that share a step
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
 
-    def enable_checkpointing(self) -> None:
-        """Compute activations again in the backward pass from now on."""
+    def enable_checkpointing(self, as_needed: Checkpointing | None = None) -> None:
+        """Compute activations again in the backward pass from now on: all, or as they ask for."""
         enable_checkpointing(self.model)
-        self.checkpointing = True
+        self.checkpointing, self.as_needed = as_needed is None, as_needed
+
+    @property
+    def budget_no_grad(self) -> int:
+        """Tokens of a pass without gradients."""
+        return self.max_tokens if self.max_tokens_no_grad is None else self.max_tokens_no_grad
+
+    @property
+    def _budget(self) -> int:
+        return self.max_tokens if torch.is_grad_enabled() else self.budget_no_grad
 
     def _split(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
-        return batch.split_by_budget(pairs, self.max_tokens, self.packing)
+        return batch.split_by_budget(pairs, self._budget, self.packing)
 
     def _shared(self, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
         """The micro-steps of this process's share of the pairs."""
@@ -77,18 +90,21 @@ class MicroSteps:
         return make() if is_sharded(self.model) else self.group.from_first(make)
 
     def _in_parts(
-        self, pairs: Sequence[TokenizedPair], run: Callable[[list[TokenizedPair]], T]
+        self,
+        pairs: Sequence[TokenizedPair],
+        run: Callable[[list[TokenizedPair]], T],
+        read: Callable[[TokenizedPair], TokenizedPair] = lambda pair: pair,
     ) -> Iterator[tuple[list[TokenizedPair], T]]:
         """This process's micro-steps of the pairs, with what `run` makes of each.
 
-        They are cut again where memory runs out.
+        They are cut again where memory runs out. `read` says what is read of a pair.
         """
-        parts = self._shared(pairs)
-        fillers = self._fillers(pairs, len(parts))
+        parts = self._split([read(pair) for pair in share_of(self.group, pairs)])
+        fillers = self._fillers([read(pair) for pair in pairs], len(parts))
         while parts:
             part, *parts = parts
             try:
-                with self._engaged():
+                with self._engaged(part):
                     result = run(part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -101,7 +117,7 @@ class MicroSteps:
             self._make_room(part, failure)
             parts = self._split([pair for rest in (part, *parts) for pair in rest])
         for part in fillers:
-            with self._engaged():
+            with self._engaged(part):
                 run(part)
 
     def _retried(self, run: Callable[[], T]) -> T:
@@ -135,8 +151,11 @@ class MicroSteps:
                 f"allocator said: {failure.splitlines()[0] if failure else 'nothing'}"
             )
         if len(failed) > 1:
-            self.max_tokens = min(self.max_tokens, tokens) // 2
-            text = f"Out of memory: micro-steps of at most {self.max_tokens} tokens from here on"
+            less = min(self._budget, tokens) // 2
+            self.max_tokens = min(self.max_tokens, less)
+            if not torch.is_grad_enabled():
+                self.max_tokens_no_grad = less
+            text = f"Out of memory: micro-steps of at most {less} tokens from here on"
             say(text, of_each=True)
         elif torch.is_grad_enabled() and self._may_checkpoint():
             self.enable_checkpointing()
@@ -157,9 +176,18 @@ class MicroSteps:
             and can_checkpoint(self.model)
         )
 
+    def layers_again(self, pairs: Sequence[TokenizedPair]) -> int:
+        """Layers of a micro-step that compute their activations again, where as many as needed."""
+        assert self.as_needed is not None
+        if not torch.is_grad_enabled():
+            return 0
+        return self.as_needed.layers_of(batch.micro_step_tokens(pairs, self.packing))
+
     @contextmanager
-    def _engaged(self) -> Iterator[None]:
+    def _engaged(self, pairs: Sequence[TokenizedPair]) -> Iterator[None]:
         """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
+        if self.as_needed is not None:
+            checkpoint_layers(self.model, self.as_needed.layers, self.layers_again(pairs))
         attention = packed_attention(self.model) if self.packing else nullcontext()
         with attention, fused_lora(self.model):
             yield

@@ -46,6 +46,7 @@ from rmipo_lite.tokens.pair import TokenizedPair
 
 Backward = Callable[[Tensor], None]
 PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
+Sides = tuple[Tensor, Tensor]  # token log-probs of a pair's chosen and rejected response
 
 
 @dataclass
@@ -62,6 +63,7 @@ class PairStep(MicroSteps):
     end_id: int | None = None  # the token that ends an answer, for `end_anchor`
     _solved: Mapping[int, Tensor] | None = None  # by row, of methods whose pairs aren't apart
     _noise_seed: int | None = None  # of the training step in progress, with NEFTune
+    _step_prior: Mapping[int, Sides] | None = None  # of the same step, by row
 
     def train(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
         """Accumulate the gradient of the mean loss over the pairs that are finite.
@@ -118,12 +120,17 @@ class PairStep(MicroSteps):
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
         """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
-        return self._side_means(pairs, self._live_prior)
+        return self._side_means(pairs, self._live_prior, batch.bare)
 
-    def _side_means(self, pairs: Sequence[TokenizedPair], score: PriorOf) -> SideMeans:
+    def _side_means(
+        self,
+        pairs: Sequence[TokenizedPair],
+        score: PriorOf,
+        read: Callable[[TokenizedPair], TokenizedPair] = lambda pair: pair,
+    ) -> SideMeans:
         def own() -> SideMeans:
             means: SideMeans = {}
-            for part, scored in self._in_parts(pairs, score):
+            for part, scored in self._in_parts(pairs, score, read):
                 means |= side_means(part, *scored)
             return means
 
@@ -164,12 +171,14 @@ class PairStep(MicroSteps):
         if self.args.neftune_noise_alpha:
             self._noise_seed = int(torch.randint(2**31, ()))
         try:
+            if self.args.uses_prior and self.prior_cache is None:
+                self._step_prior = self._prior_of_step(pairs)
             with self._solved_for(pairs):
                 outcome = self._agreed(
                     lambda: self._retried(lambda: self._accumulate_once(pairs, backward))
                 )
         finally:
-            self._noise_seed = None
+            self._noise_seed = self._step_prior = None
         return outcome_of_all(self.group, self.model, outcome, pairs, self.weights)
 
     def _accumulate_once(self, pairs: Sequence[TokenizedPair], backward: Backward) -> StepOutcome:
@@ -192,8 +201,9 @@ class PairStep(MicroSteps):
         for number, part in enumerate((*own, *fillers)):
             self._running, is_filler = part, number >= len(own)
             # The backward pass inside the block: checkpointing runs the forward pass again.
-            with self._engaged():
-                values, pair_losses, chosen_nll, num_tokens, ends = self._forward(part, self._prior)
+            prior_of = self._no_prior if is_filler else self._prior
+            with self._engaged(part):
+                values, pair_losses, chosen_nll, num_tokens, ends = self._forward(part, prior_of)
                 weights = torch.tensor(self._weights_of(part), dtype=pair_losses.dtype)
                 weighted = weights.to(pair_losses.device) * pair_losses
                 # Not by the step's own weights: of a single pair its weight would drop out.
@@ -283,7 +293,7 @@ class PairStep(MicroSteps):
         if in_training:
             self._running = pairs
         policy = self._policy(pairs)
-        with self._engaged(), self._noise(pairs) if in_training else nullcontext():
+        with self._engaged(pairs), self._noise(pairs) if in_training else nullcontext():
             return self._hidden(policy), read_head(self.model), policy
 
     def _weights_of(self, pairs: Sequence[TokenizedPair]) -> list[float]:
@@ -291,10 +301,36 @@ class PairStep(MicroSteps):
 
     def _prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """The prior of a training step: from the cache where there is one."""
-        if self.prior_cache is None:
-            return self._live_prior(pairs)
+        if self._step_prior is not None:
+            sides = [side for pair in pairs for side in self._step_prior[pair.row]]
+            borders, device = batch.borders(len(side) for side in sides), sides[0].device
+            return torch.cat(sides), borders.to(device, non_blocking=device.type == "cuda")
+        assert self.prior_cache is not None
         rows = [pair.row for pair in pairs]
         return cached_prior(rows, self.prior_cache, device_of(self.model))
+
+    def _no_prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        """Of pairs that count for nothing: as of responses that have none."""
+        device = device_of(self.model)
+        borders = torch.zeros(2 * len(pairs) + 1, dtype=torch.int32, device=device)
+        return torch.zeros(0, device=device), borders
+
+    @torch.no_grad()
+    def _prior_of_step(self, pairs: Sequence[TokenizedPair]) -> dict[int, Sides]:
+        """The live prior of this process's share of a training step, ahead of its micro-steps.
+
+        Its passes keep nothing and may be longer than those: the weights are read less often.
+        """
+
+        def own() -> dict[int, Sides]:
+            found: dict[int, Sides] = {}
+            for part, (logps, _) in self._in_parts(pairs, self._live_prior, batch.bare):
+                lengths = [n for pair in part for n in batch.prior_lengths(pair, self.prior_front)]
+                sides = iter(logps.split(lengths))
+                found |= {pair.row: (next(sides), next(sides)) for pair in part}
+            return found
+
+        return self._agreed(own)
 
     @torch.no_grad()
     def _live_prior(self, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
@@ -302,7 +338,8 @@ class PairStep(MicroSteps):
         inputs = inputs.to(device_of(self.model))
         if not len(inputs.target_ids):  # only responses of one token: nothing to score
             if is_sharded(self.model):  # and as many passes as the others' all the same
-                self._hidden(self._policy(pairs))
+                one = batch.prior_input(pairs, self.packing, [self.pad_id], self.pad_id)
+                self._hidden(one.to(device_of(self.model)))
             return torch.zeros(0, device=inputs.target_ids.device), inputs.cu_seqlens
         return self._score(inputs), inputs.cu_seqlens
 

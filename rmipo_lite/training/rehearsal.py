@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
@@ -55,13 +55,15 @@ class Plan:
         memory: peak above what model and data take, optimizer included.
         disk: what the run's folder holds at most.
         free_disk: what is free there now.
+        checkpointing: whose activations are computed again in the backward pass: "", "all", or
+            "long" micro-steps'.
         searches: whether a learning rate is looked for before the first step.
     """
 
     steps: int
     pairs_per_step: int
     micro_step_tokens: int
-    checkpointing: bool
+    checkpointing: Literal["", "all", "long"]
     on_cpu: bool
     disk: int
     free_disk: int
@@ -87,7 +89,10 @@ class Plan:
             parts.append(f"about {duration(self.seconds)}")
         parts.append(f"micro-steps of up to {self.micro_step_tokens} tokens")
         if self.checkpointing:
-            parts.append("activations computed again in the backward pass")
+            whose = (
+                "activations of the longest ones" if self.checkpointing == "long" else "activations"
+            )
+            parts.append(f"{whose} computed again in the backward pass")
         if self.memory is not None:
             parts.append(f"{size(self.memory)} of memory beside the model")
         parts.append(f"{size(self.disk)} on disk ({size(self.free_disk)} free)")
@@ -117,7 +122,7 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | No
     `done` are the steps of the checkpoint that a resumed run goes on from. It has its learning rate
     from there too, and searches for none.
     """
-    args, step = trainer.args, trainer.pair_step
+    args = trainer.args
     steps = trainer.run_steps()
     size = args.pairs_per_step
     left = max(0, steps - (done or 0))
@@ -141,7 +146,7 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | No
         steps=steps,
         pairs_per_step=size,
         micro_step_tokens=_work(trainer, largest),
-        checkpointing=step.checkpointing,
+        checkpointing=_checkpointing(trainer, largest),
         on_cpu=device_of(trainer.model).type == "cpu",
         disk=disk,
         free_disk=shutil.disk_usage(folder).free,
@@ -150,6 +155,15 @@ def plan_run(trainer: RMiPOTrainer, eval_seconds: float = 0.0, *, done: int | No
         searches=searches,
         done=done or 0,
     )
+
+
+def _checkpointing(
+    trainer: RMiPOTrainer, largest: Sequence[TokenizedPair]
+) -> Literal["", "all", "long"]:
+    step = trainer.pair_step
+    if step.checkpointing:
+        return "all"
+    return "long" if step.as_needed and step.layers_again(largest) else ""
 
 
 def _times(strategy: object, every: float | None, trainer: RMiPOTrainer, steps: int) -> int:

@@ -357,6 +357,7 @@ class RMiPOTrainer(
             "run_log": self.run_log.state(),
             "found_rate": self.found_rate,
             "max_tokens_per_microstep": self.pair_step.max_tokens,
+            "max_tokens_no_grad": self.pair_step.max_tokens_no_grad,
             "packing": self.pair_step.packing,
             "checkpointing": self.pair_step.checkpointing,
             **self.known_state(),
@@ -367,6 +368,8 @@ class RMiPOTrainer(
         self.take_changes(state)
         self.run_log.load_state(state["run_log"], self.args.device, state["step"])
         self.pair_step.max_tokens = state["max_tokens_per_microstep"]
+        # Absent in older checkpoints, whose passes had one budget.
+        self.pair_step.max_tokens_no_grad = state.get("max_tokens_no_grad")
         self.pair_step.packing = state["packing"]
         wanted = state.get("checkpointing") and self.args.checkpointing_is_open
         if wanted and not self.pair_step.checkpointing:

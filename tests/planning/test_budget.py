@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops import CPU_BUFFER_BYTES
 from rmipo_lite.planning import budget, device
-from rmipo_lite.planning.budget import MicroStepPlan, is_out_of_memory, plan_micro_steps
+from rmipo_lite.planning.budget import Checkpointing, is_out_of_memory, plan_micro_steps
+from rmipo_lite.planning.footprint import Activations, activations_of, setup_of
 from tests.kit import tiny_model
 
 
@@ -23,13 +25,14 @@ def _free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
 
 def test_a_number_is_taken_as_it_is(tmp_path: Path) -> None:
     plan = plan_micro_steps(tiny_model(), _args(tmp_path, max_tokens_per_microstep=77), 50)
-    assert plan == MicroStepPlan(max_tokens=77, checkpointing=False)
+    assert (plan.max_tokens, plan.max_tokens_no_grad) == (77, 77)
+    assert plan.checkpointing.asked is False
 
 
 def _free_for(model: nn.Module, args: RMiPOConfig, tokens: float) -> int:
     """Free memory that leaves room for so many tokens without checkpointing."""
-    per_step = budget.activations(model, args, False).bytes_of(tokens)
-    return int(budget.fixed_bytes(model, args) + per_step / 0.6)
+    count = activations_of(causal_lm(model).config, setup_of(model, args.dtype), False)
+    return int(budget.fixed_bytes(model, args) + count.bytes_of(tokens) / 0.6)
 
 
 def test_auto_follows_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,23 +42,40 @@ def test_auto_follows_the_free_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     _free(monkeypatch, _free_for(model, args, 1000.5))
     plan = plan_micro_steps(model, args, 100)
     assert plan.max_tokens == 1000
-    assert not plan.checkpointing
+    assert 1500 < plan.max_tokens_no_grad <= 4096  # a pass that keeps nothing has room for more
+    assert plan.checkpointing.asked is False
 
 
-def test_checkpointing_only_where_the_longest_pair_needs_it(
+def test_checkpointing_only_where_a_micro_step_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, args = tiny_model(), _args(tmp_path)
+    model, args = tiny_model(num_hidden_layers=4), _args(tmp_path)
     _free(monkeypatch, _free_for(model, args, 700.5))
-    assert not plan_micro_steps(model, args, 700).checkpointing
-    needed = plan_micro_steps(model, args, 701)
-    assert needed.checkpointing
-    assert needed.max_tokens > 700  # and with it there is room for more
-    # A word of the user's is the last one.
-    assert not plan_micro_steps(
-        model, _args(tmp_path, gradient_checkpointing=False), 701
-    ).checkpointing
-    assert plan_micro_steps(model, _args(tmp_path, gradient_checkpointing=True), 5).checkpointing
+    assert plan_micro_steps(model, args, 700).checkpointing.asked is False
+    needed = plan_micro_steps(model, args, 900)
+    assert needed.max_tokens == 700
+    layers = [needed.checkpointing.layers_of(tokens) for tokens in (100, 700, 702, 1000, 9000)]
+    assert layers[:3] == [0, 0, 1]
+    assert 1 < layers[3] <= layers[4] == 4
+    # A word of the user's is the last one, and a sharded model's processes have to do it alike.
+    for options, longest, wanted in (
+        ({"gradient_checkpointing": False}, 900, 0), ({"gradient_checkpointing": True}, 5, 4),
+    ):  # fmt: skip
+        plan = plan_micro_steps(model, _args(tmp_path, **options), longest)
+        assert {plan.checkpointing.layers_of(tokens) for tokens in (5, 900)} == {wanted}
+    args.shards_layers = True
+    alike = plan_micro_steps(model, args, 900)
+    assert alike.checkpointing.asked is True
+    assert alike.max_tokens > 900
+
+
+def test_layers_by_hand() -> None:
+    """A token takes 10 bytes, 2 computed again; of 4 layers each saves 2 of the 8."""
+    plan = Checkpointing(4, Activations(0, 10, True), Activations(0, 2, True), 100, None)
+    assert [plan.layers_of(tokens) for tokens in (10, 11, 12.5, 13, 20, 50, 60)] == [
+        0, 1, 1, 2, 3, 4, 4,
+    ]  # fmt: skip
+    assert [plan.bytes_of(tokens) for tokens in (10, 12.5, 20, 50)] == [100, 100, 80, 100]
 
 
 def test_what_is_trained_takes_gradient_and_moments(
@@ -101,7 +121,7 @@ def test_a_model_that_cannot_checkpoint_is_not_asked_to(
     model = tiny_model()
     model.supports_gradient_checkpointing = False
     _free(monkeypatch, 0)
-    assert not plan_micro_steps(model, _args(tmp_path), 700).checkpointing
+    assert plan_micro_steps(model, _args(tmp_path), 700).checkpointing.asked is False
 
 
 def test_free_memory_is_a_plausible_number() -> None:
@@ -114,7 +134,8 @@ def test_auto_on_a_gpu_stays_below_its_memory(tmp_path: Path) -> None:
     tokens = plan_micro_steps(model, args, 100).max_tokens
     free, _ = torch.cuda.mem_get_info()
     assert 512 <= tokens <= 32768
-    assert budget.activations(model, args, False).bytes_of(tokens) < free
+    count = activations_of(model.config, setup_of(model, args.dtype), False)
+    assert count.bytes_of(tokens) < free
 
 
 @pytest.mark.parametrize(("share", "free"), [(1.0, 61), (0.1, 4), (0.01, 0)])

@@ -184,7 +184,7 @@ def test_the_choice_is_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
         args = RMiPOConfig(str(tmp_path), use_cpu=True)
         plan = budget.plan_micro_steps(model, args, 798)
-        assert plan.checkpointing == found.checkpointing
+        assert (plan.checkpointing.layers_of(798) > 0) == found.checkpointing
         assert min(plan.max_tokens, 32 * 798) == found.max_tokens or found.max_tokens == 798
 
 

@@ -17,7 +17,7 @@ from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.adapters.lora import lora_config
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import scored_hidden
+from rmipo_lite.model.backbone import checkpoint_layers, enable_checkpointing, scored_hidden
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.planning import footprint
 from rmipo_lite.planning.footprint import Setup, activations_of, optimizer_width, weights_of
@@ -93,8 +93,36 @@ def test_layers_and_tokens_are_carried_on() -> None:
     for checkpointing in (False, True):
         carried = activations_of(config, _FP32, checkpointing)
         tokens = 5 * batch.packed_length(footprint._PAIR)
-        counted = footprint._peak(config, _FP32, 9, 5, checkpointing)
+        counted = footprint._peak(config, _FP32, 9, 5, checkpointing=checkpointing)
         assert carried.bytes_of(tokens) == pytest.approx(counted, rel=0.02)
+
+
+def test_the_first_layers_take_no_more_than_their_share() -> None:
+    """Measured: what a micro-step is cut by where as many layers as needed are computed again."""
+    config = _llama(layers=6)
+    model = attach_adapter(LlamaForCausalLM(config), "new").train()
+    enable_checkpointing(model)
+    inputs = batch.policy_input(random_pairs(6, longest=200), packing=True)
+
+    def peak(count: int) -> int:
+        checkpoint_layers(model, 6, count)
+        live = footprint._LiveBytes(list(model.parameters()))
+        with live, packed_attention(model), fused_lora(model):
+            scored_hidden(model, inputs).sum().backward()
+        return live.peak
+
+    peaks = [peak(count) for count in range(7)]
+    assert peaks[6] < 0.5 * peaks[0]
+    for count, taken in enumerate(peaks):
+        assert taken <= 1.01 * (peaks[0] + (peaks[6] - peaks[0]) * count / 6)
+
+
+def test_a_pass_without_gradient_is_one_layer_at_a_time() -> None:
+    few, many = (
+        footprint.activations_without_gradient(_llama(layers=n), _FP32).per_token for n in (4, 24)
+    )
+    assert many == pytest.approx(few, rel=0.01)
+    assert many < activations_of(_llama(layers=24), _FP32, True).per_token
 
 
 def test_checkpointing_keeps_less_and_half_precision_too() -> None:

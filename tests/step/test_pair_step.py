@@ -15,6 +15,8 @@ from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.ops import head as head_module, head_blocks
+from rmipo_lite.planning.budget import Checkpointing
+from rmipo_lite.planning.footprint import Activations
 from rmipo_lite.step import pair_step as step_module, pair_values
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -50,6 +52,68 @@ def test_the_cut_into_micro_steps_changes_nothing(options: dict, tmp_path: Path)
         torch.testing.assert_close(loss, results[0][1], atol=1e-5, rtol=0)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, results[0][2][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": False}, {"prior_context": "bos"}])
+def test_the_prior_of_a_whole_step_is_one_pass(options: dict, tmp_path: Path) -> None:
+    """Ahead of its micro-steps, which take what they would have computed."""
+    model, pairs = tiny_model(), random_pairs(8)
+    with_gradient: list[bool] = []
+
+    def run(max_tokens_no_grad: int | None, max_tokens: int = 40) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with_gradient.clear()
+        step = _step(model, tmp_path, max_tokens, **options)
+        step.packing = step.args.packing
+        step.prior_front = [7] if "prior_context" in options else []
+        step.max_tokens_no_grad = max_tokens_no_grad
+        outcome = step.train(pairs, _backward)
+        gammas = pair_values.concat(outcome.values).gamma.tolist()
+        gamma = dict(zip(outcome.rows, gammas, strict=True))
+        return {**_gradients(model), "gamma": torch.tensor([gamma[p.row] for p in pairs])}
+
+    hook = model.model.register_forward_pre_hook(
+        lambda *_: with_gradient.append(torch.is_grad_enabled())
+    )
+    whole = run(None, 10**6)
+    assert with_gradient == [False, True]
+    cut = run(10**6)
+    assert with_gradient.count(False) == 1
+    assert len(with_gradient) > 3
+    alike = run(None)
+    assert with_gradient.count(False) > 1
+    hook.remove()
+    for found in (cut, alike):
+        for name, value in found.items():
+            torch.testing.assert_close(value, whole[name], atol=1e-5, rtol=1e-4)
+
+
+def test_long_micro_steps_alone_are_checkpointed(tmp_path: Path) -> None:
+    """Of three layers one, two or none computes again, by the micro-step's tokens."""
+    model, pairs = tiny_model(num_hidden_layers=3).train(), random_pairs(8)
+    wanted = _step(model, tmp_path, 40).train(pairs, _backward)
+    gradients = _gradients(model)
+    model.zero_grad()
+    step, calls = _step(model, tmp_path, 40), []
+    sizes = [batch.micro_step_tokens(part, True) for part in step._split(pairs)]
+    assert len({size > 30 for size in sizes}) == 2
+    kept, again = Activations(0, 3, True), Activations(0, 1, True)
+    step.enable_checkpointing(Checkpointing(3, kept, again, 90, None))
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(
+            lambda *_, number=number: calls.append(number) if torch.is_grad_enabled() else None
+        )
+    outcome = step.train(pairs, _backward)
+    torch.testing.assert_close(outcome.loss, wanted.loss)
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, gradients[name])
+    layers = [step.as_needed.layers_of(size) for size in sizes]
+    assert set(layers) > {0}
+    for number in range(3):
+        assert calls.count(number) == len(sizes) + sum(count > number for count in layers)
+    before = len(calls)
+    list(step.evaluate(pairs))
+    assert len(calls) == before
 
 
 def test_cached_prior_equals_live_while_the_policy_stands_still(tmp_path: Path) -> None:
@@ -262,7 +326,7 @@ def test_one_pair_that_does_not_fit_gets_checkpointing_then_an_error(
     model, pairs = tiny_model(), random_pairs(1)
     step = _step(model, tmp_path)
     wanted = step.train(pairs, _backward).loss
-    fault = _Fault(step_module.scored_hidden, 1)
+    fault = _Fault(step_module.scored_hidden, 2)  # the prior's pass is the first
     monkeypatch.setattr(step_module, "scored_hidden", fault)
     torch.testing.assert_close(step.train(pairs, _backward).loss, wanted)
     assert step.checkpointing
