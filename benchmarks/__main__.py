@@ -11,8 +11,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure against the authors' step, trl, liger and the bare matrix products, "
-        "on the CPU (gpu: on an NVIDIA GPU), and write rows to OUTPUT_DIR/<name>.csv; report makes "
-        "the table of docs/performance.md and a plot from all rows. "
+        "on the CPU (gpu: on an NVIDIA GPU; roofline: counted for cards), and write rows to "
+        "OUTPUT_DIR/<name>.csv; report makes the tables of docs/performance.md and a plot from "
+        "all rows. "
         "Peers: pip install -e '.[bench]'.",
         allow_abbrev=False,
     )
@@ -30,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
             "dpo",
             "processes",
             "claims",
+            "growth",
+            "real",
+            "roofline",
             "gpu",
             "report",
         ),
@@ -43,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="one small shape: does it run?")
     parser.add_argument(
-        "--model", type=Path, help="merge, claims: folder of a model (merge: the demo's)"
+        "--model", type=Path, help="merge, claims, real: folder of a model (merge: the demo's)"
     )
-    parser.add_argument("--pairs", type=Path, help="data, merge: pairs (default: the demo's)")
+    parser.add_argument("--pairs", type=Path, help="data, merge, real: pairs (default: the demo's)")
     parser.add_argument(
         "--tokenizer", type=Path, help="data: folder of a tokenizer (default: the demo's)"
     )

@@ -256,7 +256,8 @@ def _ours(
     again = ", checkpointing" * step.checkpointing or ", checkpointing as needed" * bool(
         step.as_needed
     )
-    note = f"{way}, {step.max_tokens} tokens{again}"
+    fused = f", {len(step.fused_layers)} fused layers" if step.fused_layers else ""
+    note = f"{way}, {step.max_tokens} tokens{again}{fused}"
     # What is counted is for a whole card, not for the share of it that plays a smaller one.
     estimated = _estimated(model, length) if _has_whole_card(device) else 0
     return Measured(clock.seconds[WARM:], _peak(device), note, estimated, not step.packing)

@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmipo_lite.adapters.attach import attach_adapter
+from rmipo_lite.adapters.lora import lora_config
 from rmipo_lite.model.backbone import disable_dropout
 from rmipo_lite.model.batch import micro_step_tokens
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -66,8 +67,10 @@ def tiny_pair(vocab_size: int) -> TokenizedPair:
     return TokenizedPair(0, [vocab_size - 1] * 4, [5] * 4, [6] * 3)
 
 
-def lora_llama(vocab_size: int, dtype: torch.dtype, layers: int = LAYERS) -> torch.nn.Module:
-    """A random Llama (H=512, 8/4 heads) with LoRA r=16 on every linear layer but the head."""
+def lora_llama(
+    vocab_size: int, dtype: torch.dtype, layers: int = LAYERS, rank: int = 16
+) -> torch.nn.Module:
+    """A random Llama (H=512, 8/4 heads) with LoRA on every linear layer but the head."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN_SIZE,
@@ -81,6 +84,6 @@ def lora_llama(vocab_size: int, dtype: torch.dtype, layers: int = LAYERS) -> tor
     )
     torch.manual_seed(0)
     base: torch.nn.Module = LlamaForCausalLM(config)
-    model = attach_adapter(base.to(dtype), "new")
+    model = attach_adapter(base.to(dtype), lora_config(r=rank))
     disable_dropout(model)
     return model.train()

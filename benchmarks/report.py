@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import roofline
 from benchmarks.records import Record, read
 
 MARK = "benchmarks"
@@ -95,6 +96,9 @@ def write(folder: Path, page: Path) -> str:
     draw(folder / PLOT, rows)
     text = table(rows)
     put_between(page, MARK, text)
+    counted = folder / "roofline.csv"
+    if counted.exists():
+        put_between(page, "counted", roofline.table(read(counted)))
     return text
 
 

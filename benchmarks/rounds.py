@@ -31,27 +31,36 @@ def interleave(contenders: Mapping[str, Run], rounds: int, seed: int = 0) -> dic
     The order is drawn anew for every round, so that nobody always runs after the same neighbour.
     A round before them isn't counted: it pays for what is made once per shape.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    return interleave_clocks(contenders, rounds, seed)[0]
+
+
+def interleave_clocks(
+    contenders: Mapping[str, Run], rounds: int, seed: int = 0, *, warm: bool = True
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """The same with this process's CPU seconds beside; `warm`: with a round that isn't counted."""
+    wall: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
     shuffle = random.Random(seed).shuffle
-    for index in range(-1, rounds):
+    for index in range(-1 if warm else 0, rounds):
         order = list(contenders)
         shuffle(order)
         for name in order:
-            elapsed = _timed(contenders[name])
+            taken = _timed(contenders[name])
             if index >= 0:
-                seconds[name].append(elapsed)
-    return seconds
+                wall[name].append(taken[0])
+                cpu[name].append(taken[1])
+    return wall, cpu
 
 
-def _timed(run: Run) -> float:
+def _timed(run: Run) -> tuple[float, float]:
     gc.collect()
     gc.disable()
     try:
         _wait()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         run()
         _wait()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - used
     finally:
         gc.enable()
 

@@ -100,11 +100,14 @@ def _rows(
         estimates,
         gpu_head,
         gpu_step,
+        growth,
         head,
         memory,
         merge,
         methods,
         processes,
+        real,
+        roofline,
         step,
     )
 
@@ -129,6 +132,14 @@ def _rows(
         return compare.bench(quick=quick)
     if what == "processes":
         return processes.bench()
+    if what == "real":
+        if model is None or pairs is None:
+            raise ValueError("real wants --model, a model's folder, and --pairs, a file of pairs")
+        return real.bench(model, pairs, rounds=2 if quick else real.ROUNDS)
+    if what == "growth":
+        return growth.bench({"pairs": (1,)}, rounds=1) if quick else growth.bench()
+    if what == "roofline":
+        return roofline.rows(quick=quick)
     if what == "dpo":
         return dpo.bench(draws=2, vocab_size=32000) if quick else dpo.bench()
     if what == "merge":

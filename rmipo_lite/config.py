@@ -99,16 +99,24 @@ class RMiPOConfig(MethodFields, TrainingArguments):
     max_tokens_per_microstep: Literal["auto"] | int = described(
         "auto",
         "Tokens that go through the model at once (prompts counted once when packed); auto: from "
-        "the device's free memory. Splitting never changes the result. Where memory runs out all "
-        "the same, the number is halved and the step repeated.",
+        "the device's free memory, more of them where no gradient is wanted. Splitting never "
+        "changes the result. Where memory runs out all the same, the number is halved and the "
+        "step repeated.",
     )
     gradient_checkpointing: bool | None = described(
         None,
-        "Compute activations again in the backward pass, for memory; None: only where the longest "
-        "pair would not fit otherwise, or memory ran out.",
+        "Compute activations again in the backward pass, for memory; None: only in micro-steps "
+        "that would not fit otherwise, in as many layers as they need, or in all once memory ran "
+        "out with a single pair.",
     )
     kernel_impl: Impl = described(
         "auto", "auto, native (the compiled extension) or torch (the plain PyTorch reference)."
+    )
+    fused_layers: Literal["auto", "off"] = described(
+        "auto",
+        "auto: norms and gated units run in liger-kernel's kernels, where that is installed and "
+        "the device has Triton; each layer is compared with the original before training. off: "
+        "as transformers computes them.",
     )
     disable_dropout: bool = described(
         True, "Switch every dropout off, so that policy and prior pass see the same network."

@@ -77,7 +77,8 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hooks or forward are on a module, which another forward would pass by."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
@@ -100,7 +101,7 @@ def is_plain(layer: Any) -> bool:
     """Whether a module is a LoRA layer that `fused_lora` computes."""
     if not _is_known(layer):
         return False
-    if "forward" in vars(layer) or _has_hooks(layer.base_layer):
+    if "forward" in vars(layer) or has_hooks(layer.base_layer):
         return False
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -108,8 +109,8 @@ def is_plain(layer: Any) -> bool:
     dropout = dict(layer.lora_dropout.items()).get(adapter)
     return (
         adapter in layer.lora_A
-        and not _has_hooks(layer.lora_A[adapter])
-        and not _has_hooks(layer.lora_B[adapter])
+        and not has_hooks(layer.lora_A[adapter])
+        and not has_hooks(layer.lora_B[adapter])
         and adapter not in layer.lora_variant
         and layer.lora_A[adapter].bias is None
         and layer.lora_B[adapter].bias is None

@@ -57,7 +57,7 @@ def packing_problem(
         UnsupportedModelError: even padded, our head disagrees with the model's own logits.
         RuntimeError: the compiled kernels disagree with plain PyTorch on this device.
     """
-    sample = _sample(pairs)
+    sample = sample_of(pairs)
     with evaluating(model), torch.no_grad():
         padded = batch.policy_input(sample, packing=False, pad_id=pad_id).to(device_of(model))
         head, hidden = read_head(model), scored_hidden(model, padded)
@@ -86,7 +86,7 @@ def packing_problem(
     )
 
 
-def _sample(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+def sample_of(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """The shortest pair that has something to get wrong, and median ones, cut short."""
     by_length = sorted(pairs, key=batch.packed_length)
     chosen = [by_length[0]]

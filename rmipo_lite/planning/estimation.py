@@ -257,7 +257,6 @@ class _Case:
         steps = math.ceil(work.pairs / args.pairs_per_step)
         prior_passes = max(steps, work.prior / plan.max_tokens_no_grad) if args.uses_prior else 0
         passes = (2 + again) * micro_steps + prior_passes
-        tokens = max(work.longest, tokens)
         seconds = _seconds(card, setup, weights, self, again, passes, tokens)
         sent = layout.seconds_sent(card, setup, weights, work, steps, tokens)
         return Fit(
@@ -266,7 +265,9 @@ class _Case:
             weights="4-bit" if setup.quantized else _NAMES[setup.dtype],
             checkpointing=again > 0,
             again=again,
-            max_tokens=tokens,
+            max_tokens=max(work.longest, tokens),
+            max_tokens_planned=tokens,
+            max_tokens_no_grad=plan.max_tokens_no_grad,
             parts={**parts, "activations": int(activations)},
             least=least,
             fits=least <= _USABLE * card.memory,

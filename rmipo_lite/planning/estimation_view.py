@@ -29,7 +29,9 @@ class Fit:
         weights: what the weights are held in: "4-bit", "bf16", "fp16" or "fp32".
         checkpointing: whether activations of some pairs are computed again in the backward pass.
         again: of the layers' forward passes, the share that is.
-        max_tokens: of a micro-step.
+        max_tokens: of the largest micro-step.
+        max_tokens_planned: of one of several pairs; a longer pair has one of its own.
+        max_tokens_no_grad: of a pass without gradients.
         parts: bytes by part, which add up to `peak`.
         least: peak bytes with the longest pair alone in a micro-step.
         fits: whether `least` does.
@@ -47,6 +49,8 @@ class Fit:
     checkpointing: bool
     again: float
     max_tokens: int
+    max_tokens_planned: int
+    max_tokens_no_grad: int
     parts: dict[str, int]
     least: int
     fits: bool

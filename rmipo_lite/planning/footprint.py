@@ -43,7 +43,7 @@ _PAIRS = 1  # of a counted pass, and twice as many
 # Where an architecture can't be counted: activations a block keeps, in multiples of hidden size
 # (norms, q, k, v, attention output, residuals) and of the MLP's inner size (gate, up, product).
 _HIDDEN_COPIES, _INNER_COPIES = 16, 5
-_COUNTED_ATTENTION = "rmipo_counted"
+COUNTED_ATTENTION = "rmipo_counted"
 _META = torch.device("meta")
 _CACHED = 64
 
@@ -239,7 +239,7 @@ def _peak(
     if checkpointing:
         enable_checkpointing(model)
     live = _LiveBytes(list(model.parameters()))
-    with live, packed_attention(model, _COUNTED_ATTENTION), fused_lora(model):
+    with live, packed_attention(model, COUNTED_ATTENTION), fused_lora(model):
         policy = batch.policy_input(part, packing=True).to(_META)
         if not grad:
             with torch.no_grad():
@@ -309,7 +309,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *mask: Any, **options: An
     return out
 
 
-AttentionInterface.register(_COUNTED_ATTENTION, partial(segment_attention, attend=_attend))
+AttentionInterface.register(COUNTED_ATTENTION, partial(segment_attention, attend=_attend))
 
 
 _memory: OrderedDict[tuple[str, ...], Any] = OrderedDict()

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
-from rmipo_lite.model.packing_check import packing_problem
+from rmipo_lite.model.backbone import device_of, is_spread, scored_hidden
+from rmipo_lite.model.packing_check import packing_problem, sample_of
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.planning.budget import plan_micro_steps
+from rmipo_lite.step.fused_layers import Layers, find_fused
 from rmipo_lite.step.losses import memory_of
 from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -68,6 +70,7 @@ def make_step(
         pad_id=pad_id,
         autocast=autocast,
         memory=memory_of(args),
+        fused_layers=_fused_layers(model, args, pairs, pad_id, autocast),
     )
     checkpointing = plan.checkpointing
     if group.any(bool(checkpointing.asked)):
@@ -83,6 +86,26 @@ def make_step(
                 f"layers as it needs to fit; the longest pair has {longest}"
             )
     return step
+
+
+def _fused_layers(
+    model: nn.Module,
+    args: RMiPOConfig,
+    pairs: Sequence[TokenizedPair],
+    pad_id: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Layers:
+    """Layers that liger-kernel computes; none of a model in parts."""
+    if args.fused_layers == "off" or not pairs or args.shards_layers or is_spread(model):
+        return []
+    device = device_of(model)
+    inputs = batch.policy_input(sample_of(pairs), packing=False, pad_id=pad_id).to(device)
+
+    def run() -> None:
+        with autocast():
+            scored_hidden(model, inputs)
+
+    return find_fused(model, device, run)
 
 
 def autocast_of(

@@ -25,6 +25,7 @@ from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
 from rmipo_lite.parallel.sharded import is_sharded
 from rmipo_lite.planning.budget import Checkpointing, is_out_of_memory
+from rmipo_lite.step.fused_layers import Layers, replaced
 from rmipo_lite.step.gradients import clear_gradients
 from rmipo_lite.step.together import share_of
 from rmipo_lite.tokens.pair import TokenizedPair
@@ -47,6 +48,7 @@ class MicroSteps:
     checkpointing: bool = False  # all activations are computed again in the backward pass
     as_needed: Checkpointing | None = None  # or those of a micro-step's layers, by its tokens
     max_tokens_no_grad: int | None = None  # None: max_tokens
+    fused_layers: Layers = ()  # that run another forward in a step
     group: Group = field(default_factory=Group.current)  # the processes that share a step
     _running: Sequence[TokenizedPair] = ()  # the micro-step in progress
 
@@ -185,9 +187,9 @@ class MicroSteps:
 
     @contextmanager
     def _engaged(self, pairs: Sequence[TokenizedPair]) -> Iterator[None]:
-        """The model as it runs here: attention by segments when packed, LoRA in fewer passes."""
+        """The model as it runs here: attention by segments when packed, layers in fewer passes."""
         if self.as_needed is not None:
             checkpoint_layers(self.model, self.as_needed.layers, self.layers_again(pairs))
         attention = packed_attention(self.model) if self.packing else nullcontext()
-        with attention, fused_lora(self.model):
+        with attention, fused_lora(self.model), replaced(self.fused_layers):
             yield
