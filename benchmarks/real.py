@@ -55,8 +55,22 @@ CASES = (Lengths("up to 512 tokens", 1, 512, 4), Lengths("24 to 150 tokens", 24,
 
 def bench(model: Path, pairs: Path, dtype: str = "fp32", rounds: int = ROUNDS) -> Iterator[Record]:
     """Rows of every case: seconds, CPU seconds and peaks of each, and over trl's SimPO."""
-    for case in CASES:
+    for number, case in enumerate(CASES):
         shape = f"{short_name(str(model))}, {case.pairs} pairs {case.name}"
+        # Before a model is loaded here: theirs may want all the memory that there is.
+        peaks = {
+            name: [
+                value / 2**20
+                for value in ask(
+                    __name__,
+                    [name, str(model), str(pairs), dtype, number, max(1, rounds // 3)],
+                    f"memory of {name}",
+                    _LIMIT_S,
+                )
+            ]
+            for name in (*OURS, *THEIRS)
+        }
+        yield from _records(shape, dtype, "peak above weights", "MiB", peaks)
         draws = _draws(model, pairs, case, rounds)
         with tempfile.TemporaryDirectory() as folder:
             contenders = Contenders(model, dtype, folder)
@@ -68,14 +82,6 @@ def bench(model: Path, pairs: Path, dtype: str = "fp32", rounds: int = ROUNDS) -
             share = summarize([1 - b / a for a, b in zip(own, cached, strict=True)])
             metric = f"prior's share of {metric}"
             yield Record("real", "ours", shape, dtype, metric, "ratio", *share)
-        peaks = {
-            name: [value / 2**20 for value in ask(
-                __name__, [name, str(model), str(pairs), dtype, CASES.index(case), rounds // 2],
-                f"memory of {name}", _LIMIT_S,
-            )]
-            for name in (*OURS, *THEIRS)
-        }  # fmt: skip
-        yield from _records(shape, dtype, "peak above weights", "MiB", peaks)
 
 
 def _timed(

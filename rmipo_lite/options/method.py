@@ -10,7 +10,6 @@ from rmipo_lite.methods.formulas import MethodOptions
 from rmipo_lite.methods.table import Method, methods_with
 from rmipo_lite.ops.losses import PairOptions
 
-PriorMode = Literal["live", "cached"]
 ReferenceMode = Literal["cached", "live"]
 PriorContext = Literal["auto", "none", "bos"]
 LengthBalanceMode = Literal["auto", "off"]
@@ -124,12 +123,13 @@ class MethodFields:
         "Methods with a reference model, which is the model as it came to the run: cached scores "
         "every pair by it once before training; live at every step.",
     )
-    prior: PriorMode = described(
+    prior: str = described(
         "live",
         "rmipo: live scores the bare response under the current policy at every step (exact); "
         "cached scores it once before training: an approximation whose gamma drifts away, by "
         "0.06-0.11 at learning rate 1e-4 and 0.4-0.6 at 1e-3 within 150 steps of a 260K-parameter "
-        "model.",
+        "model; refresh:K scores a pair when it comes up and what is known of it is K steps old, "
+        "which is live until a pair comes again.",
     )
     prior_context: PriorContext = described(
         "auto",
@@ -142,6 +142,12 @@ class MethodFields:
     def loss(self) -> Method:
         """The table's entry of `loss_type`."""
         return table.method_named(self.loss_type)
+
+    @property
+    def prior_refresh(self) -> int | None:
+        """Steps after which a pair's prior is scored again, of `prior="refresh:K"`."""
+        head, _, steps = self.prior.partition(":")
+        return int(steps) if head == "refresh" else None
 
     @property
     def pair_options(self) -> PairOptions:

@@ -1,5 +1,6 @@
 """The meaning of the config's own options: what each must be, beyond its type."""
 
+import re
 from typing import Any
 
 from rmipo_lite.methods import table
@@ -66,6 +67,9 @@ def _of_method(args: Any) -> list[_Check]:
     size = args.pairs_per_step
     enough = f"at least {least} with loss_type={args.loss_type!r}, which takes a step's spread"
     checks.append((size >= least, "the number of pairs per step", enough, size))
+    is_prior = re.fullmatch(r"live|cached|refresh:[1-9]\d*", args.prior) is not None
+    wanted = "live, cached or refresh: and a number of steps, as refresh:200"
+    checks.append((is_prior, "prior", wanted, args.prior))
     checks += _of_moving_reference(args)
     share = args.ld_alpha
     checks.append((share is None or 0 <= share <= 1, "ld_alpha", "None or 0 to 1", share))

@@ -81,7 +81,7 @@ def replaced(layers: Layers) -> Iterator[None]:
 
 
 def _functions() -> tuple[Any, Any, Any]:
-    """liger's autograd functions: RMSNorm, and SiLU and GELU (its tanh form) times the other half."""
+    """liger's autograd functions: RMSNorm, and SiLU and GELU's tanh form times the other half."""
     return (
         importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction,
         importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction,

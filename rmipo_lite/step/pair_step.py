@@ -171,7 +171,8 @@ class PairStep(MicroSteps):
         if self.args.neftune_noise_alpha:
             self._noise_seed = int(torch.randint(2**31, ()))
         try:
-            if self.args.uses_prior and self.prior_cache is None:
+            cached = self.prior_cache or {}
+            if self.args.uses_prior and any(pair.row not in cached for pair in pairs):
                 self._step_prior = self._prior_of_step(pairs)
             with self._solved_for(pairs):
                 outcome = self._agreed(
@@ -235,7 +236,8 @@ class PairStep(MicroSteps):
         num_tokens = policy.num_tokens
         if self.args.uses_prior:
             prior = prior_of(pairs)
-            num_tokens += prior[0].shape[0] if self.prior_cache is None else 0
+            is_cached = self._step_prior is None and self.prior_cache is not None
+            num_tokens += 0 if is_cached else prior[0].shape[0]
         reference = None if self.reference is None else self.reference.sums(pairs)
         solved = None if self._solved is None else torch.stack([self._solved[p.row] for p in pairs])
         out, rewards = losses(

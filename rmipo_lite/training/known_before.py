@@ -133,20 +133,39 @@ class KnowsBefore(TrainerBeside):
         self.pair_step.prior_cache = None
         self._priors_of = ""  # digest of the pairs they are of; empty where nobody knows
         self._priors_are_ready = False
+        self._scored_at: dict[int, int] = {}  # row -> step, of prior="refresh:K"
 
-    def fill_prior_cache(self) -> None:
-        """Before the first step: the prior of every training pair under the untrained policy."""
-        if self._priors_are_ready:
+    def fill_prior_cache(self, coming: Sequence[TokenizedPair]) -> None:
+        """Ahead of a step: what the cache lacks.
+
+        That is before the first step the prior of every training pair under the untrained policy;
+        with `prior="refresh:K"` that of the coming pairs of which nothing newer is known.
+        """
+        if not self._priors_are_ready:
+            self._look_at_cached_priors()
+        step, every = self.pair_step, self.args.prior_refresh
+        if every is None:
+            if step.prior_cache is None:
+                pairs = cast(list[TokenizedPair], self.train_dataset)
+                step.prior_cache = step.prior_means(pairs)
             return
-        pairs = cast(list[TokenizedPair], self.train_dataset)
-        digest, known = pairs_digest(pairs), self.pair_step.prior_cache is not None
+        now, at = int(self.state.global_step), self._scored_at
+        old = [pair for pair in coming if pair.row not in at or now - at[pair.row] >= every]
+        if step.prior_cache is None:
+            step.prior_cache = {}
+        if old:
+            step.prior_cache |= step.prior_means(old)
+            at |= {pair.row: now for pair in old}
+
+    def _look_at_cached_priors(self) -> None:
+        """Forget a checkpoint's that are of other pairs."""
+        digest = pairs_digest(cast(list[TokenizedPair], self.train_dataset))
         if self._prior_front:
             digest += f" behind {list(self._prior_front)}"
+        known = self.pair_step.prior_cache is not None
         if known and self._priors_of not in ("", digest):
             say("The checkpoint's cached priors are of other pairs or another prior_context: anew")
-            known = False
-        if not known:
-            self.pair_step.prior_cache = self.pair_step.prior_means(pairs)
+            self.pair_step.prior_cache, self._scored_at = None, {}
         self._priors_of, self._priors_are_ready = digest, True
 
     def known_state(self) -> dict[str, Any]:
@@ -156,6 +175,7 @@ class KnowsBefore(TrainerBeside):
         return {
             "priors_of": self._priors_of,
             "prior_cache": None if cache is None else [[row, *cache[row]] for row in sorted(cache)],
+            "priors_scored_at": sorted(self._scored_at.items()),
             "reference": {} if reference is None else dict(sorted(reference.known.items())),
             "reference_start": reference.start if reference and self.args.ref_sync_steps else None,
             "memory": None if memory is None else [self.args.loss_type, memory.now],
@@ -165,10 +185,12 @@ class KnowsBefore(TrainerBeside):
         """Go on with what the checkpoint knows: its run's reference is this one's."""
         cache = state["prior_cache"]
         self._priors_of = state.get("priors_of", "")  # absent in checkpoints of version 0.1.0
-        if cache is not None:
+        if cache is not None and self.args.prior != "live":
             self.pair_step.prior_cache = {
                 int(row): (side_w, side_l) for row, side_w, side_l in cache
             }
+            at = state.get("priors_scored_at", [])  # likewise
+            self._scored_at = {int(row): int(step) for row, step in at}
         method, values = state.get("memory") or ("", {})  # absent in older checkpoints
         if self.pair_step.memory is not None and method == self.args.loss_type:
             self.pair_step.memory.now = values

@@ -208,10 +208,10 @@ class GoingOn(TrainerBeside):
                 f"{folder.name}: learning_rate was {rate} there, and 'auto' looks for one before a "
                 "run, not in its middle; pass a number"
             )
-        if (was, self.args.prior) == ("live", "cached"):
+        if self.args.prior == "cached" != was:
             raise CheckpointError(
-                f"{folder.name}: prior was 'live' there and is 'cached' here, which is that of the "
-                "model before training; go on with 'live'"
+                f"{folder.name}: prior was {was!r} there and is 'cached' here, which is that of "
+                f"the model before training; go on with {was!r}"
             )
         return state
 

@@ -292,8 +292,8 @@ class RMiPOTrainer(
         model.train()
         set_mode(self.optimizer, "train")
         pairs: list[TokenizedPair] = inputs["pairs"]
-        if self.args.prior == "cached" and self.args.uses_prior:
-            self.fill_prior_cache()
+        if self.args.prior != "live" and self.args.uses_prior:
+            self.fill_prior_cache(pairs)
         outcome = self.pair_step.train(pairs, self.accelerator.backward)
         self.run_log.add(self.state.global_step + 1, outcome)
         self._count_dropped(outcome)

@@ -120,6 +120,50 @@ def test_other_pairs_with_the_same_rows_have_priors_of_their_own(tmp_path: Path)
     ]
 
 
+def test_priors_are_scored_again_when_they_are_old(tmp_path: Path) -> None:
+    """Two steps an epoch: with refresh:3 a pair of the first epoch is scored anew in the third."""
+    trainer = tiny_trainer(
+        tmp_path / "a", pairs=random_pairs(8), prior="refresh:3", max_steps=8,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=0.05,
+    )  # fmt: skip
+    step, scored, known = trainer.pair_step, [], []
+    means, train = step.prior_means, step.train
+
+    def score(pairs: Any) -> Any:
+        scored.append((trainer.state.global_step, sorted(pair.row for pair in pairs)))
+        return means(pairs)
+
+    def run(pairs: Any, *rest: Any) -> Any:
+        known.append(max(abs(step.prior_cache[p.row][0] - means([p])[p.row][0]) for p in pairs))
+        return train(pairs, *rest)
+
+    step.prior_means, step.train = score, run
+    trainer.train()
+    at: dict[int, int] = {}
+    for number, rows in scored:
+        for row in rows:
+            assert number - at.get(row, -3) >= 3
+            at[row] = number
+    visits = 8 * 4
+    assert 8 < sum(len(rows) for _, rows in scored) < visits
+    assert known[0] < 1e-6
+    assert max(known) > 1e-3
+
+
+def test_priors_that_are_always_new_are_the_live_ones(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pairs": random_pairs(8), "max_steps": 4, "learning_rate": 0.01}
+    live, again = (
+        tiny_trainer(tmp_path / prior[:4], prior=prior, **options)
+        for prior in ("live", "refresh:1")
+    )
+    live.train()
+    again.train()
+    for (name, ours), (_, wanted) in zip(
+        again.model.named_parameters(), live.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_cached_priors_are_those_of_their_context(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,7 +136,7 @@ class _Stop(TrainerCallback):
             control.should_training_stop = True
 
 
-_QUICK = [(2, "cached"), (3, "live")]
+_QUICK = [(2, "cached"), (3, "live"), (4, "refresh:3")]
 _SLOW = [(1, "live"), (1, "cached"), (2, "live"), (3, "cached"), (5, "live"), (5, "cached")]
 
 
