@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from benchmarks.memory import peak_of
 from benchmarks.peers import TrlDpoStep
 from benchmarks.records import Record
 from benchmarks.rounds import Run, interleave, ratios, summarize
-from benchmarks.step import PAIRS, pair_step
+from benchmarks.step import PAIRS, our_run, pair_step, their_run
 from rmipo_lite.adapters.start import trained_weights
 from rmipo_lite.demo.data import load_tokenizer
 from rmipo_lite.step.reference import Reference
@@ -85,21 +86,11 @@ class Contenders:
         if name.startswith("trl"):
             assert self._trl is not None
             forward = partial(self._trl, pad_pairs(pairs), is_known=is_known)
-
-            def theirs() -> None:
-                model.zero_grad(set_to_none=True)
-                forward().backward()
-
-            return theirs
+            return their_run(model, nullcontext, forward)
         step = self._ours[is_known]
         assert step.reference is not None
         step.reference.know(pairs)
-
-        def ours() -> None:
-            model.zero_grad(set_to_none=True)
-            step.train(pairs, lambda loss: loss.backward())
-
-        return ours
+        return our_run(step, pairs)
 
 
 # ---- in the child ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from benchmarks import inputs
 from benchmarks.records import Record
 from benchmarks.rounds import interleave_clocks, summarize
-from benchmarks.step import pair_step
+from benchmarks.step import our_run, pair_step
 from rmipo_lite.tokens.pair import TokenizedPair
 
 ROUNDS = 3
@@ -57,12 +57,8 @@ def _seconds(what: str, size: int, rounds: int) -> tuple[list[float], int]:
         step = pair_step(model, torch.float32, folder)
         step.max_tokens = _MICRO_STEP
         tokens = step.train(pairs, lambda loss: loss.backward()).num_tokens
-
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            step.train(pairs, lambda loss: loss.backward())
-
-        return interleave_clocks({what: run}, rounds, warm=False)[1][what], tokens
+        found = interleave_clocks({what: our_run(step, pairs)}, rounds, warm=False)
+        return found[1][what], tokens
 
 
 def _pair(row: int, tokens: int) -> TokenizedPair:

@@ -23,7 +23,7 @@ from benchmarks.child import ask
 from benchmarks.memory import peak_of
 from benchmarks.records import Record
 from benchmarks.rounds import Run, interleave_clocks, ratios, summarize
-from benchmarks.step import autocast, pair_step
+from benchmarks.step import autocast, our_run, pair_step, their_run
 from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.rows import load_rows
@@ -155,26 +155,10 @@ class Contenders:
         cached = self._ours["ours, prior cached"]
         cached.prior_cache = cached.prior_means(pairs)
 
-        def ours(name: str) -> Run:
-            def run() -> None:
-                self.model.zero_grad(set_to_none=True)
-                self._ours[name].train(pairs, lambda loss: loss.backward())
-
-            return run
-
-        def theirs(loss_of: Any) -> Run:
-            def run() -> None:
-                self.model.zero_grad(set_to_none=True)
-                with self._cast():
-                    loss = loss_of()
-                loss.backward()
-
-            return run
-
         return {
-            **{name: ours(name) for name in OURS},
-            "trl SimPO": theirs(lambda: self._simpo(padded)),
-            "trl DPO": theirs(lambda: self._dpo(padded, is_known=False)),
+            **{name: our_run(self._ours[name], pairs) for name in OURS},
+            "trl SimPO": their_run(self.model, self._cast, lambda: self._simpo(padded)),
+            "trl DPO": their_run(self.model, self._cast, lambda: self._dpo(padded, is_known=False)),
         }
 
 

@@ -45,6 +45,32 @@ def pair_step(model: nn.Module, dtype: torch.dtype, folder: str, **options: Any)
     return PairStep(model, args, max_tokens=10**9, packing=True, autocast=autocast(dtype))
 
 
+def our_run(step: PairStep, pairs: Sequence[TokenizedPair]) -> Run:
+    """Gradients dropped, then our step forward and backward; no optimizer, everybody's own."""
+
+    def run() -> None:
+        step.model.zero_grad(set_to_none=True)
+        step.train(pairs, lambda loss: loss.backward())
+
+    return run
+
+
+def their_run(
+    model: nn.Module,
+    cast: Callable[[], AbstractContextManager[Any]],
+    forward: Callable[[], torch.Tensor],
+) -> Run:
+    """The same of a step whose forward pass gives a loss."""
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with cast():
+            loss = forward()
+        loss.backward()
+
+    return run
+
+
 class Contenders:
     """Everybody's step on one model: `runs(pairs)` binds them to a micro-step's pairs.
 
@@ -76,26 +102,13 @@ class Contenders:
         return {
             "authors": self._padded(lambda: authors_step(self.model, padded).loss),
             **{name: self._padded(partial(step, padded)) for name, step in self.trl.items()},
-            "ours": self._ours(self.ours, pairs),
-            "ours, prior cached": self._ours(self.cached, pairs),
+            "ours": our_run(self.ours, pairs),
+            "ours, prior cached": our_run(self.cached, pairs),
             "floor": StepFloor(self.model, pairs),
         }
 
     def _padded(self, forward: Callable[[], torch.Tensor]) -> Run:
-        def run() -> None:
-            self.model.zero_grad(set_to_none=True)
-            with self.cast():
-                loss = forward()
-            loss.backward()
-
-        return run
-
-    def _ours(self, step: PairStep, pairs: Sequence[TokenizedPair]) -> Run:
-        def run() -> None:
-            self.model.zero_grad(set_to_none=True)
-            step.train(pairs, lambda loss: loss.backward())
-
-        return run
+        return their_run(self.model, self.cast, forward)
 
 
 def bench(
@@ -151,12 +164,7 @@ def bench_growth(rounds: int = 3) -> Iterator[Record]:
         with tempfile.TemporaryDirectory() as folder:
             step = pair_step(model, torch.float32, folder)
             step.max_tokens = 4096  # what "auto" takes on a CPU with memory to spare
-
-            def run(step: PairStep = step, pairs: Sequence[TokenizedPair] = pairs) -> None:
-                step.model.zero_grad(set_to_none=True)
-                step.train(pairs, lambda loss: loss.backward())
-
-            seconds = interleave({"ours": run}, rounds)["ours"]
+            seconds = interleave({"ours": our_run(step, pairs)}, rounds)["ours"]
         tokens = step.train(pairs, lambda loss: loss.backward()).num_tokens
         shape = f"V={vocab_size} {count} pairs"
         per_token = [s / tokens * 1e3 for s in seconds]

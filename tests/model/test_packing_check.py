@@ -173,14 +173,14 @@ def test_packed_rows_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyP
 def test_short_responses_are_checked_on_more_pairs() -> None:
     """Of one-token responses two pairs would be four numbers, whose mean is a matter of luck."""
     short = [TokenizedPair(row, [1, 5, 6], [7], [8]) for row in range(99)]
-    sample = packing_check._sample(short)
+    sample = packing_check.sample_of(short)
     assert sum(sum(batch.scored_lengths(pair)) for pair in sample) == 64
-    assert len(packing_check._sample(PAIRS[:1])) == 2
+    assert len(packing_check.sample_of(PAIRS[:1])) == 2
 
 
 def test_no_more_pairs_are_checked_than_memory_is_sure_to_hold() -> None:
     long = [TokenizedPair(row, [1] * 900, [7], [8]) for row in range(99)]
-    inputs = batch.policy_input(packing_check._sample(long), packing=False)
+    inputs = batch.policy_input(packing_check.sample_of(long), packing=False)
     assert 512 < inputs.input_ids.numel() <= 2048
 
 
