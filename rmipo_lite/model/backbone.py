@@ -44,13 +44,21 @@ def scored_hidden(model: nn.Module, inputs: ModelInput) -> Tensor:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0: layers, and the numbers that attention modules hold."""
+    """Set every dropout of the model to 0: layers, and the numbers that modules hold."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(module.__dict__.get(name), float):
-                setattr(module, name, 0.0)
+        for name in dropout_numbers(module):
+            setattr(module, name, 0.0)
+
+
+def dropout_numbers(module: nn.Module) -> list[str]:
+    """Names of the numbers that a module passes to dropout: attention_dropout and its like."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop"))
+    ]
 
 
 def can_checkpoint(model: nn.Module) -> bool:
@@ -68,17 +76,25 @@ def enable_checkpointing(model: nn.Module) -> None:
         base.enable_input_require_grads()
 
 
-def checkpoint_layers(model: nn.Module, layers: int, count: int) -> None:
-    """After `enable_checkpointing`: compute only the first `count` of so many layers again.
+@contextmanager
+def checkpointed_layers(model: nn.Module, layers: int, count: int) -> Iterator[None]:
+    """After `enable_checkpointing`: inside the block only the first `count` of so many are.
 
     All of them, where an architecture's can't be told apart and some are to be.
     """
-    modules = [m for m in causal_lm(model).modules() if hasattr(m, "gradient_checkpointing")]
+    modules: list[Any] = [
+        m for m in causal_lm(model).modules() if hasattr(m, "gradient_checkpointing")
+    ]
+    before = [module.gradient_checkpointing for module in modules]
     blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
     first = set(blocks[:count] if len(blocks) == layers else blocks)
     for module in modules:
-        is_on = count > 0 and (module in first or module not in blocks)
-        setattr(module, "gradient_checkpointing", is_on)  # noqa: B010, typed as Tensor
+        module.gradient_checkpointing = count > 0 and (module in first or module not in blocks)
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.gradient_checkpointing = was
 
 
 @contextmanager

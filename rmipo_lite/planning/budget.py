@@ -149,9 +149,12 @@ def choose_budget(
     kept = activations_on(device_type, config, setup, False, longest)
     most = _MOST if device_type == "cuda" else _MOST_ON_CPU
     wanted = args.max_tokens_per_microstep
-    largest = max(longest, wanted if isinstance(wanted, int) else _LEAST)
+    largest = longest
+    if isinstance(wanted, int):  # a step may not have so many
+        largest = max(longest, min(wanted, args.pairs_per_step * longest))
     asked: bool | None = args.wants_checkpointing
-    if args.checkpointing_is_open and may_checkpoint and largest > kept.tokens_in(room):
+    is_open = args.checkpointing_is_open and may_checkpoint
+    if is_open and largest > kept.tokens_in(room):
         asked = True if is_sharded else None
     again = kept  # counted only where it is wanted: a count takes its time
     if asked is not False:
@@ -160,7 +163,9 @@ def choose_budget(
     checkpointing = Checkpointing(layers, kept, again, room, asked)
     if isinstance(wanted, int):
         return MicroStepPlan(wanted, wanted, checkpointing)
-    fits = freely = min(max((again if asked else kept).tokens_in(room), _LEAST), most)
+    # Where nothing more is to be had, memory that is short is tried: the count may err.
+    least = 1 if is_open and not asked else _LEAST
+    fits = freely = min(max((again if asked else kept).tokens_in(room), least), most)
     if fits < most:
         passed = activations_without_gradient(config, setup)
         passed = _with_scores(passed, device_type, config, True, longest)

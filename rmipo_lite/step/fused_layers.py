@@ -3,14 +3,18 @@
 transformers computes them in five to ten passes over memory, which on a card take longer than what
 they compute. Nothing is patched on a class, and liger's losses aren't used: a layer's own `forward`
 is another one while a step runs. Which one is found on the run's own pairs: what the layer made of
-its input, and the gradient of that, is compared with what each of liger's forms makes of it. A
-layer that none of them equals up to rounding stays as it is, and one line says so.
+its input, and the gradient of that, is compared with what each of liger's forms makes of it, of
+larger and smaller inputs too. A layer that none of them equals up to rounding stays as it is, and
+one line says so; of gated units, only what multiplies and nothing else is looked at.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +42,7 @@ _NORMS = (
     (0.0, "none"),
 )  # added to the weight, casts
 _ROUNDING = 1e-5  # of the norm, in float32
+_SCALES = (1.0, 30.0, 1e-3)  # a norm's epsilon shows in small inputs
 
 
 def find_fused(model: nn.Module, device: torch.device, run: Callable[[], object]) -> Layers:
@@ -70,14 +75,26 @@ def find_fused(model: nn.Module, device: torch.device, run: Callable[[], object]
 
 @contextmanager
 def replaced(layers: Layers) -> Iterator[None]:
-    """Inside the block the layers run their other forward; the backward pass belongs inside."""
-    for module, forward in layers:
+    """Inside the block the layers run their other forward; the backward pass belongs inside.
+
+    Not those that somebody has changed since.
+    """
+    free = [(module, forward) for module, forward in layers if not _is_changed(module)]
+    for module, forward in free:
         vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module, _ in layers:
+        for module, _ in free:
             del vars(module)["forward"]
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a forward of somebody's own, or hooks on what a kernel passes by, are there."""
+    activation = getattr(module, "act_fn", None)
+    return "forward" in vars(module) or (
+        isinstance(activation, nn.Module) and has_hooks(activation)
+    )
 
 
 def _functions() -> tuple[Any, Any, Any]:
@@ -125,7 +142,7 @@ class _Search:
 
     def knows(self, module: nn.Module) -> bool:
         """Whether a layer is of a kind that there is a kernel for, and nobody changed it."""
-        return bool(self._forms(module)) and not has_hooks(module)
+        return bool(self._forms(module)) and not (has_hooks(module) or _is_changed(module))
 
     def _forms(self, module: Any) -> list[Forward]:
         weight = getattr(module, "weight", None)
@@ -135,7 +152,7 @@ class _Search:
             if eps is None:
                 return []
             return [partial(_norm, self._norm, module, eps, *form) for form in _NORMS]
-        if all(hasattr(module, f"{part}_proj") for part in ("gate", "up", "down")):
+        if _is_plain_gate(module):
             return [partial(_gated, gate, module) for gate in self._gates]
         return []
 
@@ -168,6 +185,28 @@ class _Search:
         say(text)
 
 
+def _is_plain_gate(module: nn.Module) -> bool:
+    """Whether a layer is `down(act(gate(x)) * up(x))` and nothing else, by its source.
+
+    Others clamp, scale or drop, which a few inputs need not show.
+    """
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != 2:
+        return False
+    x = function.args.args[1].arg
+    product = f"self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
+    lines = [ast.unparse(line) for line in function.body]
+    if len(lines) == 2 and " = " in lines[0]:
+        name, _, value = lines[0].partition(" = ")
+        return value == product and lines[1] == f"return {name}"
+    return lines == [f"return {product}"]
+
+
 def _norm(function: Any, module: Any, eps: float, offset: float, casting: str, x: Tensor) -> Tensor:
     # Not in place: a residual may hold the gradient that comes in.
     out: Tensor = function.apply(x, module.weight, eps, offset, casting, False)
@@ -181,12 +220,18 @@ def _gated(function: Any, module: Any, x: Tensor) -> Tensor:
 
 def _problem(module: nn.Module, form: Forward, x: Tensor) -> str:
     """What is wrong with a form on this input; "" where it equals the layer up to rounding."""
+    return next(filter(None, (_problem_at(module, form, scale * x) for scale in _SCALES)), "")
+
+
+def _problem_at(module: nn.Module, form: Forward, x: Tensor) -> str:
     try:
         theirs, ours = (
             _passed(forward, x) for forward in (partial(type(module).forward, module), form)
         )
     except Exception as error:  # whatever a kernel that doesn't fit raises, the layer still runs
         return _first_line(error)
+    if not all(value.isfinite().all() for value in theirs):
+        return ""  # float16 doesn't reach as far as the scale
     rounding = max(_ROUNDING, torch.finfo(x.dtype).eps)
     for what, a, b in zip(("values", "gradients"), theirs, ours, strict=True):
         if a.dtype != b.dtype:

@@ -80,11 +80,10 @@ def make_step(
     elif checkpointing.asked is None:
         step.enable_checkpointing(checkpointing)
         whole = checkpointing.kept.tokens_in(checkpointing.room)
-        if longest > whole:
-            say(
-                f"Checkpointing is on where a micro-step has more than {whole} tokens, in as many "
-                f"layers as it needs to fit; the longest pair has {longest}"
-            )
+        say(
+            f"Checkpointing is on where a micro-step has more than {whole} tokens, in as many "
+            f"layers as it needs; the longest pair has {longest}"
+        )
     return step
 
 

@@ -7,7 +7,7 @@ have a budget of their own.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from rmipo_lite.checkpoints.random_state import random_state, set_random_state
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import can_checkpoint, checkpoint_layers, enable_checkpointing
+from rmipo_lite.model.backbone import can_checkpoint, checkpointed_layers, enable_checkpointing
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.output.console import say
 from rmipo_lite.parallel.group import Group
@@ -188,8 +188,10 @@ class MicroSteps:
     @contextmanager
     def _engaged(self, pairs: Sequence[TokenizedPair]) -> Iterator[None]:
         """The model as it runs here: attention by segments when packed, layers in fewer passes."""
+        again: AbstractContextManager[None] = nullcontext()
         if self.as_needed is not None:
-            checkpoint_layers(self.model, self.as_needed.layers, self.layers_again(pairs))
+            count = self.layers_again(pairs)
+            again = checkpointed_layers(self.model, self.as_needed.layers, count)
         attention = packed_attention(self.model) if self.packing else nullcontext()
-        with attention, fused_lora(self.model), replaced(self.fused_layers):
+        with again, attention, fused_lora(self.model), replaced(self.fused_layers):
             yield

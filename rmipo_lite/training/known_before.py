@@ -12,7 +12,7 @@ from rmipo_lite.adapters.start import Weights, has_averages, trained_weights
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.unpaired import weights_advice
-from rmipo_lite.model import loading
+from rmipo_lite.model import batch, loading
 from rmipo_lite.output.console import say
 from rmipo_lite.step.losses import memory_of, pairs_digest
 from rmipo_lite.step.make import make_step
@@ -135,11 +135,12 @@ class KnowsBefore(TrainerBeside):
         self._priors_are_ready = False
         self._scored_at: dict[int, int] = {}  # row -> step, of prior="refresh:K"
 
-    def fill_prior_cache(self, coming: Sequence[TokenizedPair]) -> None:
-        """Ahead of a step: what the cache lacks.
+    def fill_prior_cache(self, coming: Sequence[TokenizedPair]) -> int:
+        """Ahead of a step: what the cache lacks. Returns the tokens scored for this step.
 
-        That is before the first step the prior of every training pair under the untrained policy;
-        with `prior="refresh:K"` that of the coming pairs of which nothing newer is known.
+        Before the first step that is the prior of every training pair under the untrained policy,
+        which no step counts; with `prior="refresh:K"` that of the coming pairs of which nothing
+        newer is known.
         """
         if not self._priors_are_ready:
             self._look_at_cached_priors()
@@ -148,7 +149,7 @@ class KnowsBefore(TrainerBeside):
             if step.prior_cache is None:
                 pairs = cast(list[TokenizedPair], self.train_dataset)
                 step.prior_cache = step.prior_means(pairs)
-            return
+            return 0
         now, at = int(self.state.global_step), self._scored_at
         old = [pair for pair in coming if pair.row not in at or now - at[pair.row] >= every]
         if step.prior_cache is None:
@@ -156,6 +157,7 @@ class KnowsBefore(TrainerBeside):
         if old:
             step.prior_cache |= step.prior_means(old)
             at |= {pair.row: now for pair in old}
+        return sum(sum(batch.prior_lengths(pair, self._prior_front)) for pair in old)
 
     def _look_at_cached_priors(self) -> None:
         """Forget a checkpoint's that are of other pairs."""

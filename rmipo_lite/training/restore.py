@@ -24,8 +24,8 @@ from rmipo_lite.adapters.base_model import causal_lm
 from rmipo_lite.adapters.embeddings import EMBEDDINGS
 from rmipo_lite.adapters.start import START
 from rmipo_lite.checkpoints.random_state import kept_random_state
+from rmipo_lite.model.backbone import dropout_numbers
 
-_DROPOUT_NAMES = ("p", "attention_dropout", "attn_dropout", "dropout")
 _OF_ADAPTER = (ADAPTED, EMBEDDINGS, START, "peft_config")  # what peft and we leave on the model
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Put on modules during a run: by accelerate and our own steps, and by transformers' checkpointing.
@@ -106,7 +106,7 @@ class _ModelState:
             self._values += [(config, name, getattr(config, name, None)) for name in _TOKENS]
         for module in model.modules():
             self._values.append((module, "training", module.training))
-            for name in ("gradient_checkpointing", *_DROPOUT_NAMES):
+            for name in ("gradient_checkpointing", "p", *dropout_numbers(module)):
                 if isinstance(vars(module).get(name), (bool, float)):
                     self._note(module, name)
 

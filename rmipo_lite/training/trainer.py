@@ -292,9 +292,11 @@ class RMiPOTrainer(
         model.train()
         set_mode(self.optimizer, "train")
         pairs: list[TokenizedPair] = inputs["pairs"]
+        scored = 0
         if self.args.prior != "live" and self.args.uses_prior:
-            self.fill_prior_cache(pairs)
+            scored = self.fill_prior_cache(pairs)
         outcome = self.pair_step.train(pairs, self.accelerator.backward)
+        outcome.num_tokens += scored
         self.run_log.add(self.state.global_step + 1, outcome)
         self._count_dropped(outcome)
         every = self.args.torch_empty_cache_steps
@@ -367,9 +369,10 @@ class RMiPOTrainer(
         """Go on with the settings and counts of the checkpoint."""
         self.take_changes(state)
         self.run_log.load_state(state["run_log"], self.args.device, state["step"])
-        self.pair_step.max_tokens = state["max_tokens_per_microstep"]
-        # Absent in older checkpoints, whose passes had one budget.
-        self.pair_step.max_tokens_no_grad = state.get("max_tokens_no_grad")
+        if "max_tokens_per_microstep" not in self.changed:
+            self.pair_step.max_tokens = state["max_tokens_per_microstep"]
+            # Absent in older checkpoints, whose passes had one budget.
+            self.pair_step.max_tokens_no_grad = state.get("max_tokens_no_grad")
         self.pair_step.packing = state["packing"]
         wanted = state.get("checkpointing") and self.args.checkpointing_is_open
         if wanted and not self.pair_step.checkpointing:

@@ -131,3 +131,7 @@ def test_disable_dropout_reaches_layers_and_attention() -> None:
     llama = tiny_model("llama", attention_dropout=0.3).train()
     disable_dropout(llama)
     assert torch.equal(llama(ids).logits, llama(ids).logits)
+    # Seed-OSS' name of it
+    llama.model.layers[0].residual_dropout = 0.1
+    disable_dropout(llama)
+    assert llama.model.layers[0].residual_dropout == 0.0

@@ -57,6 +57,14 @@ def test_checkpointing_only_where_a_micro_step_needs_it(
     layers = [needed.checkpointing.layers_of(tokens) for tokens in (100, 700, 702, 1000, 9000)]
     assert layers[:3] == [0, 0, 1]
     assert 1 < layers[3] <= layers[4] == 4
+    # Pairs that are short never have it: a micro-step of theirs is cut to what fits.
+    _free(monkeypatch, _free_for(model, args, 300.5))
+    short = plan_micro_steps(model, args, 100)
+    assert (short.max_tokens, short.checkpointing.asked) == (300, False)
+    number = _args(tmp_path, max_tokens_per_microstep=4000, per_device_train_batch_size=2)
+    assert plan_micro_steps(model, number, 20).checkpointing.asked is False
+    assert plan_micro_steps(model, number, 250).checkpointing.layers_of(500) > 0
+    _free(monkeypatch, _free_for(model, args, 700.5))
     # A word of the user's is the last one, and a sharded model's processes have to do it alike.
     for options, longest, wanted in (
         ({"gradient_checkpointing": False}, 900, 0), ({"gradient_checkpointing": True}, 5, 4),

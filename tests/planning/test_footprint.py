@@ -17,7 +17,7 @@ from rmipo_lite.adapters.attach import attach_adapter
 from rmipo_lite.adapters.lora import lora_config
 from rmipo_lite.model import batch
 from rmipo_lite.model.attention import packed_attention
-from rmipo_lite.model.backbone import checkpoint_layers, enable_checkpointing, scored_hidden
+from rmipo_lite.model.backbone import checkpointed_layers, enable_checkpointing, scored_hidden
 from rmipo_lite.model.fused_lora import fused_lora
 from rmipo_lite.planning import footprint
 from rmipo_lite.planning.footprint import Setup, activations_of, optimizer_width, weights_of
@@ -105,9 +105,8 @@ def test_the_first_layers_take_no_more_than_their_share() -> None:
     inputs = batch.policy_input(random_pairs(6, longest=200), packing=True)
 
     def peak(count: int) -> int:
-        checkpoint_layers(model, 6, count)
         live = footprint._LiveBytes(list(model.parameters()))
-        with live, packed_attention(model), fused_lora(model):
+        with checkpointed_layers(model, 6, count), live, packed_attention(model), fused_lora(model):
             scored_hidden(model, inputs).sum().backward()
         return live.peak
 

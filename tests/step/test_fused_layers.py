@@ -6,6 +6,7 @@ Triton's interpreter where both packages are installed.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -142,8 +143,62 @@ def test_a_layer_that_differs_stays_and_is_named(
 def test_what_somebody_changed_is_left_alone(liger: Any) -> None:
     model = tiny_model()
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
     model.model.norm.forward = model.model.norm.forward
+    assert len(_found(model)) == 4
+
+
+def test_what_somebody_changes_later_is_left_alone_too(liger: Any) -> None:
+    model, calls = tiny_model(), []
+    layers = _found(model)
+    norm, gated = model.model.norm, model.model.layers[0].mlp
+    own = norm.forward = lambda x: type(norm).forward(norm, x)
+    gated.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    with fused_layers.replaced(layers):
+        assert sum("forward" in vars(module) for module, _ in layers) == 6
+        assert norm.forward is own
+        _found(model)
+    assert calls
+    assert norm.forward is own
+    assert "forward" not in vars(gated)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "gate = self.act_fn(self.gate_proj(x)).clamp(max=10)\n"
+        "return self.down_proj(gate * self.up_proj(x))",
+        "return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+        "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))\n"
+        "return nn.functional.dropout(down_proj, 0.1, self.training)",
+    ],
+)
+def test_gated_units_that_do_more_are_left_alone(source: str, liger: Any, tmp_path: Path) -> None:
+    """As Step 3.5's, FalconH1's and Seed-OSS': a few inputs in evaluation mode don't show it."""
+    body = "\n".join(f"        {line}" for line in source.splitlines())
+    file = tmp_path / "other_mlp.py"
+    file.write_text(f"from torch import nn\nclass Other:\n    def forward(self, x):\n{body}\n")
+    spec = importlib.util.spec_from_file_location("other_mlp", file)
+    assert spec is not None
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)  # type: ignore[union-attr]
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("Other", (other.Other, type(layer.mlp)), {})
     assert len(_found(model)) == 5
+
+
+def test_an_epsilon_of_another_kind_shows_in_small_inputs(liger: Any) -> None:
+    """Added to the root rather than below it: alike on inputs of ordinary size."""
+
+    class OtherRMSNorm(type(tiny_model().model.norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            root = hidden_states.pow(2).mean(-1, keepdim=True).sqrt()
+            return self.weight * hidden_states / (root + self.variance_epsilon)
+
+    model = tiny_model()
+    model.model.norm.__class__ = OtherRMSNorm
+    assert all(module is not model.model.norm for module, _ in _found(model))
 
 
 def test_the_option_and_the_machine_decide(

@@ -158,6 +158,8 @@ def test_priors_that_are_always_new_are_the_live_ones(tmp_path: Path) -> None:
     )
     live.train()
     again.train()
+    tokens = [run.state.log_history[-2]["num_tokens"] for run in (live, again)]
+    assert tokens[0] == tokens[1]
     for (name, ours), (_, wanted) in zip(
         again.model.named_parameters(), live.model.named_parameters(), strict=True
     ):

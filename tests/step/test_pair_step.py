@@ -114,6 +114,7 @@ def test_long_micro_steps_alone_are_checkpointed(tmp_path: Path) -> None:
     before = len(calls)
     list(step.evaluate(pairs))
     assert len(calls) == before
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)  # as it was prepared
 
 
 def test_cached_prior_equals_live_while_the_policy_stands_still(tmp_path: Path) -> None:

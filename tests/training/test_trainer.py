@@ -203,6 +203,17 @@ def test_out_of_memory_in_a_run_changes_no_number_and_is_in_the_checkpoint(
     assert len(rooms) == count
 
 
+def test_another_number_of_tokens_takes_effect_when_resumed(tmp_path: Path, tokenizer: Any) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    _trainer(tmp_path, tokenizer, max_steps=1, max_tokens_per_microstep=60, **options).train()
+    for asked, wanted in ((30, 30), (60, 60)):
+        again = _trainer(
+            tmp_path, tokenizer, max_steps=2, max_tokens_per_microstep=asked, **options
+        )
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert (again.pair_step.max_tokens, again.pair_step.budget_no_grad) == (wanted, wanted)
+
+
 def _poisoned(trainer: RMiPOTrainer, rows: set[int]) -> None:
     """Pairs of these rows have a NaN in their loss."""
     step = trainer.pair_step
