@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-MOST_LINES = 31_500  # of Python
+MOST_LINES = 32_500  # of Python
 ROOMS = {
     "adapters", "checkpoints", "cli", "comparing", "data", "demo", "export", "inspection",
     "judging", "methods", "model", "ops", "options", "output", "parallel", "planning", "results",
