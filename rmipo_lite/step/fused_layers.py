@@ -35,14 +35,10 @@ Layers = Sequence[tuple[nn.Module, Forward]]  # each with its other forward
 
 _OLDEST, _BEYOND = (0, 5), (0, 9)  # versions whose functions take what is passed here
 _LEAST_CAPABILITY = (7, 0)  # of NVIDIA's cards, for Triton
-_NORMS = (
-    (0.0, "llama"),
-    (1.0, "gemma"),
-    (0.0, "gemma"),
-    (0.0, "none"),
-)  # added to the weight, casts
+# What is added to the weight, and what is cast.
+_NORMS = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"), (0.0, "none"))
 _ROUNDING = 1e-5  # of the norm, in float32
-_SCALES = (1.0, 30.0, 1e-3)  # a norm's epsilon shows in small inputs
+_OTHER_SCALES = (30.0, 1e-3)  # a norm's epsilon shows in small inputs
 
 
 def find_fused(model: nn.Module, device: torch.device, run: Callable[[], object]) -> Layers:
@@ -220,7 +216,10 @@ def _gated(function: Any, module: Any, x: Tensor) -> Tensor:
 
 def _problem(module: nn.Module, form: Forward, x: Tensor) -> str:
     """What is wrong with a form on this input; "" where it equals the layer up to rounding."""
-    return next(filter(None, (_problem_at(module, form, scale * x) for scale in _SCALES)), "")
+    if not x.isfinite().all():
+        return "its input isn't finite"
+    scaled = (x, *(scale * x for scale in _OTHER_SCALES))
+    return next(filter(None, (_problem_at(module, form, one) for one in scaled)), "")
 
 
 def _problem_at(module: nn.Module, form: Forward, x: Tensor) -> str:
@@ -230,12 +229,14 @@ def _problem_at(module: nn.Module, form: Forward, x: Tensor) -> str:
         )
     except Exception as error:  # whatever a kernel that doesn't fit raises, the layer still runs
         return _first_line(error)
-    if not all(value.isfinite().all() for value in theirs):
-        return ""  # float16 doesn't reach as far as the scale
     rounding = max(_ROUNDING, torch.finfo(x.dtype).eps)
     for what, a, b in zip(("values", "gradients"), theirs, ours, strict=True):
         if a.dtype != b.dtype:
             return f"{what} in {b.dtype} for {a.dtype}"
+        reached = a.isfinite()  # float16 doesn't reach as far as every scale
+        if not reached.any() or not torch.equal(reached, b.isfinite()):
+            return f"{what} aren't finite, or not in the same places"
+        a, b = a.where(reached, 0), b.where(reached, 0)
         gap = float((a - b).float().norm() / a.float().norm().clamp(min=1e-30))
         if not gap <= rounding:
             return f"{what} differ by {gap:.1g}"

@@ -188,6 +188,20 @@ def test_gated_units_that_do_more_are_left_alone(source: str, liger: Any, tmp_pa
     assert len(_found(model)) == 5
 
 
+def test_what_could_not_be_compared_is_left_alone(
+    liger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond a layer that gives no numbers nothing is: equal is what was seen to be equal."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
+    found = [module for module, _ in _found(model)]
+    first, last = model.model.layers
+    assert first.input_layernorm in found
+    assert not {first.mlp, last.input_layernorm, last.mlp, model.model.norm} & set(found)
+    assert "its input isn't finite" in capsys.readouterr().out
+
+
 def test_an_epsilon_of_another_kind_shows_in_small_inputs(liger: Any) -> None:
     """Added to the root rather than below it: alike on inputs of ordinary size."""
 
