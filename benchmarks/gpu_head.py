@@ -124,7 +124,9 @@ class Case:
         out = self.hidden.new_empty(self.hidden.shape, dtype=head.exact)
         longest = max(head.chunks, key=lambda rows: rows.stop - rows.start)
         kernels = native.use_native("native", self.device)
-        _, grads = row_work(head, longest, self.target_ids, LogitTransform(), None, kernels, True)
+        _, grads, _ = row_work(
+            head, longest, self.target_ids, LogitTransform(), None, kernels, True
+        )
         assert grads is not None
         derivatives = grads.clone()  # on the CPU the next product overwrites them
 

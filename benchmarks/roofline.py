@@ -69,6 +69,7 @@ class Way:
         pairs: of a micro-step; 0: as planned.
         again: share of the layers computed again; None: as planned.
         head: products of the head for a scored token, of which plain training needs two.
+        reads: of a logit by the row kernel in a pass with gradients; float16 always takes two.
         old: planned as before checkpointing was by the micro-step.
     """
 
@@ -80,21 +81,25 @@ class Way:
     pairs: int = 0
     again: float | None = None
     head: int = 2
+    reads: int = 1
     old: bool = False
 
 
 WAYS = (
-    Way("before", copies=True, prior="micro-step", old=True),
-    Way("+ LoRA without copies on 4 bits", prior="micro-step", old=True),
-    Way("+ a step's prior in passes of its own", old=True),
-    Way("+ checkpointing as needed: today"),
+    Way("before", copies=True, prior="micro-step", reads=2, old=True),
+    Way("+ LoRA without copies on 4 bits", prior="micro-step", reads=2, old=True),
+    Way("+ a step's prior in passes of its own", reads=2, old=True),
+    Way("+ checkpointing as needed", reads=2),
+    Way("+ logits read once: today"),
     Way("today, simpo (no prior)", prior="none"),
     Way("+ liger-kernel's norms and gated units", fused="layers"),
     Way("the same, simpo (no prior)", prior="none", fused="layers"),
-    Way("trl SimPO, 1 pair", copies=True, padded=True, prior="none", pairs=1, again=0, head=3),
+    Way("trl SimPO, 1 pair", copies=True, padded=True, prior="none", pairs=1, again=0, head=3,
+        reads=2),
     Way("trl SimPO, 4 pairs, checkpointing", copies=True, padded=True, prior="none", pairs=4,
-        again=1, head=3),
-    Way("Unsloth and trl SimPO, 4 pairs", fused="all", padded=True, prior="none", pairs=4, again=1),
+        again=1, head=3, reads=2),
+    Way("Unsloth and trl SimPO, 4 pairs", fused="all", padded=True, prior="none", pairs=4, again=1,
+        reads=2),
 )  # fmt: skip
 
 
@@ -231,15 +236,18 @@ class _Layers:
         return moved / (_BYTES * self.card.bandwidth * 1e6)
 
 
-def _head(layers: _Layers, tokens: int, products: int, *, grad: bool) -> float:
+def _head(layers: _Layers, tokens: int, way: Way, *, grad: bool) -> float:
     """Milliseconds of the head on so many scored tokens: float32 logits a chunk at a time.
 
-    Each product, and a write of 4 bytes a logit and a read or two of them by the row kernel.
+    Each product, and a write of 4 bytes a logit and a read or two of them by the row kernel, which
+    then writes 2 bytes of the derivative.
     """
     config = layers.config
     logits = tokens * int(config.vocab_size)
     product = layers.computing(2 * logits * int(config.hidden_size))
-    rows = layers.moving(logits * (10 if grad else 4))
+    reads = way.reads if layers.card.has_bf16 else 2
+    rows = layers.moving(logits * (4 * reads + 2 if grad else 4))
+    products = way.head if grad else 1
     return products * max(product, layers.moving(4 * logits)) + rows
 
 
@@ -276,7 +284,7 @@ def milliseconds(name: str, card: str, way: Way) -> dict[str, float]:
         numbers = (weights - 2 * _outside(MODELS[name])) / NF4_BYTES
         unpacking = layers.moving(numbers * (NF4_BYTES + 2))
     parts["dequantise"] = (2 + again) * unpacking / pairs
-    parts["head"] = _head(layers, responses, way.head, grad=True)
+    parts["head"] = _head(layers, responses, way, grad=True)
     parts["prior"] = 0.0
     if way.prior != "none":
         together = pairs
@@ -284,7 +292,7 @@ def milliseconds(name: str, card: str, way: Way) -> dict[str, float]:
             together = min(PAIRS, max(pairs, fit.max_tokens_no_grad // responses))
         passed, _ = layers.passes(together * responses, grad=False)
         parts["prior"] = (sum(passed.values()) + unpacking) / together
-        parts["prior"] += _head(layers, responses, 1, grad=False)
+        parts["prior"] += _head(layers, responses, way, grad=False)
     return {**parts, "pairs": pairs}
 
 

@@ -24,10 +24,17 @@ struct RowArguments {
   int64_t grads_stride;
   GradType grad_type;
   int32_t* flag;
+  float* factors = nullptr;  // null: every row; else those alone whose factor is kAgain
 };
+
+// The factor of a row that the one pass leaves: its derivative is written as it is.
+constexpr float kAgain = 1;
 
 cudaError_t launch_rows(const RowArguments<float>& a, cudaStream_t stream);
 cudaError_t launch_rows(const RowArguments<double>& a, cudaStream_t stream);
+
+// The same in one read, for a derivative in bfloat16: grads times factors is the derivative.
+cudaError_t launch_exponentials(const RowArguments<float>& a, cudaStream_t stream);
 
 cudaError_t launch_pairs(const PairPointers<float>& a, int64_t num_pairs,
                          const PairOptions& options, cudaStream_t stream);

@@ -100,11 +100,13 @@ def _linear_logps(
             (hidden.shape[0] if with_grads else 0, hidden.shape[1]), dtype=head.exact
         )
         for rows in head.chunks:
-            logps[rows], grads = row_work(
+            logps[rows], grads, factors = row_work(
                 head, rows, target_ids, transform, None, use_native, with_grads
             )
             if grads is not None:
                 head.times_weight(grads, directions[rows])
+            if factors is not None:
+                directions[rows] *= factors[:, None]
         return logps, directions
 
 
@@ -158,7 +160,7 @@ def _recompute_backward(
             len(weight) if bias is not None else 0, dtype=head.exact, device=hidden.device
         )
         for rows in head.chunks:
-            _, grads = row_work(head, rows, target_ids, transform, grad_logps, use_native, True)
+            _, grads, _ = row_work(head, rows, target_ids, transform, grad_logps, use_native, True)
             assert grads is not None
             head.times_weight(grads, grad_hidden[rows])
             head.add_weight_grad(grads, rows, target_ids, grad_weight)

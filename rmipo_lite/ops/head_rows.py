@@ -113,6 +113,11 @@ class HeadProducts:
         block = block if self.slices else min(block, _MOST_SUMMED)
         self.blocks = [slice(i, min(i + block, len(weight))) for i in range(0, len(weight), block)]
 
+    @property
+    def in_one_read(self) -> bool:
+        """Whether the derivative may be exponentials up to e^69, for which float16 has no room."""
+        return self.mixed and self.weight.dtype == torch.bfloat16
+
     @cached_property
     def grads(self) -> Tensor:
         """Where a chunk's derivative goes; made on first use: a pass without gradients needs none.
@@ -171,18 +176,23 @@ def row_work(
     row_scale: Tensor | None,
     use_native: bool,
     with_grads: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of a chunk and, on demand, their derivative with respect to the product."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs of a chunk and, on demand, their derivative with respect to the product.
+
+    Where the third isn't None the derivative is the second times it, row by row.
+    """
     logits = head.logits(rows)
     scale = None if row_scale is None else row_scale[rows]
     if use_native:
         grads = head.grads[: rows.stop - rows.start] if with_grads else None
-        logps = native.row_logps(logits, target_ids[rows], transform, scale, grads)
-        return logps, grads
+        if grads is not None and scale is None and head.in_one_read:
+            logps, factors = native.row_exponentials(logits, target_ids[rows], transform, grads)
+            return logps, grads, factors
+        return native.row_logps(logits, target_ids[rows], transform, scale, grads), grads, None
     logps, exact_grads, invalid = reference.row_logps(
         logits, target_ids[rows], transform, scale, with_grads=with_grads
     )
     if logits.device.type != "cpu":
         native.device_flag(logits.device).bitwise_or_(invalid.to(torch.int32))
     dtype = head.weight.dtype if head.mixed else head.exact
-    return logps, None if exact_grads is None else exact_grads.to(dtype)
+    return logps, None if exact_grads is None else exact_grads.to(dtype), None

@@ -43,7 +43,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 _KERNELS = {
     "cpu": ("row_logps", "fold_logits", "pair_losses"),
-    "cuda": ("row_logps", "pair_losses"),
+    "cuda": ("row_logps", "row_exponentials", "pair_losses"),
 }
 
 

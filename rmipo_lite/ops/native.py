@@ -24,6 +24,12 @@ _schemas.define(
     "float logit_scale, Tensor? row_scale, Tensor(b!) logps, Tensor(c!)? grads, "
     "Tensor(d!) flag) -> ()"
 )
+# CUDA only: in one read, for a derivative of 16 bits with float32's exponents.
+_schemas.define(
+    "row_exponentials(Tensor logits, Tensor target_ids, Tensor? bias, float logit_softcap, "
+    "float logit_scale, Tensor(a!) logps, Tensor(b!) grads, Tensor(c!) factors, "
+    "Tensor(d!) flag) -> ()"
+)
 # CPU only: a block of columns of some rows, folded into what is known of those rows.
 _schemas.define(
     "fold_logits(Tensor(a!) logits, Tensor target_ids, int first_id, Tensor? bias, "
@@ -108,6 +114,28 @@ def row_logps(
         device_flag(logits.device),
     )
     return logps
+
+
+def row_exponentials(
+    logits: Tensor,  # (C, V) fp32
+    target_ids: Tensor,  # (C,) int64
+    transform: LogitTransform,
+    grads: Tensor,  # (C, V) bf16 out
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (C,) and factors (C,): row by row, `grads` times its factor is the derivative."""
+    logps, factors = logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
+    torch.ops.rmipo_lite.row_exponentials(
+        logits,
+        target_ids.contiguous(),
+        None if transform.bias is None else transform.bias.to(logits.dtype).contiguous(),
+        transform.softcap or 0.0,
+        transform.scale,
+        logps,
+        grads,
+        factors,
+        device_flag(logits.device),
+    )
+    return logps, factors
 
 
 def fold_logits(

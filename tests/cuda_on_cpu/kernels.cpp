@@ -3,25 +3,30 @@
 
 namespace {
 
+// With factors in one read, as bfloat16 heads are.
 template <typename A>
 int rows(const void* logits, int64_t count, int64_t vocab_size, int64_t logits_stride,
          const int64_t* target_ids, const void* bias, double softcap, double scale,
          const void* row_scale, void* logps, void* grads, int64_t grads_stride, int grad_type,
-         int32_t* flag) {
-  return rmipo::launch_rows(rmipo::RowArguments<A>{static_cast<const A*>(logits),
-                                                   count,
-                                                   vocab_size,
-                                                   logits_stride,
-                                                   target_ids,
-                                                   static_cast<const A*>(bias),
-                                                   {static_cast<A>(softcap), static_cast<A>(scale)},
-                                                   static_cast<const A*>(row_scale),
-                                                   static_cast<A*>(logps),
-                                                   grads,
-                                                   grads_stride,
-                                                   static_cast<rmipo::GradType>(grad_type),
-                                                   flag},
-                            nullptr);
+         int32_t* flag, float* factors) {
+  const rmipo::RowArguments<A> arguments{static_cast<const A*>(logits),
+                                         count,
+                                         vocab_size,
+                                         logits_stride,
+                                         target_ids,
+                                         static_cast<const A*>(bias),
+                                         {static_cast<A>(softcap), static_cast<A>(scale)},
+                                         static_cast<const A*>(row_scale),
+                                         static_cast<A*>(logps),
+                                         grads,
+                                         grads_stride,
+                                         static_cast<rmipo::GradType>(grad_type),
+                                         flag,
+                                         factors};
+  if constexpr (sizeof(A) == 4) {
+    if (factors != nullptr) return rmipo::launch_exponentials(arguments, nullptr);
+  }
+  return rmipo::launch_rows(arguments, nullptr);
 }
 
 template <typename T>
@@ -42,10 +47,13 @@ int pairs(int64_t num_pairs, const void* tokens, const int32_t* borders, int64_t
 extern "C" int run_rows(int is_double, const void* logits, int64_t count, int64_t vocab_size,
                         int64_t logits_stride, const int64_t* target_ids, const void* bias,
                         double softcap, double scale, const void* row_scale, void* logps,
-                        void* grads, int64_t grads_stride, int grad_type, int32_t* flag) {
-  return (is_double ? rows<double> : rows<float>)(logits, count, vocab_size, logits_stride,
-                                                  target_ids, bias, softcap, scale, row_scale,
-                                                  logps, grads, grads_stride, grad_type, flag);
+                        void* grads, int64_t grads_stride, int grad_type, int32_t* flag,
+                        float* factors) {
+  return is_double
+             ? rows<double>(logits, count, vocab_size, logits_stride, target_ids, bias, softcap,
+                            scale, row_scale, logps, grads, grads_stride, grad_type, flag, nullptr)
+             : rows<float>(logits, count, vocab_size, logits_stride, target_ids, bias, softcap,
+                           scale, row_scale, logps, grads, grads_stride, grad_type, flag, factors);
 }
 
 // options: loss_type, beta, gamma_min, gamma_max, gamma_scaled_by_beta, label_smoothing,

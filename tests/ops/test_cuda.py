@@ -85,6 +85,24 @@ def test_log_probs_come_from_float32_logits(dtype: torch.dtype) -> None:
     assert worst(ours, exact) <= 20 * worst(full, exact) + 1e-6
 
 
+@pytest.mark.cuda
+def test_rows_too_far_from_their_target_are_read_again() -> None:
+    """Every second row's likeliest token is some hundred nats above its target."""
+    hidden, weight, ids, _ = inputs(64, 4100, torch.bfloat16, h=32)
+    with torch.no_grad():
+        hidden[::2] *= 16
+    upstream = torch.randn(64, dtype=torch.float64)
+    leaf = hidden.detach().double().requires_grad_()
+    want = run(lambda h: plain(h, weight.double(), ids), [leaf], upstream)
+    card = hidden.detach().cuda().requires_grad_()
+    got = run(
+        lambda h: linear_logps(h, weight.cuda(), ids.cuda(), impl="native"), [card], upstream.cuda()
+    )
+    rounding = 4 * torch.finfo(torch.bfloat16).eps
+    for ours, exact in zip(got, want, strict=True):
+        assert worst(ours.cpu(), exact) <= rounding * (1 + exact.abs().max().item())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loss_type", ["rmipo", "simpo", "hinge", "simper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -11,13 +11,16 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rmipo_lite.ops import losses, reference
+from rmipo_lite.ops import head, head_rows, losses, native, reference
 from tests.conftest import ROOT
+from tests.ops.test_head import inputs, plain, worst
+from tests.ops.test_head_rows import Card, OnACard
 
 HERE = ROOT / "tests" / "cuda_on_cpu"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*_kernel.cu"))
@@ -45,7 +48,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     library.run_rows.argtypes = [
         ctypes.c_int, pointer, number, number, number, pointer, pointer, real, real, pointer,
-        pointer, pointer, number, ctypes.c_int, pointer,
+        pointer, pointer, number, ctypes.c_int, pointer, pointer,
     ]  # fmt: skip
     library.run_pairs.argtypes = [
         ctypes.c_int, number, pointer, pointer, number, pointer, pointer, number, pointer, pointer,
@@ -67,6 +70,8 @@ def row_logps(
     row_scale: Tensor | None = None,
     grad_type: int = SAME,
     grads: Tensor | None = None,
+    factors: Tensor | None = None,
+    scale: float = 1.5,
 ) -> tuple[Tensor, Tensor, int]:
     count, vocab_size = logits.shape
     logps, flag = torch.empty(count, dtype=logits.dtype), torch.zeros(1, dtype=torch.int32)
@@ -75,9 +80,9 @@ def row_logps(
         grads = torch.full((count, vocab_size), 9.0, dtype=dtype)
     error = kernels.run_rows(
         logits.dtype == torch.float64, address(logits), count, vocab_size, logits.stride(0),
-        address(target_ids), address(bias), softcap or 0.0, 1.5, address(row_scale),
+        address(target_ids), address(bias), softcap or 0.0, scale, address(row_scale),
         address(logps), None if grad_type == NONE else address(grads), grads.stride(0), grad_type,
-        address(flag),
+        address(flag), address(factors),
     )  # fmt: skip
     assert error == 0
     return logps, grads, int(flag)
@@ -126,6 +131,97 @@ def test_rows_against_the_reference(
             torch.testing.assert_close(grads.double(), want[1], atol=1e-6, rtol=2e-5 + half)
 
 
+def one_pass(
+    kernels: ctypes.CDLL,
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Log-probs, derivative in float64, factors, flag."""
+    factors = torch.full((len(logits),), 9.0)
+    logps, grads, flag = row_logps(
+        kernels, logits, ids, bias, softcap, None, BFLOAT16, factors=factors
+    )
+    return logps, grads.double() * factors[:, None], factors, flag
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "offset", "with_bias", "softcap"), [*PLAIN[::4], *PLAIN[1::8], *OTHERS]
+)
+def test_one_read_against_the_reference(
+    kernels: ctypes.CDLL, vocab_size: int, offset: int, with_bias: bool, softcap: float | None
+) -> None:
+    """Every derivative to bfloat16's half a digit, the target's own too where it is tiny."""
+    logits, ids = draw(4, vocab_size, offset)
+    logits[0, ids[0]] += 30.0  # nearly certain
+    bias = torch.randn(vocab_size) if with_bias else None
+    transform = reference.LogitTransform(None if bias is None else bias.double(), softcap, 1.5)
+    want = reference.row_logps(logits.double(), ids, transform, None, with_grads=True)
+    assert want[1] is not None
+    logps, derivative, factors, flag = one_pass(kernels, logits, ids, bias, softcap)
+    assert flag == 0
+    assert (factors <= 0).all()  # no row was read again
+    torch.testing.assert_close(logps.double(), want[0], atol=2e-6, rtol=1e-5)
+    digits = 1e-15 if softcap is None else 1e-6  # of 1 - p, of tanh's slope in float32
+    torch.testing.assert_close(derivative, want[1], atol=digits, rtol=2**-8)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_gradients_of_hidden_states_in_one_read(
+    kernels: ctypes.CDLL, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card's way with a bfloat16 head: two chunks, a row not scored, one that is read again."""
+    hidden, weight, ids, _ = inputs(300, 4100, torch.bfloat16, 64)
+    with torch.no_grad():
+        hidden[5] *= 100
+    leaf = hidden.detach().double().requires_grad_()
+    read_again = []
+
+    def with_the_kernel(logits: Tensor, ids: Tensor, of: Any, grads: Tensor) -> Any:
+        factors = torch.empty(len(logits))
+        logps, _, _ = row_logps(
+            kernels, logits, ids, None, of.softcap, None, BFLOAT16, grads, factors, scale=of.scale
+        )
+        read_again.extend((factors == 1).tolist())
+        return logps, factors
+
+    monkeypatch.setattr(native, "row_exponentials", with_the_kernel)
+    monkeypatch.setattr(
+        head, "row_work", lambda *given: head_rows.row_work(*given[:5], True, given[6])
+    )
+    monkeypatch.setattr(head, "HeadProducts", OnACard)
+    OnACard.card = Card()
+    logps = head.linear_logps(hidden, weight, ids, logit_softcap=softcap, impl="torch")
+    want = plain(leaf, weight.double(), ids, logit_softcap=softcap)
+    upstream = torch.randn(300)
+    logps.backward(upstream)
+    want.backward(upstream.double())
+    assert len(OnACard.last.chunks) == 2
+    assert read_again[150]  # not scored
+    assert read_again[5] == (softcap is None)
+    rounding = 4 * torch.finfo(torch.bfloat16).eps
+    for got, exact in ((logps, want), (hidden.grad, leaf.grad)):
+        assert worst(got, exact) <= rounding * (1 + exact.abs().max().item())
+
+
+@pytest.mark.parametrize("softcap", [None, 90.0])
+def test_rows_too_far_from_their_target_are_read_again(
+    kernels: ctypes.CDLL, softcap: float | None
+) -> None:
+    logits, ids = draw(6, 4100)
+    for row, above in enumerate((20.0, 45.0, 46.5, 60.0, 1e4, 1e30)):  # times a scale of 1.5
+        logits[row, (ids[row] + 5) % 4100] = logits[row, ids[row]] + above
+    transform = reference.LogitTransform(None, softcap, 1.5)
+    want = reference.row_logps(logits.double(), ids, transform, None, with_grads=True)
+    assert want[1] is not None
+    logps, derivative, factors, _ = one_pass(kernels, logits, ids, softcap=softcap)
+    if softcap is None:
+        assert (factors == 1).tolist() == [False, False, True, True, True, True]
+    torch.testing.assert_close(logps.double(), want[0], atol=0, rtol=1e-5)
+    torch.testing.assert_close(derivative, want[1], atol=1e-15, rtol=2**-8)
+
+
 @pytest.mark.parametrize("padding", [0, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_derivative_may_overwrite_the_logits(
@@ -143,19 +239,28 @@ def test_the_derivative_may_overwrite_the_logits(
     torch.testing.assert_close(grads.double(), want[1], **close)
 
 
-def test_rows_that_are_not_scored_and_rows_that_are_broken(kernels: ctypes.CDLL) -> None:
-    """-100, no token, NaN, +inf, all -inf, and some -inf beside a number."""
-    logits, ids = draw(7, 4100)
+@pytest.mark.parametrize("in_one_read", [False, True])
+def test_rows_that_are_not_scored_and_rows_that_are_broken(
+    kernels: ctypes.CDLL, in_one_read: bool
+) -> None:
+    """-100, no token, NaN, +inf, all -inf, some -inf beside a number, +inf or -inf as target."""
+    logits, ids = draw(9, 4100)
     ids[0], ids[1], ids[2] = -100, 4100, 2**40
     logits[3, 2000], logits[4, 17] = torch.nan, torch.inf
     logits[5] = -torch.inf
     logits[6, 1:] = -torch.inf
     ids[6] = 0
-    logps, grads, flag = row_logps(kernels, logits.contiguous(), ids)
+    logits[7, ids[7]], logits[8, ids[8]] = torch.inf, -torch.inf
+    if in_one_read:
+        logps, grads, _, flag = one_pass(kernels, logits, ids)
+    else:
+        logps, grads, flag = row_logps(kernels, logits.contiguous(), ids)
     assert flag == 1
     assert logps[0] == 0
     assert logps[1:6].isnan().all()
     assert logps[6] == 0
+    assert logps[7].isnan()
+    assert logps[8] == -torch.inf
     assert (grads[0] == 0).all()
     assert grads[1:6].isnan().all()
     assert (grads[6] == 0).all()
