@@ -210,7 +210,7 @@ def sample(model: Any, tokenizer: Any, asked: list[Prompt], seed: int) -> list[A
     ]
 
 
-class _Sampled(LogitsProcessor):  # type: ignore[misc]
+class _Sampled(LogitsProcessor):
     """A sample as the greedy choice, by Gumbel's noise on the likeliest words.
 
     Sorting all 262,144 and drawing among them takes as long as the model itself.
