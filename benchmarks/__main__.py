@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
             "processes",
             "claims",
             "growth",
+            "busy",
             "real",
             "roofline",
             "gpu",

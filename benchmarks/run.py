@@ -94,6 +94,7 @@ def _rows(
     seconds: float | None = None,
 ) -> Iterator[Record]:
     from benchmarks import (
+        busy,
         compare,
         data,
         dpo,
@@ -138,6 +139,8 @@ def _rows(
         return real.bench(model, pairs, rounds=2 if quick else real.ROUNDS)
     if what == "growth":
         return growth.bench({"pairs": (1,)}, rounds=1) if quick else growth.bench()
+    if what == "busy":
+        return busy.bench(1, {"one thread": busy.THREADS["one thread"]}) if quick else busy.bench()
     if what == "roofline":
         return roofline.rows(quick=quick)
     if what == "dpo":
