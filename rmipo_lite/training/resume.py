@@ -21,6 +21,7 @@ from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.checkpoints.state import load_state
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.checkpoints.weights import fingerprint
+from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import redact
@@ -208,12 +209,22 @@ class GoingOn(TrainerBeside):
                 f"{folder.name}: learning_rate was {rate} there, and 'auto' looks for one before a "
                 "run, not in its middle; pass a number"
             )
-        if self.args.prior == "cached" != was:
-            raise CheckpointError(
-                f"{folder.name}: prior was {was!r} there and is 'cached' here, which is that of "
-                f"the model before training; go on with {was!r}"
-            )
+        if self.args.uses_prior and self.args.prior == "cached":
+            self._refuse_a_later_prior(folder.name, state, was)
         return state
+
+    def _refuse_a_later_prior(self, name: str, state: dict[str, Any], was: str) -> None:
+        """A cached prior is that of the model before training, which isn't there any more."""
+        loss_type = state.get("options", {}).get("loss_type", self.args.loss_type)
+        there = f"prior was {was!r}"
+        if not method_named(loss_type).needs_prior:
+            there, was = f"loss_type was {loss_type!r}, which has no prior,", "live"
+        elif was == "cached" and state["prior_cache"] is not None:
+            return
+        raise CheckpointError(
+            f"{name}: {there} there and is 'cached' here, which is that of the model before "
+            f"training; go on with prior={was!r}"
+        )
 
     def take_changes(self, state: dict[str, Any]) -> None:
         """Find out what has changed since the checkpoint, and say it."""

@@ -89,6 +89,17 @@ def test_another_run_is_refused_by_name(
     assert "there and" in str(error.value)
 
 
+@pytest.mark.parametrize("prior", ["live", "cached"])
+def test_a_method_without_a_prior_left_none(prior: str, tmp_path: Path) -> None:
+    """Scored now it would be that of a model half trained."""
+    options = {**_OPTIONS, "prior": prior}
+    train_words(tiny_model("llama"), tmp_path / "dpo", _ROWS, loss_type="dpo", **options)
+    words = "loss_type was 'dpo', which has no prior, there and is 'cached' here"
+    with pytest.raises(CheckpointError, match=words):
+        _resumed(tmp_path / "dpo", tmp_path / "cached", prior="cached", beta=2.0)
+    _resumed(tmp_path / "dpo", tmp_path / "live", prior="live", beta=2.0, max_steps=6)
+
+
 def test_the_same_options_go_on_without_a_word(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
