@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
             "claims",
             "growth",
             "busy",
+            "drift",
             "real",
             "roofline",
             "gpu",

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,6 +99,7 @@ def _rows(
         compare,
         data,
         dpo,
+        drift,
         estimates,
         gpu_head,
         gpu_step,
@@ -139,6 +141,9 @@ def _rows(
         return real.bench(model, pairs, rounds=2 if quick else real.ROUNDS)
     if what == "growth":
         return growth.bench({"pairs": (1,)}, rounds=1) if quick else growth.bench()
+    if what == "drift":
+        some: dict[str, Any] = {"rates": (1e-3,), "steps": 2, "batch": 4} if quick else {}
+        return drift.bench(model or MODEL, pairs or PAIRS, **some)
     if what == "busy":
         return busy.bench(1, {"one thread": busy.THREADS["one thread"]}) if quick else busy.bench()
     if what == "roofline":
