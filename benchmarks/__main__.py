@@ -49,9 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="one small shape: does it run?")
     parser.add_argument(
-        "--model", type=Path, help="merge, claims, real: folder of a model (merge: the demo's)"
+        "--model",
+        type=Path,
+        help="merge, drift, claims, real: folder of a model (merge, drift: the demo's)",
     )
-    parser.add_argument("--pairs", type=Path, help="data, merge, real: pairs (default: the demo's)")
+    parser.add_argument(
+        "--pairs", type=Path, help="data, merge, drift, real: pairs (default: the demo's)"
+    )
     parser.add_argument(
         "--tokenizer", type=Path, help="data: folder of a tokenizer (default: the demo's)"
     )
