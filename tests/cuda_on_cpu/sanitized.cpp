@@ -71,11 +71,8 @@ int main() {
     }
     rows(4, 4101, 3, type, false);
   }
-  for (const int64_t vocab_size : {1, 7, 4101}) {
-    for (const bool plain : {true, false}) {
-      rows(4, vocab_size, 3, GradType::kBFloat16, plain, true);
-    }
-  }
+  rows(4, 7, 3, GradType::kBFloat16, true, true);
+  for (const bool plain : {true, false}) rows(4, 4101, 3, GradType::kBFloat16, plain, true);
   pairs(3, 200);
   pairs(1, 0);
   return 0;

@@ -19,40 +19,6 @@ import torch
 from rmipo_lite.ops import build, library, linear_logps, native
 from tests.conftest import ROOT
 
-PROBE = """
-from pathlib import Path
-from rmipo_lite.ops import library
-library._PACKAGE = Path("no prebuilt library")
-print(library.status("cpu").kind, library.status("cpu").reason, sep="|")
-"""
-
-
-def start(cache: Path) -> subprocess.Popen[str]:
-    env = {**os.environ, "RMIPO_LITE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    env.setdefault("PYTHONPATH", str(ROOT))
-    return subprocess.Popen(
-        [sys.executable, "-c", PROBE], env=env, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> list[str]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out.strip().split("|")
-
-
-@pytest.mark.slow
-def test_four_processes_build_once(tmp_path: Path) -> None:
-    """At once, on an empty cache whose path has a blank and an umlaut."""
-    cache = tmp_path / "a b" / "ü"
-    answers = [finish(p) for p in [start(cache) for _ in range(4)]]
-    assert {answer[1] for answer in answers} == {"None"}
-    assert sorted(answer[0] for answer in answers) == ["built", "cached", "cached", "cached"]
-    assert len(list(cache.rglob("*.so"))) == 1
-    assert not list(cache.glob("build-*"))
-    assert not list(cache.rglob("lock"))  # torch's own, which nothing would ever release
-
 
 @pytest.fixture
 def no_prebuilt(monkeypatch, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def _trainer(folder: Path, **options: Any) -> RMiPOTrainer:
     model = options.pop("model", None) or tiny_model("llama")
     peft_config, callbacks = options.pop("peft_config", "auto"), options.pop("callbacks", None)
     settings = {
-        "max_steps": 18, "per_device_train_batch_size": 7, "learning_rate": 2e-3, "use_cpu": True,
+        "max_steps": 18, "per_device_train_batch_size": 7, "learning_rate": 1e-3, "use_cpu": True,
         "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 9,
         "logging_steps": 1, "disable_tqdm": True, "eval_completions": 0, "sft_weight": 1.0,
         "max_tokens_per_microstep": 60, "save_pair_values": True,
