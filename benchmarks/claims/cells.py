@@ -79,6 +79,7 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
             yield from _grid(
                 "gemma", tasks, tuned, (rate,), (seed,), ("off",), guards=_BARE, **shape
             )
+    for seed in range(2):
         for guards in (_BARE, (ANCHOR, 0.0), (0.0, SFT)):
             yield from _grid(
                 "gemma", tasks, ("rmipo",), ("auto",), (seed,), ("auto", "off"), guards=guards,
