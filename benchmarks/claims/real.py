@@ -220,7 +220,7 @@ class _Sampled(LogitsProcessor):
         best, words = scores.topk(MOST_WORDS)
         shares = (best - scores.logsumexp(-1, keepdim=True)).exp()
         best = best.masked_fill(shares.cumsum(-1) - shares >= SHARE, -torch.inf)
-        noise = -(-torch.rand_like(best).log()).log()
+        noise = -(-torch.rand_like(best).clamp(min=1e-9).log()).log()  # of 0 it would be infinite
         return torch.full_like(scores, -torch.inf).scatter(-1, words, best + noise)
 
 

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from rmipo_lite.adapters.start import Weights, has_averages, trained_weights
+from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.data.unpaired import weights_advice
+from rmipo_lite.methods.table import method_named
 from rmipo_lite.model import batch, loading
 from rmipo_lite.output.console import say
 from rmipo_lite.step.losses import memory_of, pairs_digest
@@ -159,11 +161,40 @@ class KnowsBefore(TrainerBeside):
             at |= {pair.row: now for pair in old}
         return sum(sum(batch.prior_lengths(pair, self._prior_front)) for pair in old)
 
+    def refuse_later_prior(self, name: str, state: dict[str, Any]) -> None:
+        """Before a run goes on from a checkpoint with `prior="cached"`.
+
+        That is the prior of the model before training, which is there in the checkpoint or nowhere.
+
+        Raises:
+            CheckpointError: it has none, or one of another `prior_context`.
+        """
+        options, args = state.get("options", {}), self.args  # no options in those of 0.1.0
+        was, context = options.get("prior"), options.get("prior_context")
+        loss_type = options.get("loss_type", args.loss_type)
+        if state["prior_cache"] is not None and not state.get("priors_scored_at"):
+            if state.get("priors_of", "") in ("", self._digest_of_priors()):
+                return
+            there = f"prior_context was {context!r} there and is {args.prior_context!r} here, and"
+        elif not method_named(loss_type).needs_prior:
+            there = f"loss_type was {loss_type!r}, which has no prior, there and prior is 'cached'"
+            there += " here,"
+        elif was is None or was == "cached":
+            there = "no prior was cached there and prior is 'cached' here,"
+        else:
+            there = f"prior was {was!r} there and is 'cached' here,"
+        raise CheckpointError(
+            f"{name}: {there} a cached prior is that of the model before training; go on with "
+            f"prior={'live' if was in (None, 'cached') else was!r}"
+        )
+
+    def _digest_of_priors(self) -> str:
+        digest = pairs_digest(cast(list[TokenizedPair], self.train_dataset))
+        return f"{digest} behind {list(self._prior_front)}" if self._prior_front else digest
+
     def _look_at_cached_priors(self) -> None:
         """Forget a checkpoint's that are of other pairs."""
-        digest = pairs_digest(cast(list[TokenizedPair], self.train_dataset))
-        if self._prior_front:
-            digest += f" behind {list(self._prior_front)}"
+        digest = self._digest_of_priors()
         known = self.pair_step.prior_cache is not None
         if known and self._priors_of not in ("", digest):
             say("The checkpoint's cached priors are of other pairs or another prior_context: anew")

@@ -8,7 +8,7 @@ change between two calls: learning rate, schedule, steps, batch, optimizer, loss
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.checkpoints.state import load_state
 from rmipo_lite.checkpoints.trainer_mixin import TrainerBeside
 from rmipo_lite.checkpoints.weights import fingerprint
-from rmipo_lite.methods.table import method_named
 from rmipo_lite.model.generation import vocabulary_size
 from rmipo_lite.output.console import say
 from rmipo_lite.output.redaction import redact
@@ -176,6 +175,7 @@ def changed_options(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, tu
 class GoingOn(TrainerBeside):
     """Mixin for `transformers.Trainer`: a resumed run, with other options where these changed."""
 
+    refuse_later_prior: Callable[[str, dict[str, Any]], None]  # of `KnowsBefore`
     changed: Mapping[str, Any]
     _place: tuple[int, int] | None = None  # where a checkpoint stands: epochs, pairs of the next
     _step_before: int = 0
@@ -202,7 +202,6 @@ class GoingOn(TrainerBeside):
         state: dict[str, Any] = load_state(folder, "extra_state")
         if "identity" in state:  # absent in checkpoints of version 0.1.0
             refuse_other_run(state["identity"], identity(self), folder.name)
-        was = state.get("options", {}).get("prior", self.args.prior)
         rate = state.get("options", {}).get("learning_rate", self.args.learning_rate)
         if self.args.learning_rate == "auto" and rate != "auto":
             raise CheckpointError(
@@ -210,21 +209,8 @@ class GoingOn(TrainerBeside):
                 "run, not in its middle; pass a number"
             )
         if self.args.uses_prior and self.args.prior == "cached":
-            self._refuse_a_later_prior(folder.name, state, was)
+            self.refuse_later_prior(folder.name, state)
         return state
-
-    def _refuse_a_later_prior(self, name: str, state: dict[str, Any], was: str) -> None:
-        """A cached prior is that of the model before training, which isn't there any more."""
-        loss_type = state.get("options", {}).get("loss_type", self.args.loss_type)
-        there = f"prior was {was!r}"
-        if not method_named(loss_type).needs_prior:
-            there, was = f"loss_type was {loss_type!r}, which has no prior,", "live"
-        elif was == "cached" and state["prior_cache"] is not None:
-            return
-        raise CheckpointError(
-            f"{name}: {there} there and is 'cached' here, which is that of the model before "
-            f"training; go on with prior={was!r}"
-        )
 
     def take_changes(self, state: dict[str, Any]) -> None:
         """Find out what has changed since the checkpoint, and say it."""

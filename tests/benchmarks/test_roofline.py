@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.records import Record
+from benchmarks.records import Record, read
 from rmipo_lite.planning.cards import find_card
+from tests.conftest import ROOT
 
 
 def test_operations_and_bytes_by_hand() -> None:
@@ -32,6 +33,23 @@ def test_an_operation_takes_the_longer_of_both() -> None:
     assert layers.moving(1008e9) == pytest.approx(1000 / 0.9)
     found = layers._milliseconds({("products", 165 * 10**12, 1): 2, ("products", 1, 10**9): 1})
     assert found["products"] == pytest.approx(2000 / 0.88 + 1000 / 0.9 / 1008)
+
+
+def test_float16_reads_its_logits_twice() -> None:
+    for name, is_less in (("RTX 4090", True), ("T4", False)):
+        once, twice = (
+            roofline._head(
+                roofline._Layers(roofline.MODELS["0.5B"], way, find_card(name), in_4_bits=False),
+                512, way, grad=True,
+            )
+            for way in (roofline.WAYS[4], roofline.WAYS[3])
+        )  # fmt: skip
+        assert (once < twice) == is_less
+
+
+def test_the_page_has_the_table_of_the_rows() -> None:
+    rows = read(ROOT / "benchmarks" / "roofline.csv")
+    assert roofline.table(rows) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

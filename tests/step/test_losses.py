@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.step.losses import cached_prior, chosen_token_nll, losses
 from tests.kit import random_pairs, tiny_trainer
@@ -166,22 +167,25 @@ def test_priors_that_are_always_new_are_the_live_ones(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_cached_priors_are_those_of_their_context(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("prior", ["cached", "refresh:9"])
+def test_priors_are_those_of_their_context(
+    prior: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that goes on with another prior_context doesn't take the checkpoint's."""
+    """A cached one of another context was never scored; one that is refreshed is scored anew."""
     options: dict[str, Any] = {
         "pairs": random_pairs(4),
-        "prior": "cached",
+        "prior": prior,
         "save_steps": 1,
         "save_strategy": "steps",
     }
     first = tiny_trainer(tmp_path, max_steps=1, **options)
     first.train()
     again = tiny_trainer(tmp_path, max_steps=2, prior_context="bos", **options)
+    if prior == "cached":
+        words = "prior_context was 'auto' there and is 'bos' here, and a cached prior is that of"
+        with pytest.raises(CheckpointError, match=words):
+            again.train(resume_from_checkpoint=True)
+        return
     again.train(resume_from_checkpoint=True)
     assert "of other pairs or another prior_context" in capsys.readouterr().out
     assert again.pair_step.prior_cache != first.pair_step.prior_cache
-    third = tiny_trainer(tmp_path, max_steps=3, prior_context="bos", **options)
-    third.train(resume_from_checkpoint=True)
-    assert third.pair_step.prior_cache == again.pair_step.prior_cache

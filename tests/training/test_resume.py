@@ -94,10 +94,23 @@ def test_a_method_without_a_prior_left_none(prior: str, tmp_path: Path) -> None:
     """Scored now it would be that of a model half trained."""
     options = {**_OPTIONS, "prior": prior}
     train_words(tiny_model("llama"), tmp_path / "dpo", _ROWS, loss_type="dpo", **options)
-    words = "loss_type was 'dpo', which has no prior, there and is 'cached' here"
+    words = "loss_type was 'dpo', which has no prior, there and prior is 'cached' here"
     with pytest.raises(CheckpointError, match=words):
         _resumed(tmp_path / "dpo", tmp_path / "cached", prior="cached", beta=2.0)
-    _resumed(tmp_path / "dpo", tmp_path / "live", prior="live", beta=2.0, max_steps=6)
+    _resumed(tmp_path / "dpo", tmp_path / "live", prior="live", beta=2.0, max_steps=12)
+
+
+def test_a_cached_prior_outlives_a_method_without_one(tmp_path: Path) -> None:
+    """It is that of the untrained model still, unless it was scored again on the way."""
+    for prior in ("cached", "refresh:3"):
+        begun, between = tmp_path / prior[:6], tmp_path / f"{prior[:6]}, simpo"
+        train_words(tiny_model("llama"), begun, _ROWS, prior=prior, **_OPTIONS)
+        _resumed(begun, between, prior="cached", loss_type="simpo", max_steps=12)
+        if prior == "cached":
+            _resumed(between, tmp_path / "end", prior="cached", max_steps=14)
+            continue
+        with pytest.raises(CheckpointError, match="cached prior is that of the model before"):
+            _resumed(between, tmp_path / "other end", prior="cached", max_steps=14)
 
 
 def test_the_same_options_go_on_without_a_word(
