@@ -73,12 +73,10 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
     rates = ("0.0003", "0.001", "0.0001")
     tuned = ("simpo 10 0.3", "simpo 2 0.8", "dpo 0.1")
     for seed in range(2):
-        yield from _grid("gemma", tasks, ("rmipo",), ("auto",), (seed,), ("auto",), **shape)
-        for rate in rates:
+        for rate in ("auto", *rates):
             yield from _grid("gemma", tasks, ("rmipo",), (rate,), (seed,), ("auto",), **shape)
-            yield from _grid(
-                "gemma", tasks, tuned, (rate,), (seed,), ("off",), guards=_BARE, **shape
-            )
+    for seed in range(2):
+        yield from _grid("gemma", tasks, tuned, rates, (seed,), ("off",), guards=_BARE, **shape)
     for seed in range(2):
         for guards in (_BARE, (ANCHOR, 0.0), (0.0, SFT)):
             yield from _grid(
