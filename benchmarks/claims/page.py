@@ -27,9 +27,9 @@ def tables(rows: Rows) -> str:
     worlds = dict.fromkeys(row["world"] for row in rows)
     # A run that stands for the one without balance too differs from that in nothing else.
     runs = {tuple(value for key, value in row.items() if key != "balance") for row in rows}
-    parts = [
-        f"{len(runs)} runs, {rows[0]['device']}, torch {rows[0]['torch']}, to {rows[-1]['date']}."
-    ]
+    devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
+    last = max(row["date"] for row in rows)
+    parts = [f"{len(runs)} runs, torch {rows[0]['torch']}, to {last}. {devices}."]
     for loss in ("rmipo", "simper"):
         parts += [
             f"Regret of the untuned `{loss}`:",
@@ -39,6 +39,8 @@ def tables(rows: Rows) -> str:
         for task in dict.fromkeys(row["task"] for row in rows if row["world"] == world):
             parts += [f"### {world}: {task}", "Every default on, by loss and rate:"]
             parts.append(table.rate_table(rows, world, task))
+            parts += ["Anchor and likelihood off, the better of balance on and off:"]
+            parts.append(table.bare_table(rows, world, task))
             parts += ["What each of the three does to `rmipo`:"]
             parts.append(table.end_rule_table(rows, world, task, "rmipo"))
         parts += [f"### {world}: other shapes", "Reward of the default, and the rate found:"]

@@ -115,15 +115,29 @@ def regret_table(rows: Rows, setting: Setting = DEFAULT) -> str:
 
 
 def rate_table(rows: Rows, world: str, task: str) -> str:
-    """Reward by loss and rate, length balance and anchor on."""
+    """Reward by loss and rate, with every default on."""
     cells = grid(rows, world, task)
-    rates = list(dict.fromkeys(s.rate for s in cells if s.balance == "auto"))
+    return _by_rate({s: rewards(runs) for s, runs in cells.items() if s == Setting(s.loss, s.rate)})
+
+
+def bare_table(rows: Rows, world: str, task: str) -> str:
+    """Likewise without anchor and likelihood, the better of balance on and off."""
+    found: dict[Setting, list[float]] = {}
+    for setting, runs in grid(rows, world, task).items():
+        if (setting.anchor, setting.sft) == ("0.0", "0.0"):
+            loss, values = Setting(setting.loss, setting.rate), rewards(runs)
+            found[loss] = max(found.get(loss, values), values, key=statistics.mean)
+    return _by_rate(found)
+
+
+def _by_rate(found: dict[Setting, list[float]]) -> str:
+    rates = list(dict.fromkeys(setting.rate for setting in found))
     rates.sort(key=lambda rate: (rate.startswith("auto"), 0 if rate[0] == "a" else float(rate)))
     lines = ["| loss | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
     for loss in LOSSES:
-        runs = [cells.get(Setting(loss, rate)) for rate in rates]
+        runs = [found.get(Setting(loss, rate)) for rate in rates]
         if any(runs):
-            texts = [f"{statistics.mean(rewards(r)):.3f}" if r else "" for r in runs]
+            texts = [f"{statistics.mean(r):.3f}" if r else "" for r in runs]
             lines.append(f"| {loss} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

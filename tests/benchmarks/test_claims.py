@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 from benchmarks.claims import cells, page, prompts, small, table, write_page
@@ -70,6 +71,23 @@ def test_no_run_is_made_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["claims", "--quick", "--output_dir", str(tmp_path)])
     assert len(read(tmp_path / "quick" / "claims" / "claims.csv")) == 1
     assert "1 rows are there, 0 runs to make" in capsys.readouterr().out
+
+
+def test_a_real_models_answers_are_samples_of_the_likeliest() -> None:
+    """Chi-squared of 20,000 draws against the likeliest 95 %, and nothing else."""
+    from benchmarks.claims.real import SHARE, _Sampled
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 1500, generator=generator)
+    wanted, words = logits.softmax(-1)[0].sort(descending=True)
+    wanted = wanted[wanted.cumsum(0) - wanted < SHARE]
+    torch.manual_seed(1)
+    drawn = _Sampled()(torch.empty(0), logits.expand(20000, -1)).argmax(-1)
+    found = drawn.bincount(minlength=1500)[words]
+    assert found[len(wanted) :].sum() == 0
+    expected = 20000 * wanted / wanted.sum()
+    chi_squared = ((found[: len(wanted)] - expected) ** 2 / expected).sum().item()
+    assert abs(chi_squared - len(wanted)) < 4 * (2 * len(wanted)) ** 0.5
 
 
 # ---- what a program can judge of a real model's answers ---------------------------------------
@@ -144,6 +162,19 @@ def test_regret_is_against_the_best_tuned_cell_seed_by_seed(tmp_path: Path) -> N
         writer.writeheader()
         writer.writerows(rows)
     assert table.regret_table(read(tmp_path / "claims.csv")) == table.regret_table(rows)
+
+
+def test_without_guards_the_better_of_both_balances_stands(tmp_path: Path) -> None:
+    bare = {"anchor": 0.0, "sft": 0.0}
+    rows = [
+        _row("dpo 0.1", "0.001", seed, reward, balance=balance, **bare)
+        for balance, rewards in (("auto", (0.1, 0.3)), ("off", (0.4, 0.2)))
+        for seed, reward in enumerate(rewards)
+    ]
+    rows += [_row("rmipo", "0.003", 0, 0.9), _row("rmipo", "0.003", 0, 0.5, anchor=0.0)]
+    assert table.bare_table(rows, "demo", "clean").splitlines() == [
+        "| loss | 0.001 |", "|---|---|", "| dpo 0.1 | 0.300 |",
+    ]  # fmt: skip
 
 
 def test_the_page_has_a_table_of_everything_and_a_picture(tmp_path: Path) -> None:
