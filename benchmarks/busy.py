@@ -24,7 +24,6 @@ from rmipo_lite.output.console import say
 ROUNDS = 3
 THREADS = {
     "two threads": {"OMP_NUM_THREADS": "2"},
-    "two, spin 10000": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "10000"},
     "two, spin 1000": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"},
     "two, spin 100": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "100"},
     "one thread": {"OMP_NUM_THREADS": "1"},
