@@ -9,6 +9,7 @@ from benchmarks.claims import table
 from benchmarks.claims.runs import read, with_twins
 from benchmarks.claims.table import DEFAULT, Rows, Setting
 
+_COLUMNS = 3  # of the picture
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 
 
@@ -44,7 +45,9 @@ def tables(rows: Rows) -> str:
             parts += ["What each of the three does to `rmipo`:"]
             parts.append(table.end_rule_table(rows, world, task, "rmipo"))
         parts += [f"### {world}: other shapes", "Reward of the default, and the rate found:"]
-        parts += [table.shape_table(rows, world), table.start_table(rows, world)]
+        parts += [table.shape_table(rows, world)]
+        started = table.start_table(rows, world)
+        parts += [started] if started.count("\n") > 1 else []
     return "\n\n".join(parts)
 
 
@@ -53,10 +56,13 @@ def _draw(rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     places = list(dict.fromkeys((row["world"], row["task"]) for row in rows))
-    figure = Figure(figsize=(3.2 * len(places), 3), layout="constrained")
-    fields = figure.subplots(1, len(places), squeeze=False)[0]
+    lines = -(-len(places) // _COLUMNS)
+    figure = Figure(figsize=(3.6 * min(len(places), _COLUMNS), 3 * lines), layout="constrained")
+    fields = figure.subplots(lines, min(len(places), _COLUMNS), squeeze=False).flatten()
+    for unused in fields[len(places) :]:
+        unused.set_axis_off()
     bare = {"balance": "off", "anchor": "0.0", "sft": "0.0"}
-    for axes, (world, task) in zip(fields, places, strict=True):
+    for axes, (world, task) in zip(fields, places, strict=False):
         cells = table.grid(rows, world, task)
         for loss, colour in (("rmipo", "#2c6fa6"), ("simper", "#4daf7c")):
             for changed, style, name in ((bare, ":", "alone"), ({}, "-", "defaults")):
