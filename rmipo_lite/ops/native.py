@@ -105,15 +105,21 @@ def row_logps(
     torch.ops.rmipo_lite.row_logps(
         logits,
         target_ids.contiguous(),
-        None if transform.bias is None else transform.bias.to(logits.dtype).contiguous(),
-        transform.softcap or 0.0,
-        transform.scale,
+        *_numbers_of(transform, logits.dtype),
         None if row_scale is None else row_scale.to(logits.dtype).contiguous(),
         logps,
         grads,
         device_flag(logits.device),
     )
     return logps
+
+
+def _numbers_of(
+    transform: LogitTransform, dtype: torch.dtype
+) -> tuple[Tensor | None, float, float]:
+    """Bias, softcap and scale as the kernels of whole rows take them."""
+    bias = None if transform.bias is None else transform.bias.to(dtype).contiguous()
+    return bias, transform.softcap or 0.0, transform.scale
 
 
 def row_exponentials(
@@ -127,9 +133,7 @@ def row_exponentials(
     torch.ops.rmipo_lite.row_exponentials(
         logits,
         target_ids.contiguous(),
-        None if transform.bias is None else transform.bias.to(logits.dtype).contiguous(),
-        transform.softcap or 0.0,
-        transform.scale,
+        *_numbers_of(transform, logits.dtype),
         logps,
         grads,
         factors,
