@@ -58,7 +58,7 @@ def chunks(
 
 def scored(step: PairStep, file: ScoreFile | None = None, size: int = CHUNK) -> PairScores:
     file = ScoreFile(None, {}) if file is None else file
-    step.max_tokens, step.packing = file.begin(step.max_tokens, step.packing)
+    step.max_tokens_no_grad, step.packing = file.begin(step.budget_no_grad, step.packing)
     return score_pairs(step, chunks(random_pairs(COUNT), size), rows(), file)
 
 
@@ -309,7 +309,7 @@ def _transposed() -> Tensor:
 def test_only_some_micro_steps_are_run_again(tmp_path: Path) -> None:
     step = step_of(tmp_path)
     file = ScoreFile(tmp_path, {})
-    step.max_tokens, step.packing = file.begin(step.max_tokens, step.packing)
+    step.max_tokens_no_grad, step.packing = file.begin(step.budget_no_grad, step.packing)
     pairs = random_pairs(COUNT)[:CHUNK]
     parts = list(islice(step.evaluate(pairs), 2))
     assert len(parts[1][0]) > 1
