@@ -41,17 +41,22 @@ def bench(
     rates: tuple[float, ...] = RATES,
     steps: int = STEPS,
     batch: int = BATCH,
+    epoch: int = EPOCH,
+    priors: tuple[str, ...] = PRIORS,
 ) -> Iterator[Record]:
-    """A row of every rate and prior: the mean over a run's pairs and steps."""
-    rows = [row for row in load_rows(str(pairs)).rows if _is_short(row)][: EPOCH * batch]
+    """Rows of every rate and prior: the mean over a run's pairs, and over those of its last epoch.
+
+    The rows of a larger model are of 30 steps of 8 pairs, 10 an epoch, and of refresh:11.
+    """
+    rows = [row for row in load_rows(str(pairs)).rows if _is_short(row)][: epoch * batch]
     records = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in rows]
     for rate in rates:
-        for prior in PRIORS:
+        for prior in priors:
             found = _distances(model, records, prior, rate, steps, batch)
             shape = f"{short_name(str(model))}, rate {rate:g}, {steps} steps of {batch}"
             for metric, value in (
                 ("distance from the live gamma", statistics.mean(found)),
-                ("the same in the last 30 steps", statistics.mean(found[-EPOCH * batch :])),
+                (f"the same in the last {epoch} steps", statistics.mean(found[-epoch * batch :])),
             ):
                 yield Record("drift", prior, shape, "fp32", metric, "", value)
 
