@@ -18,10 +18,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.merge import short_rows
 from benchmarks.records import Record
 from rmipo_lite import run
 from rmipo_lite.config import RMiPOConfig
-from rmipo_lite.data.rows import Row, load_rows
 from rmipo_lite.demo.data import MODEL, PAIRS
 from rmipo_lite.model.names import short_name
 from rmipo_lite.ops import rmipo_loss
@@ -32,7 +32,6 @@ from rmipo_lite.step.pair_values import PairValues
 RATES = (1e-4, 3e-4, 1e-3)
 PRIORS = ("cached", "refresh:31")
 STEPS, BATCH, EPOCH = 90, 16, 30  # steps of an epoch, so that every pair comes three times
-_LONGEST = 260  # characters of a text
 
 
 def bench(
@@ -48,8 +47,7 @@ def bench(
 
     The rows of a larger model are of 30 steps of 8 pairs, 10 an epoch, and of refresh:11.
     """
-    rows = [row for row in load_rows(str(pairs)).rows if _is_short(row)][: epoch * batch]
-    records = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in rows]
+    records = short_rows(pairs, epoch * batch)
     for rate in rates:
         for prior in priors:
             found = _distances(model, records, prior, rate, steps, batch)
@@ -59,10 +57,6 @@ def bench(
                 (f"the same in the last {epoch} steps", statistics.mean(found[-epoch * batch :])),
             ):
                 yield Record("drift", prior, shape, "fp32", metric, "", value)
-
-
-def _is_short(row: Row) -> bool:
-    return max(len(str(text)) for text in (row.prompt, row.chosen, row.rejected)) < _LONGEST
 
 
 def _distances(

@@ -35,8 +35,7 @@ _LONGEST = 260  # characters of a text: four-bit products are slow on a CPU
 
 def bench(model: Path = MODEL, pairs: Path = PAIRS, steps: int = STEPS) -> Iterator[Record]:
     """Rows of every way, of one run of the model on short pairs of a file."""
-    rows = [row for row in load_rows(str(pairs)).rows if _is_short(row)][:_MOST]
-    records = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in rows]
+    records = short_rows(pairs, _MOST)
     shape = f"{short_name(str(model))}, NF4, {steps} steps"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,8 +52,13 @@ def bench(model: Path = MODEL, pairs: Path = PAIRS, steps: int = STEPS) -> Itera
             yield Record("merge", way, shape, "", "same likeliest", "share", found.top1)
 
 
-def _is_short(row: Any) -> bool:
-    return max(len(str(text)) for text in (row.prompt, row.chosen, row.rejected)) < _LONGEST
+def short_rows(pairs: Path, most: int) -> list[dict[str, Any]]:
+    """The first so many rows of a file whose texts are short, as `train` takes them."""
+    rows = [(row.prompt, row.chosen, row.rejected) for row in load_rows(str(pairs)).rows]
+    short = [texts for texts in rows if max(len(str(text)) for text in texts) < _LONGEST]
+    return [
+        dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in short[:most]
+    ]
 
 
 def _trained(model: Path, rows: list[Any], folder: Path, steps: int) -> TrainResult:

@@ -101,8 +101,8 @@ def counted(
     found: dict[str, list[float]] = {name: [] for name in OURS}
     shares = []
     for pairs in draws:
-        longest = max(len(p.prompt_ids) + max(map(len, sides_of(p))) for p in pairs)
-        responses = sum(len(ids) for p in pairs for ids in sides_of(p))
+        longest = max(len(p.prompt_ids) + max(map(len, _sides(p))) for p in pairs)
+        responses = sum(len(ids) for p in pairs for ids in _sides(p))
         read = responses + sum(len(p.prompt_ids) - 2 for p in pairs)
         theirs = 2 * len(pairs) * longest * 2 * (body + head)
         simpo, prior = 2 * (read * body + responses * head), responses * (body + head)
@@ -116,7 +116,7 @@ def counted(
     yield Record("real", "ours", shape, dtype, metric, "ratio", *summarize(shares))
 
 
-def sides_of(pair: TokenizedPair) -> tuple[list[int], list[int]]:
+def _sides(pair: TokenizedPair) -> tuple[list[int], list[int]]:
     """Both responses."""
     return pair.chosen_ids, pair.rejected_ids
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from benchmarks import drift
-from rmipo_lite.data.rows import load_rows
+from benchmarks.merge import short_rows
 from rmipo_lite.demo.data import MODEL, PAIRS
 
 
 def test_a_cached_prior_drifts_and_one_scored_at_every_step_does_not() -> None:
-    rows = [
-        {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-        for row in load_rows(str(PAIRS)).rows[:32]
-    ]
+    rows = short_rows(PAIRS, 32)
     cached, live = (
         drift._distances(MODEL, rows, prior, rate=1e-2, steps=6, batch=4)
         for prior in ("cached", "refresh:1")
