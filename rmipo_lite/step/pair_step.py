@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -44,8 +45,11 @@ from rmipo_lite.step.reference import Reference
 from rmipo_lite.step.together import Sums, evaluated_by_all, outcome_of_all, solved_of, sums_of
 from rmipo_lite.tokens.pair import TokenizedPair
 
+T = TypeVar("T")
 Backward = Callable[[Tensor], None]
 PriorOf = Callable[[Sequence[TokenizedPair]], tuple[Tensor, Tensor]]
+# By row, of pairs, the hidden rows (N, H) that predict their scored tokens, head and input.
+Reader = Callable[[Sequence[TokenizedPair], Tensor, ModelHead, ModelInput], Mapping[int, T]]
 Sides = tuple[Tensor, Tensor]  # token log-probs of a pair's chosen and rejected response
 
 
@@ -120,27 +124,29 @@ class PairStep(MicroSteps):
     @torch.no_grad()
     def prior_means(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
         """Mean prior log-prob of both sides of every pair, for `prior="cached"`."""
-        return self._side_means(pairs, self._live_prior, batch.bare)
 
-    def _side_means(
-        self,
-        pairs: Sequence[TokenizedPair],
-        score: PriorOf,
-        read: Callable[[TokenizedPair], TokenizedPair] = lambda pair: pair,
-    ) -> SideMeans:
         def own() -> SideMeans:
             means: SideMeans = {}
-            for part, scored in self._in_parts(pairs, score, read):
+            for part, scored in self._in_parts(pairs, self._live_prior, batch.bare):
                 means |= side_means(part, *scored)
             return means
 
         return self.group.merged(self._agreed(own))
 
     @torch.no_grad()
-    def response_logps(self, pairs: Sequence[TokenizedPair]) -> SideMeans:
-        """Mean log-prob of both sides of every pair given the prompt; nothing random is drawn."""
+    def of_responses(self, pairs: Sequence[TokenizedPair], read: Reader[T]) -> dict[int, T]:
+        """What `read` makes, by row, of the states of all pairs; nothing random is drawn."""
+
+        def passed(part: Sequence[TokenizedPair]) -> Mapping[int, T]:
+            policy = self._policy(part)
+            return read(part, self._hidden(policy), read_head(self.model), policy)
+
+        def own() -> dict[int, T]:
+            parts = self._in_parts(pairs, passed)
+            return {row: made for _, found in parts for row, made in found.items()}
+
         with evaluating(self.model):
-            return self._side_means(pairs, self._scored)
+            return self.group.merged(self._agreed(own))
 
     @torch.no_grad()
     def response_sums(

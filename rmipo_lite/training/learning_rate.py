@@ -8,7 +8,6 @@ was found passed by hand, whatever its schedule, warm-up and batch.
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,8 @@ from rmipo_lite.data.report import name_rows
 from rmipo_lite.output.console import say
 from rmipo_lite.planning.range_test import FIRST_RATE, RangeTest
 from rmipo_lite.step.gradients import clip
-from rmipo_lite.step.losses import SideMeans
+from rmipo_lite.step.likely_words import LikelyWords
+from rmipo_lite.step.pair_step import PairStep
 from rmipo_lite.tokens.pair import TokenizedPair
 from rmipo_lite.training.evaluation import set_mode
 from rmipo_lite.training.interrupt import GracefulInterrupt
@@ -82,17 +82,15 @@ class FindsLearningRate(TrainerBeside):
             return
         pairs = cast(list[TokenizedPair], self.train_dataset)
         draw = random.Random(self.args.seed)
-        measured = draw.sample(pairs, min(len(pairs), _MEASURED_PAIRS))
-        start = self.pair_step.response_logps(measured)
-        measured = _finite(measured, start)
-        self.range_test = test = RangeTest(_own_means(measured, start))
+        measured = _measured(self.pair_step, draw.sample(pairs, min(len(pairs), _MEASURED_PAIRS)))
+        self.range_test = test = RangeTest()
         looking = phase(cast(Any, self), test.words)
         tries = self.pair_step.put_back()
         with kept_random_state(), tries, self._put_back() as optimizer, looking as advance:
             while not test.is_over:
                 size = min(len(pairs), self.args.pairs_per_step, PAIRS_OF_A_STEP)
                 self._step_at(test.rate, optimizer, draw.sample(pairs, size))
-                test.stepped(self._logps(measured))
+                test.stepped(*measured.shares())
                 advance(test.taken, test.words)
                 self._hear()
         self.found_rate = rate = test.learning_rate(self._schedule_factors())
@@ -146,10 +144,6 @@ class FindsLearningRate(TrainerBeside):
         """Of float16 gradients, else None."""
         return getattr(self.accelerator, "scaler", None)
 
-    def _logps(self, pairs: list[TokenizedPair]) -> list[float]:
-        """Mean log-prob of both responses of every pair, nats per token."""
-        return _own_means(pairs, self.pair_step.response_logps(pairs))
-
     @contextmanager
     def _put_back(self) -> Iterator[Any]:
         """An optimizer as the run will have one; afterwards every trained weight as it was."""
@@ -189,24 +183,15 @@ def with_own_rate(args: RMiPOConfig, optimizer: Optimizer | None) -> RMiPOConfig
     return args
 
 
-def _own_means(pairs: list[TokenizedPair], means: SideMeans) -> list[float]:
-    """Of both responses of every pair; of an unpaired row, of its own."""
-    return [
-        mean
-        for pair in pairs
-        for mean, is_own in zip(means[pair.row], pair.own_sides, strict=True)
-        if is_own
-    ]
-
-
-def _finite(pairs: list[TokenizedPair], means: SideMeans) -> list[TokenizedPair]:
-    """Those whose log-probs are numbers; the others are named."""
-    bad = [pair.row for pair in pairs if not all(map(math.isfinite, means[pair.row]))]
-    if len(bad) == len(pairs):
+def _measured(step: PairStep, pairs: list[TokenizedPair]) -> LikelyWords:
+    """What the model says at their responses; pairs where that isn't numbers are named."""
+    words = LikelyWords(step, pairs)
+    bad = name_rows(words.bad_rows)
+    if not words.pairs:
         raise ValueError(
-            "learning_rate='auto': no pair that was measured has finite log-probs (rows "
-            f"{name_rows(bad)}); pass a number, or find out why"
+            "learning_rate='auto': of no pair that was measured are the probabilities numbers "
+            f"(rows {bad}); pass a number, or find out why"
         )
     if bad:
-        say(f"Left out of the search, log-probs not finite: row {name_rows(bad)}")
-    return [pair for pair in pairs if pair.row not in bad]
+        say(f"Left out of the search, probabilities that are no numbers: row {bad}")
+    return words
