@@ -6,7 +6,7 @@ grow, and after each some of the run's own responses are passed (`step.likely_wo
 token. A preference loss moves probability between what the model would say anyway. What it moves to
 words that the model gave no chance, less than 1 in 1000, is damage: broken text begins there.
 
-    rate: 1e-6, doubled while less than 1 % of the probability has moved, then 1.3 times
+    rate: 1e-6, doubled while less than 0.3 % of the probability has moved, then 1.3 times
     broken: 4 % has gone to words without a chance; an answer of 25 tokens has one of them
     path = sum of the rates up to there (interpolated in logarithms)
     learning rate = path / sum of the schedule's factors over the run's steps,
