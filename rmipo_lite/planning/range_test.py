@@ -8,12 +8,12 @@ words that the model gave no chance, less than 1 in 1000, is damage: broken text
 
     rate: 1e-6, doubled while less than 0.3 % of the probability has moved, then 1.3 times
     broken: 4 % has gone to words without a chance; an answer of 25 tokens has one of them
-    path = sum of the rates up to there (interpolated in logarithms)
+    path = sum of the rates that came before the one that breaks (interpolated in logarithms)
     learning rate = path / sum of the schedule's factors over the run's steps,
-                    at most a quarter of the rate that breaks
+                    at most half the rate that breaks
 
-so the run's rates add up to those of the search: a run of four times the steps learns at a quarter
-of the rate. The weights are put back afterwards; the search costs time and leaves nothing. The idea
+so the run's rates add up to those that the model has borne: a run of four times the steps learns at
+a quarter of the rate. The weights are put back afterwards; the search costs time and leaves nothing. The idea
 of the test is Smith's (arXiv 1506.01186). It is not the loss that is watched, which goes on falling
 while the text falls apart, nor the responses' own likelihood: where the rejected ones are the
 model's own mistakes they become unlikely by right, long before anything breaks. Numbers, and what
@@ -27,7 +27,7 @@ FIRST_RATE = 1e-6
 MOVED = 0.003  # of the probability: from here on the rate grows slowly
 BROKEN = 0.04  # of the probability, on words without a chance
 _GROWTH_FAST, _GROWTH_SLOW = 2.0, 1.3
-_LARGEST_SHARE = 0.25  # of the rate that breaks
+_LARGEST_SHARE = 0.5  # of the rate that breaks
 _MOST_STEPS = 60
 
 
@@ -38,7 +38,7 @@ class RangeTest:
     Attributes:
         rate: of the next step; at the end the one that breaks.
         taken: steps taken.
-        path: sum of the rates so far.
+        path: sum of the rates so far; at the end without the one that breaks.
         strayed: share of the probability on words that had no chance at the start.
         history: (rate, `strayed` after it), a step each.
         is_over: whether the search is.
@@ -102,13 +102,13 @@ class RangeTest:
         self.is_over = True
 
     def _crossing(self, before: float) -> tuple[float, float]:
-        """Rate and path where the line was crossed: between the last two, in logarithms."""
+        """Rate where the line was crossed, and path up to it: between two steps, in logarithms."""
         now = self.rate, self.path
         if not (before > 0 and math.isfinite(self.strayed)):
             return self._before
         share = math.log(BROKEN / before) / math.log(self.strayed / before)
         rate, path = (a * (b / a) ** share for a, b in zip(self._before, now, strict=True))
-        return rate, path
+        return rate, path - rate
 
     @property
     def words(self) -> str:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rmipo_lite.planning.range_test import FIRST_RATE, RangeTest
+from rmipo_lite.planning.range_test import BROKEN, FIRST_RATE, MOVED, RangeTest
 
 
 def _on_a_quadratic(curvature: float, first: float = FIRST_RATE, seed: int = 0) -> RangeTest:
@@ -15,10 +15,11 @@ def _on_a_quadratic(curvature: float, first: float = FIRST_RATE, seed: int = 0) 
     draw = random.Random(seed)
     noise = 1 / math.sqrt(curvature)  # of the gradient: the bowl's own scale in x
     x = 0.0
-    test = RangeTest([-1.0, -3.0], rate=first)
+    test = RangeTest(rate=first)
     while not test.is_over:
         x -= test.rate * (curvature * x + curvature * noise * draw.gauss(0, 1))
-        test.stepped([m - curvature * x * x / 2 for m in test.start])
+        share = BROKEN * curvature * x * x / 0.8
+        test.stepped(share, share)
     assert test.is_broken
     return test
 
@@ -35,23 +36,28 @@ def test_where_the_search_begins_makes_no_difference() -> None:
     assert max(paths) < 3 * min(paths)  # the noise meets each at another rate
 
 
-def test_a_fall_counts_from_the_best_and_a_rise_is_none() -> None:
-    test = RangeTest([-2.0, -4.0])
-    assert test.limit == pytest.approx(0.6)  # 20 % of 3 nats
-    test.stepped([-1.0, -3.0])  # both rise: learning what an answer looks like
+def test_probability_that_moves_between_likely_words_is_no_damage() -> None:
+    test = RangeTest()
+    test.stepped(0.9, 0.0)
+    test.stepped(0.9, BROKEN / 2)
     assert not test.is_over
-    assert test.fall == 0
-    assert test.rate == pytest.approx(1.3 * FIRST_RATE)  # moved by more than 1 % of 3 nats
-    test.stepped([-1.5, -3.5])
-    assert test.fall == pytest.approx(0.5)
-    assert test.history == [(FIRST_RATE, -2.0), (1.3 * FIRST_RATE, -2.5)]
-    test.stepped([-1.8, -3.8])  # still no worse than at the start
+    assert test.rate == pytest.approx(1.3**2 * FIRST_RATE)
+    assert test.history == [(FIRST_RATE, 0.0), (1.3 * FIRST_RATE, BROKEN / 2)]
+    assert "2 of 4 % on words" in test.words
+    test.stepped(0.9, 2 * BROKEN)
     assert test.is_broken
-    # 0.6 between falls of 0.5 and 0.8, in logarithms of all
-    share = math.log(0.6 / 0.5) / math.log(0.8 / 0.5)
-    assert test.rate == pytest.approx(FIRST_RATE * 1.3 ** (1 + share))
+    # The line lies half way between the last two, in logarithms of all.
+    assert test.rate == pytest.approx(FIRST_RATE * 1.3**1.5)
     second, third = 2.3, 2.3 + 1.3**2
-    assert test.path == pytest.approx(FIRST_RATE * second * (third / second) ** share)
+    assert test.path == pytest.approx(FIRST_RATE * math.sqrt(second * third) - test.rate)
+
+
+def test_what_strays_for_a_moment_and_comes_back_is_not_broken() -> None:
+    test = RangeTest()
+    for strayed in (0.03, 0.01, 0.039):
+        test.stepped(0.5, strayed)
+    assert not test.is_over
+    assert test.strayed == 0.039
 
 
 def test_a_runs_rates_add_up_to_those_of_the_search() -> None:
@@ -59,20 +65,36 @@ def test_a_runs_rates_add_up_to_those_of_the_search() -> None:
     assert 50 * test.learning_rate(50) == pytest.approx(test.path)
     assert 400 * test.learning_rate(400) == pytest.approx(test.path)
     for few in (0.5, 0.0):  # don't go as fast as breaks it
-        assert test.learning_rate(few) == test.rate / 4
+        assert test.learning_rate(few) == test.rate / 2
 
 
 def test_while_nothing_moves_the_rate_doubles() -> None:
-    test = RangeTest([-3.0])
-    test.stepped([-3.0])
-    test.stepped([-3.01])
+    test = RangeTest()
+    test.stepped(0.0, 0.0)
+    test.stepped(0.9 * MOVED, 0.0)
     assert test.rate == 4 * FIRST_RATE
+    test.stepped(MOVED, 0.0)
+    assert test.rate == pytest.approx(1.3 * 4 * FIRST_RATE)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_model_that_breaks_at_once_or_never_moves_has_no_rate() -> None:
+    with pytest.raises(ValueError, match="one step at 1e-06 breaks the model"):
+        RangeTest().stepped(0.5, BROKEN)
+    still = RangeTest()
+    with pytest.raises(ValueError, match="no rate up to"):
+        while not still.is_over:
+            still.stepped(0.0, 0.0)
+    unbroken = RangeTest()  # whose weights are random: the rate at which it began to move
+    while not unbroken.is_over:
+        unbroken.stepped(unbroken.rate / 1e-3, 0.0)
+    assert not unbroken.is_broken
+    assert 1e-3 * MOVED <= unbroken.rate < 2e-3 * MOVED
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_none_are_a_broken_model(bad: float) -> None:
-    test = RangeTest([-3.0])
-    test.stepped([-3.0])
-    test.stepped([bad])
+    test = RangeTest()
+    test.stepped(0.0, 0.0)
+    test.stepped(bad, bad)
     assert test.is_broken
     assert (test.rate, test.path) == (FIRST_RATE, FIRST_RATE)  # of the last step that was sound

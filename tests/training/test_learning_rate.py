@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from rmipo_lite.checkpoints.sealed_folder import CheckpointError
 from rmipo_lite.config import RMiPOConfig
 from rmipo_lite.ops.losses import LOSSES
+from rmipo_lite.step.likely_words import LikelyWords
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.training.trainer import RMiPOTrainer
 from tests.kit import (
@@ -146,23 +146,22 @@ def test_what_no_rate_changes_is_an_error(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_pair_without_finite_log_probs_is_left_out_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_pair_whose_probabilities_are_no_numbers_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = tiny_trainer(tmp_path, learning_rate="auto")
-    score, bad = trainer.pair_step.response_logps, trainer.train_dataset[2].row
+    bad, keep = [trainer.train_dataset[2].row], LikelyWords._keep
 
-    def planted(pairs: Any) -> Any:
-        return {row: (math.nan, -1.0) if row == bad else both for row, both in score(pairs).items()}
+    def planted(self: LikelyWords, *given: Any) -> dict[int, bool]:
+        return {row: fine and row not in bad for row, fine in keep(self, *given).items()}
 
-    trainer.pair_step.response_logps = planted
+    monkeypatch.setattr(LikelyWords, "_keep", planted)
     trainer.find_learning_rate()
-    assert len(trainer.range_test.start) == 2 * (len(trainer.train_dataset) - 1)
     assert trainer.found_rate > 1e-5
-    assert f"log-probs not finite: row {bad}" in capsys.readouterr().out
+    assert f"probabilities that are no numbers: row {bad[0]}" in capsys.readouterr().out
     trainer.found_rate = None
-    trainer.pair_step.response_logps = lambda pairs: {p.row: (math.nan, 0.0) for p in pairs}
-    with pytest.raises(ValueError, match="no pair that was measured has finite log-probs"):
+    bad = [pair.row for pair in trainer.train_dataset]
+    with pytest.raises(ValueError, match="of no pair that was measured are the probabilities"):
         trainer.find_learning_rate()
 
 
