@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         help="merge, drift, claims, real: folder of a model (merge, drift: the demo's)",
     )
     parser.add_argument(
+        "--world", choices=("gemma", "stories"), default="gemma",
+        help="claims: whose --model that is (default: gemma)",
+    )  # fmt: skip
+    parser.add_argument(
         "--pairs", type=Path, help="data, merge, drift, real: pairs (default: the demo's)"
     )
     parser.add_argument(
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         claims.write_page(folder)
         return
     if given.name == "claims":
-        claims.run(folder, given.model, quick=given.quick)
+        claims.run(folder, given.model, world_of=given.world, quick=given.quick)
         return
     path = run.run(
         given.name,

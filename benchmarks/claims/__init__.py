@@ -2,6 +2,7 @@
 
     python -m benchmarks claims                      # the demo's world
     python -m benchmarks claims --model GEMMA        # and a real model's, from its folder
+    python -m benchmarks claims --world stories --model STORIES260K
 
 One row a run in claims.csv; runs that stand there are not made again, so an interrupted study goes
 on where it was. What was fixed before the first row is in frozen.md.
@@ -14,7 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 
-def run(folder: Path, model: Path | None = None, *, quick: bool = False) -> None:
+def run(
+    folder: Path, model: Path | None = None, *, world_of: str = "gemma", quick: bool = False
+) -> None:
     """Make what is missing of the rows: the demo's world, or of `model`, a base model's folder.
 
     The base model's supervised start is written beside its folder, as <folder>-start.
@@ -31,10 +34,11 @@ def run(folder: Path, model: Path | None = None, *, quick: bool = False) -> None
     elif model is not None:
         start = model.resolve().with_name(f"{model.resolve().name}-start")
         os.environ["CLAIMS_MODEL"] = str(start)  # worker processes read it too
-        from benchmarks.claims import real
+        from benchmarks.claims import real, stories
 
-        real.make_start(model, start)
-        world, grid = real, list(cells.real(tuple(real.TASKS)))
+        world, of = {"gemma": (real, cells.real), "stories": (stories, cells.stories)}[world_of]
+        world.make_start(model, start)
+        grid = list(of(tuple(world.TASKS)))
     for line in run_all(folder / "claims" / "claims.csv", grid, world):
         say(line)
 

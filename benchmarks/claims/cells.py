@@ -23,6 +23,7 @@ LOSSES: dict[str, dict[str, Any]] = (
 UNTUNED = ("rmipo", "simper")  # losses without a constant that anybody sweeps
 TUNED = tuple(loss for loss in LOSSES if loss not in UNTUNED)
 _TWINS = ("simpo 2 0.8", "simpo 2 1.6")  # RMiPO with constant margins about as large
+_PEERS = ("simpo 10 0.3", "simpo 2 0.8", "dpo 0.1")  # of the worlds beside the demo's
 ANCHOR, SFT = 0.1, 0.5  # the defaults
 # Tasks whose chosen side isn't longer: nothing is weighed, and "off" is bit for bit the same run.
 UNWEIGHED = ("clean", "noisy")
@@ -71,18 +72,26 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
     """Of the real model: short runs, since each takes minutes, and what matters most first."""
     shape: dict[str, Any] = {"steps": 20, "batch": 8}
     rates = ("0.0003", "0.001", "0.0001")
-    tuned = ("simpo 10 0.3", "simpo 2 0.8", "dpo 0.1")
     for seed in range(2):
-        for rate in ("auto", *rates):
+        for rate in ("auto", *rates, "0.003"):
             yield from _grid("gemma", tasks, ("rmipo",), (rate,), (seed,), ("auto",), **shape)
     for seed in range(2):
-        yield from _grid("gemma", tasks, tuned, rates, (seed,), ("off",), guards=_BARE, **shape)
+        yield from _grid("gemma", tasks, _PEERS, rates, (seed,), ("off",), guards=_BARE, **shape)
     for seed in range(2):
         for guards in (_BARE, (ANCHOR, 0.0), (0.0, SFT)):
             yield from _grid(
                 "gemma", tasks, ("rmipo",), ("auto",), (seed,), ("auto", "off"), guards=guards,
                 **shape,
             )  # fmt: skip
+
+
+def stories(tasks: tuple[str, ...]) -> Iterator[Cell]:
+    """Of the third world, which no constant was set by: the package's own losses, then peers."""
+    rates = tuple(map("{:g}".format, RATES))
+    for seed in range(3):
+        yield from _grid("stories", tasks, UNTUNED, ("auto", *rates), (seed,), ("auto",))
+    for seed in range(2):
+        yield from _grid("stories", tasks, _PEERS, rates[:3], (seed,), ("off",), guards=_BARE)
 
 
 def _grid(

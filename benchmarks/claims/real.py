@@ -10,7 +10,6 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
+from benchmarks.claims.answers import compared, write_answers
 from benchmarks.claims.prompts import (
     CAPITALS,
     OPPOSITES,
@@ -36,7 +36,6 @@ from rmipo_lite.output.console import say
 from rmipo_lite.tokens.templates import prepare_tokenizer
 
 STEPS, BATCH, RATE = 50, 16, 5e-5
-ANSWERS = 4  # to each prompt; two and two are compared
 MAX_NEW_TOKENS = 48
 TOGETHER = 64  # prompts
 SHARE, MOST_WORDS = 0.95, 1024  # sampled among
@@ -52,8 +51,9 @@ def make_start(base: Path, folder: Path) -> None:
         _teach(model, tokenizer)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
-    if not (folder / "answers.jsonl").exists():
-        _write_answers(folder)
+    asked = prompts(held_out=False)
+    texts = [prompt.text for prompt in asked]
+    write_answers(folder, texts, lambda *given: sample(given[0], given[1], asked, given[2]))
 
 
 def _teach(model: Any, tokenizer: Any) -> None:
@@ -154,31 +154,11 @@ def _thing(text: str) -> str:
     return max((thing for thing in THINGS if f" {thing}" in text), key=len)
 
 
-def _write_answers(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked, tries = prompts(held_out=False), []
-    for seed in range(ANSWERS):
-        say(f"answering {len(asked)} prompts, {seed + 1} of {ANSWERS} times")
-        tries.append(sample(model, tokenizer, asked, seed))
-    lines = [
-        json.dumps({"prompt": prompt.text, "answers": [asdict(some[place]) for some in tries]})
-        for place, prompt in enumerate(asked)
-    ]
-    (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def _rows(reward: Callable[[Prompt, str], float]) -> Iterator[dict[str, Any]]:
-    """Two answers of the start, the one chosen that earns more; those that didn't end are out."""
+    """Two answers of the start, the one chosen that earns more."""
     by_text = {prompt.text: prompt for prompt in prompts(held_out=False)}
-    for line in (Path(MODEL) / "answers.jsonl").read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
-        prompt = by_text[found["prompt"]]
-        texts = [answer["text"] for answer in found["answers"] if answer["ended"]]
-        for two in zip(texts[::2], texts[1::2], strict=False):
-            worse, better = sorted(two, key=lambda text: reward(prompt, text))
-            if reward(prompt, worse) < reward(prompt, better):
-                yield message_row(prompt.text, better, worse)
+    for three in compared(Path(MODEL), lambda asked, text: reward(by_text[asked], text)):
+        yield message_row(*three)
 
 
 def _asked(prompt: Prompt) -> list[dict[str, str]]:

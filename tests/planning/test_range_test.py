@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -32,8 +33,12 @@ def test_the_rate_that_diverges_is_found(curvature: float) -> None:
 
 
 def test_where_the_search_begins_makes_no_difference() -> None:
-    paths = [_on_a_quadratic(1e3, first).path for first in (1e-8, 1e-6, 1e-5)]
-    assert max(paths) < 3 * min(paths)  # the noise meets each at another rate
+    """In the mean: the noise meets each search at another rate."""
+    paths = [
+        statistics.geometric_mean(_on_a_quadratic(1e3, first, seed).path for seed in range(10))
+        for first in (1e-8, 1e-6, 1e-5)
+    ]
+    assert max(paths) < 2.5 * min(paths)
 
 
 def test_probability_that_moves_between_likely_words_is_no_damage() -> None:

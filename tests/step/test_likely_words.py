@@ -32,7 +32,9 @@ def _moved(model: nn.Module, size: float) -> None:
             parameter += size * torch.randn_like(parameter)
 
 
-def _step(model: nn.Module, folder: Path, max_tokens: int = 10**6, packing: bool = True) -> PairStep:
+def _step(
+    model: nn.Module, folder: Path, max_tokens: int = 10**6, packing: bool = True
+) -> PairStep:
     return PairStep(model, RMiPOConfig(str(folder)), max_tokens, packing=packing)
 
 
