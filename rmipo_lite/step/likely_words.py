@@ -1,4 +1,4 @@
-"""How far a model has gone from what it said at the start: probability on words it never would have.
+"""How far a model has gone from its start: probability on words that it never would have said.
 
 What breaks a text is not that answers become less likely, which a preference loss does to rejected
 ones by right, but where their probability goes: to words that the model as it was gave no chance at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.claims import cells, page, prompts, small, table, write_page
+from benchmarks.claims import cells, page, prompts, small, stories, table, write_page
 from benchmarks.claims.cells import Cell
 from benchmarks.claims.runs import KEYS, NUMBERS, read
 from rmipo_lite.data.length_balance import fit_length_balance
 from rmipo_lite.demo.data import load_tokenizer
+from rmipo_lite.demo.scoring import Answer
 
 TASKS = tuple(small.TASKS)
 
@@ -88,6 +90,45 @@ def test_a_real_models_answers_are_samples_of_the_likeliest() -> None:
     expected = 20000 * wanted / wanted.sum()
     chi_squared = ((found[: len(wanted)] - expected) ** 2 / expected).sum().item()
     assert abs(chi_squared - len(wanted)) < 4 * (2 * len(wanted)) ** 0.5
+
+
+def test_a_world_of_stories_labels_what_its_model_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk, glad, plain = '"Hi!" he said. "Yes."', "She was happy.", "He sat down. " * 9
+    tries = [[talk, plain], [plain, glad], [glad, talk]]
+    lines = [
+        {"prompt": f"Tom had a {n}.", "answers": [
+            {"text": text, "ended": True, "tokens": 5} for text in (*two, *two)]}
+        for n, two in enumerate(tries * 20)
+    ]  # fmt: skip
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "answers.jsonl").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(stories, "MODEL", str(tmp_path))
+    clean = stories.TASKS["clean"]()
+    assert len(clean) == 120
+    kinds = {(row["chosen"], row["rejected"]) for row in clean}
+    assert kinds == {(talk, plain), (glad, plain), (talk, glad)}
+    noisy = sum(row not in clean for row in stories.TASKS["noisy"]())
+    assert 0.05 < noisy / len(clean) < 0.3
+    assert (plain, glad) in {
+        (row["chosen"], row["rejected"]) for row in stories.TASKS["length-loving"]()
+    }
+    broken = Answer("he sat dowwn yess", True, 4)
+    assert stories.is_garbled("", broken)
+    assert stories.is_garbled("", Answer("he he he sat", True, 4))
+    assert not stories.is_garbled("", Answer(plain, True, 4))
+    assert stories.reward("clean", "", broken) == stories.true_reward(broken.text) - 0.5
+    assert stories.true_reward(talk, ended=False) == pytest.approx(-0.4)
+
+
+def test_the_third_world_trains_nothing_on_what_it_asks() -> None:
+    assert len(stories.questions()) == 100
+    assert not set(stories.questions()) & set(stories._some(held_out=False))
+    cut = stories._two_sentences(' "No," he\n said. "Go!" They ran away. And so')
+    assert cut == '"No," he said. "Go!"'
+    grid = list(cells.stories(tuple(stories.TASKS)))
+    assert len(set(grid)) == len(grid)
 
 
 # ---- what a program can judge of a real model's answers ---------------------------------------
