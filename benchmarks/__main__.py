@@ -54,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help="merge, drift, claims, real: folder of a model (merge, drift: the demo's)",
     )
     parser.add_argument(
-        "--world", choices=("gemma", "stories"), default="gemma",
-        help="claims: whose --model that is (default: gemma)",
+        "--world", choices=("gemma", "stories"), help="claims: whose --model that is (gemma)"
     )  # fmt: skip
     parser.add_argument(
         "--pairs", type=Path, help="data, merge, drift, real: pairs (default: the demo's)"
@@ -74,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, or report what was measured."""
-    given = _parser().parse_args(argv)
+    parser = _parser()
+    given = parser.parse_args(argv)
     # torch takes seconds, and --help should not.
     from benchmarks import claims, report, run
     from rmipo_lite.output.console import say
@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         claims.write_page(folder)
         return
     if given.name == "claims":
-        claims.run(folder, given.model, world_of=given.world, quick=given.quick)
+        if given.world and (given.model is None or given.quick):
+            parser.error("--world wants that world's --model, and no --quick")
+        claims.run(folder, given.model, world_of=given.world or "gemma", quick=given.quick)
         return
     path = run.run(
         given.name,

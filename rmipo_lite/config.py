@@ -145,8 +145,8 @@ class RMiPOConfig(MethodFields, TrainingArguments):
     learning_rate: Literal["auto"] | float = described(  # type: ignore[assignment]
         "auto",
         "Peak learning rate (AdamW); auto: a search before the first step raises it until the "
-        "pairs' own responses fall apart; the run's rates then add up to the search's "
-        "(docs/claims.md).",
+        "model begins to say what it never would have; the run's rates then add up to the "
+        "search's (docs/claims.md).",
     )
     num_train_epochs: float = described(1.0, "Passes over the pairs.")
     per_device_train_batch_size: int = described(32, "Pairs in a dataloader batch.")

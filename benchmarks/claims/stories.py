@@ -55,7 +55,7 @@ def _teach(model: Any, tokenizer: Any) -> None:
     """To end after two sentences, on its own texts; in full."""
     asked = _some(held_out=False)
     texts = [_two_sentences(a.text) for a in sample(model, tokenizer, asked, seed=7)]
-    rows = [
+    rows = [  # with a space of its own before the answer, as all of its answers have it then
         tokenizer.encode(prompt) + tokenizer.encode(" " + text, add_special_tokens=False)
         for prompt, text in zip(asked, texts, strict=True)
     ]

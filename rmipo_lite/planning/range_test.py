@@ -36,14 +36,14 @@ class RangeTest:
     """Rates out, shares of the probability in; knows nothing of models.
 
     Attributes:
-        rate: of the next step; at the end the one that breaks.
+        rate: of the next step; at the end the one that breaks, or the last that gave numbers.
         taken: steps taken.
         path: sum of the rates so far; at the end without the one that breaks.
         strayed: share of the probability on words that had no chance at the start.
         history: (rate, `strayed` after it), a step each.
         is_over: whether the search is.
-        is_broken: whether the model broke. One without anything to lose, whose weights are random,
-            doesn't; then rate and path are those at which it began to move.
+        is_broken: whether the text broke. A model without anything to lose, whose weights are
+            random, has none; then rate and path are those at which it began to move.
     """
 
     rate: float = FIRST_RATE
@@ -74,23 +74,23 @@ class RangeTest:
         self.path += self.rate
         before, self.strayed = self.strayed, strayed
         self.history.append((self.rate, strayed))
-        self.is_broken = not strayed < BROKEN  # NaN is broken too
-        if self.is_broken and self.taken == 1:
+        is_number = math.isfinite(moved) and math.isfinite(strayed)
+        is_sound = is_number and strayed < BROKEN
+        if not is_sound and self.taken <= 2:
             raise ValueError(
-                f"learning_rate='auto': one step at {self.rate:.0e} breaks the model already; pass "
-                "a number"
+                f"learning_rate='auto': steps at {self.history[0][0]:.0e} break the model already; "
+                "pass a number"
             )
-        if self.is_broken:
-            self.rate, self.path = self._crossing(before)
-            self.is_over = True
-            return
-        if self._moved is None and moved >= MOVED:
+        if is_sound and self._moved is None and moved >= MOVED:
             self._moved = self.rate, self.path
-        if self.taken == _MOST_STEPS:
-            self._give_up()
-            return
-        self._before = self.rate, self.path
-        self.rate *= _GROWTH_FAST if self._moved is None else _GROWTH_SLOW
+        if is_sound and self.taken < _MOST_STEPS:
+            self._before = self.rate, self.path
+            self.rate *= _GROWTH_FAST if self._moved is None else _GROWTH_SLOW
+        elif is_sound or not (is_number or before >= MOVED):
+            self._give_up()  # no line is near: numbers end where text that was none falls apart
+        else:
+            self.is_broken = self.is_over = True
+            self.rate, self.path = self._crossing(before) if is_number else self._before
 
     def _give_up(self) -> None:
         if self._moved is None:
@@ -103,9 +103,9 @@ class RangeTest:
 
     def _crossing(self, before: float) -> tuple[float, float]:
         """Rate where the line was crossed, and path up to it: between two steps, in logarithms."""
-        now = self.rate, self.path
-        if not (before > 0 and math.isfinite(self.strayed)):
+        if before <= 0:
             return self._before
+        now = self.rate, self.path
         share = math.log(BROKEN / before) / math.log(self.strayed / before)
         rate, path = (a * (b / a) ** share for a, b in zip(self._before, now, strict=True))
         return rate, path - rate

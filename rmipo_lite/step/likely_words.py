@@ -43,7 +43,7 @@ class LikelyWords:
 
     Attributes:
         pairs: those that are measured.
-        bad_rows: rows of the others, whose probabilities aren't numbers.
+        bad_rows: rows of the others: no token is scored, or its probabilities aren't numbers.
     """
 
     def __init__(self, step: PairStep, pairs: Sequence[TokenizedPair]) -> None:
@@ -51,15 +51,16 @@ class LikelyWords:
         self._step = step
         self._likely: dict[int, list[_Likely]] = {}  # by row, of this process's pairs
         is_finite = step.of_responses(pairs, self._keep)
+        self._all = pairs  # passed every time, so that processes share them out alike
         self.pairs = [pair for pair in pairs if is_finite[pair.row]]
         self.bad_rows = [pair.row for pair in pairs if not is_finite[pair.row]]
 
     def shares(self) -> tuple[float, float]:
         """(moved, strayed) of the model as it is now; a pass forward."""
-        sums = self._step.of_responses(self.pairs, self._compare)
-        tokens = sum(sums[pair.row][2] for pair in self.pairs)
-        moved, strayed = (sum(sums[pair.row][i] for pair in self.pairs) / tokens for i in (0, 1))
-        return moved, strayed
+        sums = self._step.of_responses(self._all, self._compare)
+        good = [sums[pair.row] for pair in self.pairs]
+        moved, strayed, tokens = map(sum, zip(*good, strict=True))
+        return moved / tokens, strayed / tokens
 
     def _keep(
         self, pairs: Sequence[TokenizedPair], hidden: Tensor, head: ModelHead, given: ModelInput
@@ -71,10 +72,8 @@ class LikelyWords:
             unlikely = probs.masked_fill(is_likely, 0).sum(-1)
             found[row].append(_Likely(tokens, ids, probs[tokens, ids], unlikely))
         self._likely |= found
-        return {
-            row: all(bool(torch.isfinite(block.unlikely).all()) for block in blocks)
-            for row, blocks in found.items()
-        }
+        sums = {row: [block.unlikely for block in blocks] for row, blocks in found.items()}
+        return {row: _are_numbers(torch.cat(unlikely)) for row, unlikely in sums.items()}
 
     def _compare(
         self, pairs: Sequence[TokenizedPair], hidden: Tensor, head: ModelHead, given: ModelInput
@@ -83,7 +82,7 @@ class LikelyWords:
         sums = {pair.row: (0.0, 0.0, 0) for pair in pairs}
         for row, probs, _ in _probs(pairs, hidden, head, given):
             start = next(kept[row], None)
-            if start is None:  # another process's pair, which is passed beside it
+            if start is None:  # another process's pair, passed to keep a sharded model in step
                 continue
             now = probs[start.tokens, start.ids]
             likely = torch.zeros_like(start.unlikely).index_add_(0, start.tokens, now)
@@ -93,6 +92,10 @@ class LikelyWords:
             strayed = float(won.clamp(min=0).sum())
             sums[row] = before[0] + moved, before[1] + strayed, before[2] + len(probs)
         return sums
+
+
+def _are_numbers(values: Tensor) -> bool:
+    return len(values) > 0 and bool(values.isfinite().all())
 
 
 def _probs(

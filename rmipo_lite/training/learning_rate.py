@@ -32,7 +32,7 @@ from rmipo_lite.training.evaluation import set_mode
 from rmipo_lite.training.interrupt import GracefulInterrupt
 from rmipo_lite.watch.progress import phase
 
-SEARCH_STEPS = 22  # that a search takes on real models, more or less
+SEARCH_STEPS = 25  # that a search takes on real models, more or less; most in 16 bits
 PAIRS_OF_A_STEP = 16  # at most: the size of an Adam step doesn't hang on the batch
 _MEASURED_PAIRS = 16  # after every step, forward alone
 

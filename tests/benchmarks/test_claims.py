@@ -114,12 +114,14 @@ def test_a_world_of_stories_labels_what_its_model_wrote(
     assert (plain, glad) in {
         (row["chosen"], row["rejected"]) for row in stories.TASKS["length-loving"]()
     }
+    stories._lexicon.cache_clear()
     broken = Answer("he sat dowwn yess", True, 4)
     assert stories.is_garbled("", broken)
     assert stories.is_garbled("", Answer("he he he sat", True, 4))
     assert not stories.is_garbled("", Answer(plain, True, 4))
     assert stories.reward("clean", "", broken) == stories.true_reward(broken.text) - 0.5
     assert stories.true_reward(talk, ended=False) == pytest.approx(-0.4)
+    stories._lexicon.cache_clear()
 
 
 def test_the_third_world_trains_nothing_on_what_it_asks() -> None:

@@ -83,8 +83,12 @@ def test_while_nothing_moves_the_rate_doubles() -> None:
 
 
 def test_a_model_that_breaks_at_once_or_never_moves_has_no_rate() -> None:
-    with pytest.raises(ValueError, match="one step at 1e-06 breaks the model"):
-        RangeTest().stepped(0.5, BROKEN)
+    for before in ([], [0.01]):  # of two steps the sum before the second says nothing
+        test = RangeTest()
+        for strayed in before:
+            test.stepped(0.5, strayed)
+        with pytest.raises(ValueError, match="steps at 1e-06 break the model already"):
+            test.stepped(0.5, BROKEN)
     still = RangeTest()
     for _ in range(59):
         still.stepped(0.0, 0.0)
@@ -98,9 +102,28 @@ def test_a_model_that_breaks_at_once_or_never_moves_has_no_rate() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_numbers_that_are_none_are_a_broken_model(bad: float) -> None:
+def test_numbers_that_end_near_the_line_are_a_broken_model(bad: float) -> None:
     test = RangeTest()
-    test.stepped(0.0, 0.0)
+    test.stepped(0.1, 0.001)
+    test.stepped(0.2, 0.02)
     test.stepped(bad, bad)
     assert test.is_broken
-    assert (test.rate, test.path) == (FIRST_RATE, FIRST_RATE)  # of the last step that was sound
+    # Of the last step that was sound.
+    assert (test.rate, test.path) == pytest.approx((1.3 * FIRST_RATE, 2.3 * FIRST_RATE))
+
+
+def test_numbers_that_end_where_nothing_had_strayed_are_no_line() -> None:
+    """A flat model's: at such a rate a run would be lost."""
+    test = RangeTest()
+    test.stepped(MOVED, 0.0)
+    for _ in range(40):
+        test.stepped(0.5, 0.0)
+    test.stepped(math.nan, math.nan)
+    assert test.is_over
+    assert not test.is_broken
+    assert test.rate == FIRST_RATE
+    still = RangeTest()
+    for _ in range(30):
+        still.stepped(0.0, 0.0)
+    with pytest.raises(ValueError, match="no rate up to"):
+        still.stepped(math.nan, math.nan)

@@ -105,9 +105,12 @@ def test_a_word_that_stands_there_was_always_likely(tmp_path: Path) -> None:
     assert strayed < moved / 8
 
 
-def test_pairs_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+def test_pairs_that_are_no_numbers_are_told_and_passed_all_the_same(tmp_path: Path) -> None:
+    """Processes share out the pairs that are passed: others at the start would be others' own."""
     model, pairs = tiny_model(), random_pairs(4)
     step = _step(model, tmp_path)
+    of_responses, passed = step.of_responses, []
+    step.of_responses = lambda some, read: (passed.append(list(some)), of_responses(some, read))[1]
     with torch.no_grad():
         word = max(set(pairs[1].prompt_ids) - {i for p in (pairs[0], *pairs[2:]) for i in (
             *p.prompt_ids, *p.chosen_ids, *p.rejected_ids)})  # fmt: skip
@@ -115,4 +118,14 @@ def test_pairs_that_are_no_numbers_are_told(tmp_path: Path) -> None:
     words = LikelyWords(step, pairs)
     assert words.bad_rows == [pairs[1].row]
     assert len(words.pairs) == 3
+    assert words.shares() == pytest.approx((0, 0), abs=1e-6)
+    assert passed == [pairs, pairs]
+
+
+def test_a_pair_without_a_scored_token_is_told(tmp_path: Path) -> None:
+    """Without a prompt and packing the first token of a response has nothing before it."""
+    pairs = random_pairs(2)
+    pairs[0] = replace(pairs[0], prompt_ids=[], chosen_ids=[5], rejected_ids=[6])
+    words = LikelyWords(_step(tiny_model(), tmp_path, packing=False), pairs)
+    assert words.bad_rows == [pairs[0].row]
     assert words.shares() == pytest.approx((0, 0), abs=1e-6)
