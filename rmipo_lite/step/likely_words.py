@@ -3,7 +3,8 @@
 What breaks a text is not that answers become less likely, which a preference loss does to rejected
 ones by right, but where their probability goes: to words that the model as it was gave no chance at
 that place. So at every token of some responses the likely words of the start are kept, those with a
-probability of at least 1 in 1000 and the one that stands there, and afterwards
+probability of at least 1 in 1000, the one that stands there, and the end of an answer, which a base
+model has yet to learn; and afterwards
 
     moved    = 1/2 sum over words |p - p_start|, all unlikely words taken as one
     strayed  = max(0, sum over the unlikely words of p - p_start)
@@ -68,6 +69,8 @@ class LikelyWords:
         found: dict[int, list[_Likely]] = {pair.row: [] for pair in pairs}
         for row, probs, targets in _probs(pairs, hidden, head, given):
             is_likely = (probs >= LEAST).scatter_(-1, targets[:, None], True)
+            if self._step.end_id is not None:
+                is_likely[:, self._step.end_id] = True
             tokens, ids = is_likely.nonzero(as_tuple=True)
             unlikely = probs.masked_fill(is_likely, 0).sum(-1)
             found[row].append(_Likely(tokens, ids, probs[tokens, ids], unlikely))

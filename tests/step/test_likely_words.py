@@ -105,6 +105,22 @@ def test_a_word_that_stands_there_was_always_likely(tmp_path: Path) -> None:
     assert strayed < moved / 8
 
 
+def test_the_end_of_an_answer_is_no_broken_word(tmp_path: Path) -> None:
+    """A base model has yet to learn it, and the first that it learns is to end anywhere."""
+    model, pairs, end = _sure(), random_pairs(4), 2
+    assert not any(end in (*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
+    step = _step(model, tmp_path)
+    without = LikelyWords(step, pairs)
+    step.end_id = end
+    words = LikelyWords(step, pairs)
+    with torch.no_grad():
+        states = torch.cat([step.states([pair])[0] for pair in pairs])
+        model.lm_head.weight[end] += 30.0 * states.mean(0) / states.mean(0).norm() ** 2
+    moved, strayed = without.shares()
+    assert moved >= strayed > 0.001
+    assert words.shares() == pytest.approx((moved, 0), abs=1e-3)
+
+
 def test_pairs_that_are_no_numbers_are_told_and_passed_all_the_same(tmp_path: Path) -> None:
     """Processes share out the pairs that are passed: others at the start would be others' own."""
     model, pairs = tiny_model(), random_pairs(4)
