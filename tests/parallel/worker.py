@@ -293,7 +293,7 @@ SHARDED: dict[str, Callable[[Path], dict[str, Any]]] = {
         folder, peft_config=None, loss_type="dpo", reference="live", learning_rate=1e-3, **_PARTS
     ),
     "sharded_signs": lambda folder: _short(folder, loss_type="epsilon_dpo", **_PARTS),
-    "sharded_rate": lambda folder: _short(folder, learning_rate="auto", **_PARTS),
+    "sharded_rate": lambda folder: _short(folder, learning_rate="auto", optim="sgd", **_PARTS),
     "sharded_ends": lambda folder: _short(folder, **_ends(), **_PARTS),
     "sharded_padded": lambda folder: _short(
         folder, packing=False, gradient_checkpointing=True, eval_completions=2, **_PARTS
@@ -315,7 +315,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ),
     "kto_pair": lambda folder: _short(folder, loss_type="kto_pair"),
     "epsilon_dpo": lambda folder: _short(folder, loss_type="epsilon_dpo"),
-    "found_rate": lambda folder: _short(folder, learning_rate="auto"),
+    "found_rate": lambda folder: _short(folder, learning_rate="auto", optim="sgd"),
     "out_of_memory": out_of_memory,
     "out_of_memory_for_ever": out_of_memory_for_ever,
     "not_finite": not_finite,
