@@ -17,9 +17,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from transformers import LogitsProcessor
 
-from benchmarks.claims.answers import compared, write_answers
 from benchmarks.claims.prompts import (
     CAPITALS,
     OPPOSITES,
@@ -29,11 +28,11 @@ from benchmarks.claims.prompts import (
     prompts,
     true_reward,
 )
+from benchmarks.claims.start import compared, padded, write_answers, write_start
 from rmipo_lite.demo.data import message_row
 from rmipo_lite.demo.scoring import Answer
 from rmipo_lite.model import generation
 from rmipo_lite.output.console import say
-from rmipo_lite.tokens.templates import prepare_tokenizer
 
 STEPS, BATCH, RATE = 50, 16, 5e-5
 MAX_NEW_TOKENS = 48
@@ -45,15 +44,9 @@ MODEL = os.environ.get("CLAIMS_MODEL", "")  # the start's folder; worker process
 
 def make_start(base: Path, folder: Path) -> None:
     """Write the model after its supervised start, and its answers, unless they are there."""
-    if not (folder / "model.safetensors").exists():
-        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base), chat_template="plain")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        _teach(model, tokenizer)
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+    write_start(base, folder, _teach, chat_template="plain")
     asked = prompts(held_out=False)
-    texts = [prompt.text for prompt in asked]
-    write_answers(folder, texts, lambda *given: sample(given[0], given[1], asked, given[2]))
+    write_answers(folder, asked, [prompt.text for prompt in asked], sample)
 
 
 def _teach(model: Any, tokenizer: Any) -> None:
@@ -69,12 +62,7 @@ def _teach(model: Any, tokenizer: Any) -> None:
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 10, (STEPS - step) / (STEPS / 2))
         rows = [_document(tokenizer, rng.choice(asked), rng) for _ in range(BATCH)]
-        width = max(len(prompt + answer) for prompt, answer in rows)
-        ids = torch.full((BATCH, width), tokenizer.pad_token_id or 0)
-        labels = torch.full((BATCH, width), -100)
-        for row, (prompt, answer) in enumerate(rows):
-            ids[row, : len(prompt + answer)] = torch.tensor(prompt + answer)
-            labels[row, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
+        ids, labels = padded(rows, tokenizer.pad_token_id or 0)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.claims.answers import compared, read_answers, write_answers
+from benchmarks.claims.start import (
+    compared,
+    padded,
+    read_answers,
+    write_answers,
+    write_start,
+)
 from rmipo_lite.demo.scoring import Answer
 from rmipo_lite.model import generation
 from rmipo_lite.output.console import say
-from rmipo_lite.tokens.templates import prepare_tokenizer
 
 MAX_NEW_TOKENS = 96
 STEPS, BATCH, RATE = 60, 32, 1e-3  # of the supervised start
@@ -41,36 +45,24 @@ _LARGEST_SHARE_NEW = 0.1  # of an answer's words that the start never wrote
 
 def make_start(base: Path, folder: Path) -> None:
     """Write the model after its supervised start, and its answers, unless they are there."""
-    if not (folder / "model.safetensors").exists():
-        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base), chat_template=None)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        _teach(model, tokenizer)
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+    write_start(base, folder, _teach, chat_template=None)
     asked = _some(held_out=False)
-    write_answers(folder, asked, lambda *given: sample(given[0], given[1], asked, given[2]))
+    write_answers(folder, asked, asked, sample)
 
 
 def _teach(model: Any, tokenizer: Any) -> None:
     """To end after two sentences, on its own texts; in full."""
     asked = _some(held_out=False)
     texts = [_two_sentences(a.text) for a in sample(model, tokenizer, asked, seed=7)]
+    end = tokenizer.eos_token_id
     rows = [  # with a space of its own before the answer, as all of its answers have it then
-        tokenizer.encode(prompt) + tokenizer.encode(" " + text, add_special_tokens=False)
-        for prompt, text in zip(asked, texts, strict=True)
+        (tokenizer.encode(p), [*tokenizer.encode(" " + text, add_special_tokens=False), end])
+        for p, text in zip(asked, texts, strict=True)
     ]
-    fronts = [len(tokenizer.encode(prompt)) for prompt in asked]
     draw = random.Random(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     for step in range(STEPS):
-        some = draw.sample(range(len(rows)), BATCH)
-        width = max(len(rows[i]) + 1 for i in some)
-        ids = torch.full((BATCH, width), tokenizer.eos_token_id)
-        labels = torch.full((BATCH, width), -100)
-        for line, i in enumerate(some):
-            row = torch.tensor([*rows[i], tokenizer.eos_token_id])
-            ids[line, : len(row)] = row
-            labels[line, fronts[i] : len(row)] = row[fronts[i] :]
+        ids, labels = padded(draw.sample(rows, BATCH), end)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()

@@ -137,12 +137,8 @@ class PairStep(MicroSteps):
     def of_responses(self, pairs: Sequence[TokenizedPair], read: Reader[T]) -> dict[int, T]:
         """What `read` makes, by row, of the states of all pairs; nothing random is drawn."""
 
-        def passed(part: Sequence[TokenizedPair]) -> Mapping[int, T]:
-            policy = self._policy(part)
-            return read(part, self._hidden(policy), read_head(self.model), policy)
-
         def own() -> dict[int, T]:
-            parts = self._in_parts(pairs, passed)
+            parts = self._in_parts(pairs, lambda part: read(part, *self._passed(part)))
             return {row: made for _, found in parts for row, made in found.items()}
 
         with evaluating(self.model):
@@ -234,9 +230,8 @@ class PairStep(MicroSteps):
 
         The loss holds the anchor of the end where a gradient is wanted: an evaluation's is bare.
         """
-        policy, head = self._policy(pairs), read_head(self.model)
         with self._noise(pairs):
-            hidden = self._hidden(policy)
+            hidden, head, policy = self._passed(pairs)
         token_logps = head.token_logps(hidden, policy.target_ids, self.args.kernel_impl)
         prior = None
         num_tokens = policy.num_tokens
@@ -300,9 +295,14 @@ class PairStep(MicroSteps):
         """
         if in_training:
             self._running = pairs
-        policy = self._policy(pairs)
         with self._engaged(pairs), self._noise(pairs) if in_training else nullcontext():
-            return self._hidden(policy), read_head(self.model), policy
+            return self._passed(pairs)
+
+    def _passed(
+        self, pairs: Sequence[TokenizedPair]
+    ) -> tuple[Tensor, ModelHead, ModelInput]:  # (N, H), as in `states`
+        policy = self._policy(pairs)
+        return self._hidden(policy), read_head(self.model), policy
 
     def _weights_of(self, pairs: Sequence[TokenizedPair]) -> list[float]:
         return [1.0 if self.weights is None else self.weights[pair.row] for pair in pairs]
