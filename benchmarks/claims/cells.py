@@ -80,7 +80,7 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
     for seed in range(2):
         for guards in (_BARE, (ANCHOR, 0.0), (0.0, SFT)):
             yield from _grid(
-                "gemma", tasks, ("rmipo",), ("auto",), (seed,), ("auto", "off"), guards=guards,
+                "gemma", tasks, ("rmipo",), ("0.001",), (seed,), ("auto", "off"), guards=guards,
                 **shape,
             )  # fmt: skip
 
