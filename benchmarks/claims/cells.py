@@ -77,12 +77,12 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
             yield from _grid("gemma", tasks, ("rmipo",), (rate,), (seed,), ("auto",), **shape)
     for seed in range(2):
         yield from _grid("gemma", tasks, _PEERS, rates, (seed,), ("off",), guards=_BARE, **shape)
-    for seed in range(2):
-        for guards in (_BARE, (ANCHOR, 0.0), (0.0, SFT)):
+    weighed = [task for task in tasks if task not in UNWEIGHED]
+    for seed, guards in itertools.product(range(2), (_BARE, (ANCHOR, 0.0), (0.0, SFT), _DEFAULTS)):
+        for among, balance in ((tasks, "auto"), (weighed, "off")):
             yield from _grid(
-                "gemma", tasks, ("rmipo",), ("0.001",), (seed,), ("auto", "off"), guards=guards,
-                **shape,
-            )  # fmt: skip
+                "gemma", among, ("rmipo",), ("0.001",), (seed,), (balance,), guards=guards, **shape
+            )
 
 
 def stories(tasks: tuple[str, ...]) -> Iterator[Cell]:
