@@ -25,6 +25,7 @@ TUNED = tuple(loss for loss in LOSSES if loss not in UNTUNED)
 _TWINS = ("simpo 2 0.8", "simpo 2 1.6")  # RMiPO with constant margins about as large
 _PEERS = ("simpo 10 0.3", "simpo 2 0.8", "dpo 0.1")  # of the worlds beside the demo's
 ANCHOR, SFT = 0.1, 0.5  # the defaults
+GUARDS_AT = {"gemma": "0.001"}  # the rate at which they are switched one by one; else "auto"
 # Tasks whose chosen side isn't longer: nothing is weighed, and "off" is bit for bit the same run.
 UNWEIGHED = ("clean", "noisy")
 
@@ -77,11 +78,12 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
             yield from _grid("gemma", tasks, ("rmipo",), (rate,), (seed,), ("auto",), **shape)
     for seed in range(2):
         yield from _grid("gemma", tasks, _PEERS, rates, (seed,), ("off",), guards=_BARE, **shape)
+    rate = (GUARDS_AT["gemma"],)
     weighed = [task for task in tasks if task not in UNWEIGHED]
     for seed, guards in itertools.product(range(2), (_BARE, (ANCHOR, 0.0), (0.0, SFT), _DEFAULTS)):
         for among, balance in ((tasks, "auto"), (weighed, "off")):
             yield from _grid(
-                "gemma", among, ("rmipo",), ("0.001",), (seed,), (balance,), guards=guards, **shape
+                "gemma", among, ("rmipo",), rate, (seed,), (balance,), guards=guards, **shape
             )
 
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.claims import table
+from benchmarks.claims.cells import GUARDS_AT
 from benchmarks.claims.runs import read, with_twins
 from benchmarks.claims.table import DEFAULT, Rows, Setting
 
@@ -42,8 +43,10 @@ def tables(rows: Rows) -> str:
             parts.append(table.rate_table(rows, world, task))
             parts += ["Anchor and likelihood off, the better of balance on and off:"]
             parts.append(table.bare_table(rows, world, task))
-            parts += ["What each of the three does to `rmipo`:"]
-            parts.append(table.end_rule_table(rows, world, task, "rmipo"))
+            rate = GUARDS_AT.get(world, "auto")
+            where = "the rate found" if rate == "auto" else rate
+            parts += [f"What each of the three does to `rmipo`, at {where}:"]
+            parts.append(table.end_rule_table(rows, world, task, rate))
         parts += [f"### {world}: other shapes", "Reward of the default, and the rate found:"]
         parts += [table.shape_table(rows, world)]
         started = table.start_table(rows, world)

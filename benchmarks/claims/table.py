@@ -155,12 +155,12 @@ _RULES = {
 _COUNTED = ("reward", "unended", "empty", "garbled", "tokens", "chosen tokens")
 
 
-def end_rule_table(rows: Rows, world: str, task: str, loss: str, rate: str = "auto") -> str:
-    """What each of the three does to the answers, alone and together; means over seeds."""
+def end_rule_table(rows: Rows, world: str, task: str, rate: str) -> str:
+    """What each of the three does to the default's answers, alone and together; seeds' means."""
     cells = grid(rows, world, task)
     lines = ["| on | " + " | ".join(_COUNTED) + " |", "|---" * (len(_COUNTED) + 1) + "|"]
     for name, rule in _RULES.items():
-        runs = cells.get(Setting(loss, rate, *rule))
+        runs = cells.get(Setting(DEFAULT.loss, rate, *rule))
         if runs:
             means = [statistics.mean(float(r[n]) for r in runs.values()) for n in _COUNTED]
             shown = [f"{means[0]:.3f}", *(f"{m:.1%}" for m in means[1:4])]
