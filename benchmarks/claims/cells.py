@@ -78,12 +78,12 @@ def real(tasks: tuple[str, ...]) -> Iterator[Cell]:
             yield from _grid("gemma", tasks, ("rmipo",), (rate,), (seed,), ("auto",), **shape)
     for seed in range(2):
         yield from _grid("gemma", tasks, _PEERS, rates, (seed,), ("off",), guards=_BARE, **shape)
-    rate = (GUARDS_AT["gemma"],)
+    at = (GUARDS_AT["gemma"],)
     weighed = [task for task in tasks if task not in UNWEIGHED]
     for seed, guards in itertools.product(range(2), (_BARE, (ANCHOR, 0.0), (0.0, SFT), _DEFAULTS)):
         for among, balance in ((tasks, "auto"), (weighed, "off")):
             yield from _grid(
-                "gemma", among, ("rmipo",), rate, (seed,), (balance,), guards=guards, **shape
+                "gemma", among, ("rmipo",), at, (seed,), (balance,), guards=guards, **shape
             )
 
 

@@ -50,6 +50,7 @@ class Regret(NamedTuple):
     regret: float
     regret_error: float  # of the differences seed by seed
     seeds: int
+    own: tuple[float, float] | None  # likewise against the same with its best rate, if it has any
 
 
 def grid(rows: Rows, world: str, task: str) -> dict[Setting, dict[str, dict[str, str]]]:
@@ -92,24 +93,34 @@ def regrets(rows: Rows, setting: Setting = DEFAULT) -> Iterable[Regret]:
         tuned = {s: runs for s, runs in cells.items() if not s.rate.startswith("auto")}
         if setting not in cells or not tuned:
             continue
-        best = max(tuned, key=lambda s: statistics.mean(rewards(tuned[s])))
-        mine, theirs = cells[setting], tuned[best]
-        both = sorted(set(mine) & set(theirs))
-        apart = [float(theirs[seed]["reward"]) - float(mine[seed]["reward"]) for seed in both]
+        mine = cells[setting]
+        best, apart = _lost(mine, tuned)
+        same = {s: runs for s, runs in tuned.items() if s._replace(rate="auto") == setting}
         yield Regret(
-            world, task, *mean_error(rewards(mine)), best, mean_error(rewards(theirs))[0],
-            *mean_error(apart), len(both),
+            world, task, *mean_error(rewards(mine)), best, mean_error(rewards(tuned[best]))[0],
+            *mean_error(apart), len(apart), mean_error(_lost(mine, same)[1]) if same else None,
         )  # fmt: skip
+
+
+def _lost(
+    mine: dict[str, dict[str, str]], others: dict[Setting, dict[str, dict[str, str]]]
+) -> tuple[Setting, list[float]]:
+    """The best of the others, and how much more it earns, seed by seed."""
+    best = max(others, key=lambda s: statistics.mean(rewards(others[s])))
+    both = sorted(set(mine) & set(others[best]))
+    return best, [float(others[best][s]["reward"]) - float(mine[s]["reward"]) for s in both]
 
 
 def regret_table(rows: Rows, setting: Setting = DEFAULT) -> str:
     """As Markdown."""
-    lines = ["| world | task | reward | best tuned cell | its reward | regret | seeds |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = ("world", "task", "reward", "best tuned cell", "its reward", "regret", "seeds",
+               "against its own best rate")  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in regrets(rows, setting):
         lines.append(
             f"| {r.world} | {r.task} | {_shown(r.reward, r.error)} | {r.best} | "
-            f"{r.best_reward:.3f} | {_shown(r.regret, r.regret_error, '+')} | {r.seeds} |"
+            f"{r.best_reward:.3f} | {_shown(r.regret, r.regret_error, '+')} | {r.seeds} | "
+            f"{_shown(*r.own, '+') if r.own else ''} |"
         )
     return "\n".join(lines)
 

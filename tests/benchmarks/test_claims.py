@@ -188,6 +188,7 @@ def _row(loss: str, rate: str, seed: int, reward: float, **changes: Any) -> dict
 
 def test_regret_is_against_the_best_tuned_cell_seed_by_seed(tmp_path: Path) -> None:
     rows = [_row("rmipo", "auto", seed, 0.5 + 0.1 * seed) for seed in range(3)]
+    rows += [_row("rmipo", "0.001", seed, 0.4 + 0.1 * seed) for seed in range(3)]
     rows += [_row("simper", "0.001", seed, 0.7 + 0.1 * seed) for seed in range(3)]
     rows += [_row("simper", "0.003", seed, 0.1) for seed in range(3)]
     rows += [_row("simper", "auto", seed, 0.9) for seed in range(3)]  # not tuned: no best cell
@@ -195,6 +196,7 @@ def test_regret_is_against_the_best_tuned_cell_seed_by_seed(tmp_path: Path) -> N
     assert regret.best == table.Setting("simper", "0.001")
     assert regret.regret == pytest.approx(0.2)
     assert regret.regret_error == pytest.approx(0.0, abs=1e-9)
+    assert regret.own == pytest.approx((-0.1, 0.0), abs=1e-9)
     assert regret.reward == pytest.approx(0.6)
     assert regret.error == pytest.approx(0.1 / 3**0.5)
     assert "| demo | clean | 0.600 ± 0.058 | simper, 0.001 | 0.800 | +0.200" in table.regret_table(
