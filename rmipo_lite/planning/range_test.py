@@ -10,10 +10,11 @@ words that the model gave no chance, less than 1 in 1000, is damage: broken text
     broken: 4 % has gone to words without a chance; an answer of 25 tokens has one of them
     path = sum of the rates that came before the one that breaks (interpolated in logarithms)
     learning rate = path / sum of the schedule's factors over the run's steps,
-                    at most half the rate that breaks
+                    at most half the rate that breaks; half of that where nothing holds the wording
 
 so the run's rates add up to those that the model has borne: a run of four times the steps learns at
-a quarter of the rate. The weights are put back afterwards; the search costs time and leaves
+a quarter of the rate. A loss with some of the chosen side's likelihood in it comes back where it
+has strayed; a bare one goes on, and many steps break what a short search left whole. The weights are put back afterwards; the search costs time and leaves
 nothing. The idea of the test is Smith's (arXiv 1506.01186). It is not the loss that is watched,
 which goes on falling while the text falls apart, nor the responses' own likelihood: where rejected
 ones are the model's own mistakes they become unlikely by right, long before anything breaks.
@@ -28,6 +29,7 @@ MOVED = 0.003  # of the probability: from here on the rate grows slowly
 BROKEN = 0.04  # of the probability, on words without a chance
 _GROWTH_FAST, _GROWTH_SLOW = 2.0, 1.3
 _LARGEST_SHARE = 0.5  # of the rate that breaks
+_UNHELD_SHARE = 0.5  # of the rate found, for a loss without the chosen side's likelihood
 _MOST_STEPS = 60
 
 
@@ -56,13 +58,15 @@ class RangeTest:
     _before: tuple[float, float] = (0.0, 0.0)  # rate and path of the step before
     _moved: tuple[float, float] | None = None  # of the step after which the model had moved
 
-    def learning_rate(self, factors: float) -> float:
+    def learning_rate(self, factors: float, *, is_held: bool) -> float:
         """Of a run whose schedule's factors add up to this many whole steps.
 
-        None at all (a single step, at which the warm-up begins) leaves the upper bound.
+        None at all (a single step, at which the warm-up begins) leaves the upper bound. `is_held`:
+        whether the loss has some of the chosen side's likelihood in it.
         """
         largest = _LARGEST_SHARE * self.rate
-        return min(self.path / factors, largest) if factors else largest
+        rate = min(self.path / factors, largest) if factors else largest
+        return rate if is_held else _UNHELD_SHARE * rate
 
     def stepped(self, moved: float, strayed: float) -> None:
         """A step at `rate` was taken, after which the model has these shares.

@@ -93,8 +93,11 @@ class FindsLearningRate(TrainerBeside):
                 test.stepped(*measured.shares())
                 advance(test.taken, test.words)
                 self._hear()
-        self.found_rate = rate = test.learning_rate(self._schedule_factors())
-        how = "" if test.is_broken else " (nothing breaks this model: are its weights random?)"
+        is_held = self.args.sft_weight > 0
+        self.found_rate = rate = test.learning_rate(self._schedule_factors(), is_held=is_held)
+        how = "" if is_held else " (half of it, since without sft_weight nothing holds the wording)"
+        if not test.is_broken:
+            how += " (nothing breaks this model: are its weights random?)"
         say(f"Learning rate {rate:.2g}, found in {test.taken} steps, now taken back{how}")
 
     def run_steps(self) -> int:

@@ -67,10 +67,12 @@ def test_what_strays_for_a_moment_and_comes_back_is_not_broken() -> None:
 
 def test_a_runs_rates_add_up_to_those_of_the_search() -> None:
     test = _on_a_quadratic(1e3)
-    assert 50 * test.learning_rate(50) == pytest.approx(test.path)
-    assert 400 * test.learning_rate(400) == pytest.approx(test.path)
+    assert 50 * test.learning_rate(50, is_held=True) == pytest.approx(test.path)
+    assert 400 * test.learning_rate(400, is_held=True) == pytest.approx(test.path)
     for few in (0.5, 0.0):  # don't go as fast as breaks it
-        assert test.learning_rate(few) == test.rate / 2
+        assert test.learning_rate(few, is_held=True) == test.rate / 2
+        assert test.learning_rate(few, is_held=False) == test.rate / 4
+    assert 50 * test.learning_rate(50, is_held=False) == pytest.approx(test.path / 2)
 
 
 def test_while_nothing_moves_the_rate_doubles() -> None:

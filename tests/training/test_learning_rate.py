@@ -75,6 +75,17 @@ def test_every_loss_and_full_training_find_one(
     assert 1e-6 < trainer.found_rate < 1
 
 
+@pytest.mark.parametrize("options", [{"sft_weight": 0.0}, {"loss_type": "dpo"}])
+def test_a_loss_that_nothing_holds_learns_at_half(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = tiny_trainer(tmp_path, learning_rate="auto", **options)
+    trainer.find_learning_rate()
+    whole = trainer.range_test.learning_rate(trainer._schedule_factors(), is_held=True)
+    assert trainer.found_rate == whole / 2
+    assert "half of it, since without sft_weight" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     options: dict[str, Any] = {"learning_rate": "auto", "max_steps": 4}
