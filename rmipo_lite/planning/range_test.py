@@ -14,11 +14,12 @@ words that the model gave no chance, less than 1 in 1000, is damage: broken text
 
 so the run's rates add up to those that the model has borne: a run of four times the steps learns at
 a quarter of the rate. A loss with some of the chosen side's likelihood in it comes back where it
-has strayed; a bare one goes on, and many steps break what a short search left whole. The weights are put back afterwards; the search costs time and leaves
-nothing. The idea of the test is Smith's (arXiv 1506.01186). It is not the loss that is watched,
-which goes on falling while the text falls apart, nor the responses' own likelihood: where rejected
-ones are the model's own mistakes they become unlikely by right, long before anything breaks.
-Numbers, and what was tried first: docs/claims.md.
+has strayed; a bare one goes on, and many steps break what a short search left whole. The weights
+are put back afterwards; the search costs time and leaves nothing. The idea of the test is Smith's
+(arXiv 1506.01186). It is not the loss that is watched, which goes on falling while the text falls
+apart, nor the responses' own likelihood: where rejected ones are the model's own mistakes they
+become unlikely by right, long before anything breaks. Numbers, and what was tried first:
+docs/claims.md.
 """
 
 import math
