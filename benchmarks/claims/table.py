@@ -11,7 +11,7 @@ from typing import NamedTuple
 from benchmarks.claims.cells import ANCHOR, LOSSES, SFT
 
 Rows = Sequence[dict[str, str]]
-Runs = dict[str, dict[str, float]]  # number -> seed -> value
+Runs = dict[str, dict[str, str]]  # seed -> row
 
 
 class Setting(NamedTuple):
@@ -53,9 +53,9 @@ class Regret(NamedTuple):
     own: tuple[float, float] | None  # likewise against the same with its best rate, if it has any
 
 
-def grid(rows: Rows, world: str, task: str) -> dict[Setting, dict[str, dict[str, str]]]:
+def grid(rows: Rows, world: str, task: str) -> dict[Setting, Runs]:
     """Setting -> seed -> row, of the runs in the usual shape."""
-    found: dict[Setting, dict[str, dict[str, str]]] = defaultdict(dict)
+    found: dict[Setting, Runs] = defaultdict(dict)
     usual = _usual_shape(rows, world)
     for row in rows:
         if (row["world"], row["task"]) == (world, task) and _shape(row) == usual:
@@ -71,7 +71,7 @@ def _usual_shape(rows: Rows, world: str) -> tuple[str, ...]:
     return statistics.mode(_shape(row) for row in rows if row["world"] == world)
 
 
-def rewards(runs: dict[str, dict[str, str]]) -> list[float]:
+def rewards(runs: Runs) -> list[float]:
     """By seed, in order."""
     return [float(runs[seed]["reward"]) for seed in sorted(runs)]
 
@@ -102,9 +102,7 @@ def regrets(rows: Rows, setting: Setting = DEFAULT) -> Iterable[Regret]:
         )  # fmt: skip
 
 
-def _lost(
-    mine: dict[str, dict[str, str]], others: dict[Setting, dict[str, dict[str, str]]]
-) -> tuple[Setting, list[float]]:
+def _lost(mine: Runs, others: dict[Setting, Runs]) -> tuple[Setting, list[float]]:
     """The best of the others, and how much more it earns, seed by seed."""
     best = max(others, key=lambda s: statistics.mean(rewards(others[s])))
     both = sorted(set(mine) & set(others[best]))
